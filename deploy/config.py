@@ -1,0 +1,159 @@
+"""The one configuration: a TOML file and the environment, resolved into one frozen, typed object.
+
+The environment wins over the file: ALIGND_BUS sets `bus`, ALIGND_SERVING__PORT sets `serving.port`. What is unknown or
+bad is refused by name.
+"""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from deploy.simulation.config import SimulationConfig
+from feedback.config import FeedbackConfig
+from serving.config import ServingConfig
+from training.config import TrainingConfig
+
+PREFIX = "ALIGND_"
+DEFAULT_FILE = Path("alignd.toml")
+# Variables with our prefix that are not settings: where the settings are, and what the tests look for.
+OTHER_VARIABLES = ("ALIGND_CONFIG", "ALIGND_TEST_")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; each line names a field and says what is wrong with it."""
+
+
+class AligndConfig(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__", validate_default=True
+    )
+
+    data_dir: Path = Field(Path("var"), description="Folder for everything that alignd writes.")
+    bus: str = Field(
+        "",
+        pattern=r"^(|kafka://.+|sqlite:///.+)$",
+        description="The event bus: kafka://host:port[,host:port], sqlite:///path, or empty for a file in data_dir.",
+    )
+    store: str = Field(
+        "",
+        pattern=r"^(|sqlite:///.+|postgresql(\+\w+)?://.+)$",
+        description="The feedback store: an SQLAlchemy URL of SQLite or PostgreSQL, or empty for a file in data_dir.",
+    )
+    address: str = Field("", description="host:port of the gRPC server for clients; empty for the one configured here.")
+    serving: ServingConfig = Field(ServingConfig(), description="The gRPC server and its engine.")
+    feedback: FeedbackConfig = Field(FeedbackConfig(), description="Tokens, outbox, relay and ingest.")
+    training: TrainingConfig = Field(TrainingConfig(), description="Reward model, PPO and when to run them.")
+    simulation: SimulationConfig = Field(SimulationConfig(), description="The simulated users of `alignd demo`.")
+
+    @property
+    def bus_url(self) -> str:
+        """The bus, decided."""
+        return self.bus or f"sqlite:///{(self.data_dir / 'bus.db').resolve()}"
+
+    @property
+    def store_url(self) -> str:
+        """The store, decided."""
+        return self.store or f"sqlite:///{(self.data_dir / 'store.db').resolve()}"
+
+    @property
+    def server_address(self) -> str:
+        """Where clients find the gRPC server."""
+        return self.address or f"{self.serving.host}:{self.serving.port}"
+
+    @property
+    def policies_dir(self) -> Path:
+        """Where policy versions lie."""
+        return (self.data_dir / "policies").resolve()
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where training runs leave what they measured."""
+        return (self.data_dir / "runs").resolve()
+
+    @property
+    def outbox_path(self) -> Path:
+        """The outbox of the serving replica on this machine."""
+        return self.data_dir / "outbox.db"
+
+    @property
+    def keyring_path(self) -> Path:
+        """The keys that sign feedback tokens. Every replica needs the same."""
+        return self.data_dir / "feedback_keys"
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment before file."""
+        file = configured_file()
+        toml = (TomlConfigSettingsSource(settings_cls, file),) if file else ()
+        return (init_settings, sources["env_settings"], *toml)
+
+
+def configured_file() -> Path | None:
+    """Returns the file that ALIGND_CONFIG names, else alignd.toml if there is one."""
+    named = os.environ.get("ALIGND_CONFIG")
+    if named:
+        if not Path(named).is_file():
+            raise ConfigError(f"ALIGND_CONFIG: there is no file {named}")
+        return Path(named)
+    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
+
+
+def load_config() -> AligndConfig:
+    """Returns the configuration.
+
+    Raises:
+        ConfigError: naming each unknown or bad field.
+    """
+    refuse_unknown_variables()
+    try:
+        return AligndConfig()
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(step) for step in each['loc'])}: {each['msg']}" for each in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+    except (SettingsError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{configured_file() or 'environment'}: {error}") from error
+
+
+def refuse_unknown_variables() -> None:
+    known = {f"{PREFIX}{name}".upper() for name in AligndConfig.model_fields}
+    for variable in os.environ:
+        if not variable.startswith(PREFIX) or variable.startswith(OTHER_VARIABLES):
+            continue
+        if variable.split("__")[0] not in known:
+            raise ConfigError(f"{variable}: there is no such setting; `alignd config` lists all")
+
+
+def resolved(config: AligndConfig) -> str:
+    """Returns the resolved configuration as TOML, each field with its description."""
+    return "\n".join(toml_lines(config, "")) + "\n"
+
+
+def toml_lines(model: BaseModel, section: str) -> list[str]:
+    sections: list[str] = []
+    lines: list[str] = []
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            sections += ["", f"[{section}{name}]  # {field.description}", *toml_lines(value, f"{section}{name}.")]
+        elif value is None:
+            kind = next((each.__name__ for each in get_args(field.annotation) if each is not type(None)), "")
+            lines.append(f"# {name} = ({kind}, not set)  # {field.description}")
+        else:
+            plain = str(value) if isinstance(value, Path) else value
+            lines.append(f"{name} = {json.dumps(plain, ensure_ascii=False)}  # {field.description}")
+    return lines + sections

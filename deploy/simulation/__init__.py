@@ -1,0 +1,1 @@
+"""Simulated users: people with a hidden utility who ask, rank and are paid nothing, over the public gRPC API alone."""

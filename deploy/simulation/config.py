@@ -1,0 +1,35 @@
+"""The settings of the simulated users."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SimulationConfig(BaseModel):
+    """Who the simulated users are, what they want and how they ask."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    utility: str = Field(
+        "deploy.simulation.utility:chat_utility",
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="What users want: a function (prompt, completion) -> float, named as package.module:function.",
+    )
+    agreement: float = Field(
+        0.726,
+        gt=0.5,
+        lt=1.0,
+        description="Share of comparisons on which two users agree. InstructGPT's labelers: 0.726 (arXiv 2203.02155).",
+    )
+    calibration_prompts: int = Field(
+        32, ge=1, description="Prompts whose completions set the users' noise before the first ranking."
+    )
+    num_users: int = Field(16, ge=1, description="Users; each has one request in flight at a time.")
+    seed: int = Field(0, ge=0, description="Seeds the users' judgement and the order in which completions are shown.")
+    num_completions: int = Field(4, ge=2, le=16, description="Completions asked for per prompt, K.")
+    max_tokens: int = Field(64, ge=1, description="Most tokens in one completion.")
+    num_rankings: int = Field(320, ge=1, description="Rankings given before the users wait for a better policy.")
+    held_out_prompts: int = Field(
+        128, ge=1, le=200, description="Prompts kept from users and trainer, on which policies are compared."
+    )
+    deadline_s: float = Field(120.0, gt=0, description="Seconds a user waits for completions, or for a ranking's OK.")

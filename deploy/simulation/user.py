@@ -1,0 +1,178 @@
+"""Simulated users at work: each asks, reads, ranks and asks again over the public gRPC API, as an application would.
+
+Nothing is retried, so that a request counted as served was served at the first try. A user's judgement and the order in
+which completions are shown follow from the seeds; what the server writes does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+from alignd.v1 import (
+    feedback_service_pb2,
+    feedback_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    types_pb2,
+)
+
+from deploy.simulation.config import SimulationConfig
+from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
+from deploy.simulation.utility import Utility, load_utility, measure
+
+PAUSE_AFTER_FAILURE_S = 1.0  # a server that is down gets one try a second from each user, not thousands
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What came of one prompt: a Sample request and, if it was served, a SubmitRanking request."""
+
+    user_id: str
+    prompt: str
+    policy_versions: tuple[int, ...]
+    """Who wrote each completion; empty if Sample failed."""
+    sample_seconds: float
+    ranking_seconds: float | None
+    """None if there was nothing to rank."""
+    error: str | None
+    """Status code and message of the request that failed, if one did."""
+
+    @property
+    def requests_served(self) -> int:
+        return self.requests_made - self.requests_failed
+
+    @property
+    def requests_failed(self) -> int:
+        return 0 if self.error is None else 1
+
+    @property
+    def requests_made(self) -> int:
+        return 1 if self.ranking_seconds is None else 2
+
+
+@dataclass(frozen=True)
+class _Application:
+    """What the application holds that users sit in front of."""
+
+    inference: inference_service_pb2_grpc.InferenceServiceStub
+    feedback: feedback_service_pb2_grpc.FeedbackServiceStub
+    config: SimulationConfig
+    utility: Utility
+    # Utilities are measured off the event loop, on one thread: they may hold a model that is not safe to share.
+    thread: ThreadPoolExecutor
+
+    async def sample(self, user_id: str, prompt: str) -> inference_service_pb2.SampleResponse:
+        message = types_pb2.Message(role=types_pb2.ROLE_USER, content=prompt)
+        request = inference_service_pb2.SampleRequest(
+            user_id=user_id,
+            prompt=types_pb2.Prompt(chat=types_pb2.Chat(messages=[message])),
+            num_completions=self.config.num_completions,
+            sampling=types_pb2.SamplingParams(max_tokens=self.config.max_tokens),
+        )
+        sample: inference_service_pb2.SampleResponse = await self.inference.Sample(
+            request, timeout=self.config.deadline_s
+        )
+        return sample
+
+    async def utilities(self, prompt: str, texts: list[str]) -> list[float]:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, measure, self.utility, prompt, texts)
+
+    async def rank(self, labeler: Labeler, prompt: str, sample: inference_service_pb2.SampleResponse) -> None:
+        texts = [completion.text for completion in sample.completions]
+        ids = [completion.completion_id for completion in sample.completions]
+        groups = labeler.rank(prompt, texts, await self.utilities(prompt, texts))
+        request = feedback_service_pb2.SubmitRankingRequest(
+            request_id=str(uuid.uuid4()),
+            feedback_token=sample.feedback_token,
+            user_id=labeler.user_id,
+            groups=[types_pb2.RankingGroup(completion_ids=[ids[i] for i in group]) for group in groups],
+            shown_completion_ids=random.Random(f"{labeler.seed} {prompt}").sample(ids, len(ids)),
+        )
+        await self.feedback.SubmitRanking(request, timeout=self.config.deadline_s)
+
+    async def turn(self, labeler: Labeler, prompt: str) -> Turn:
+        started = time.monotonic()
+        sampled: float | None = None
+        versions: tuple[int, ...] = ()
+        error: str | None = None
+        try:
+            sample = await self.sample(labeler.user_id, prompt)
+            sampled, versions = time.monotonic(), tuple(item.policy.version for item in sample.completions)
+            await self.rank(labeler, prompt, sample)
+        except grpc.aio.AioRpcError as failure:
+            error = f"{failure.code().name}: {failure.details()}"
+        ended = time.monotonic()
+        sample_seconds = (sampled or ended) - started
+        ranking_seconds = None if sampled is None else ended - sampled
+        return Turn(labeler.user_id, prompt, versions, sample_seconds, ranking_seconds, error)
+
+
+async def run_users(
+    address: str,
+    prompts: Sequence[str],
+    labelers: Sequence[Labeler],
+    config: SimulationConfig,
+    on_turn: Callable[[Turn], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> list[Turn]:
+    """Lets every labeler work through its share of `prompts`, all of them at once, and returns every turn taken.
+
+    Labeler i of n takes prompts i, i + n, i + 2n, …, one at a time. `on_turn` is called after each; once `stop` is set
+    no new turn begins. A request that fails is recorded in its turn and does not stop the others.
+    """
+    turns: list[Turn] = []
+
+    async def work(application: _Application, labeler: Labeler, share: Iterable[str]) -> None:
+        for prompt in share:
+            if stop is not None and stop.is_set():
+                return
+            turn = await application.turn(labeler, prompt)
+            turns.append(turn)
+            if on_turn is not None:
+                on_turn(turn)
+            if turn.error is not None:
+                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        async with grpc.aio.insecure_channel(address) as channel:
+            application = _open_application(channel, config, thread)
+            shares = [prompts[i :: len(labelers)] for i in range(len(labelers))]
+            await asyncio.gather(*map(work, [application] * len(labelers), labelers, shares))
+    return turns
+
+
+async def calibrated_labelers(address: str, prompts: Sequence[str], config: SimulationConfig) -> list[Labeler]:
+    """`config.num_users` labelers who agree on the share `config.agreement` of comparisons of what the server writes.
+
+    Samples the first `config.calibration_prompts` of `prompts`, and ranks nothing. Raises CalibrationError if their
+    utilities differ too little, and grpc.aio.AioRpcError if a request fails.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        async with grpc.aio.insecure_channel(address) as channel:
+            application = _open_application(channel, config, thread)
+            in_flight = asyncio.Semaphore(config.num_users)
+
+            async def utilities(prompt: str) -> list[float]:
+                async with in_flight:
+                    sample = await application.sample("simulated-calibration", prompt)
+                return await application.utilities(prompt, [completion.text for completion in sample.completions])
+
+            groups = await asyncio.gather(*map(utilities, prompts[: config.calibration_prompts]))
+    return make_labelers(config.num_users, config.seed, calibrate_temperature(groups, config.agreement))
+
+
+def _open_application(channel: grpc.aio.Channel, config: SimulationConfig, thread: ThreadPoolExecutor) -> _Application:
+    return _Application(
+        inference=inference_service_pb2_grpc.InferenceServiceStub(channel),
+        feedback=feedback_service_pb2_grpc.FeedbackServiceStub(channel),
+        config=config,
+        utility=load_utility(config.utility),
+        thread=thread,
+    )

@@ -1,0 +1,78 @@
+"""`alignd status`: what runs, what is live and how far the loop is, on one screen."""
+
+import json
+import os
+from typing import Any
+
+from alignd.v1 import policy_service_pb2 as pb
+from grpc_health.v1 import health_pb2
+from rich.console import Console
+
+from deploy.client import CallError, connect
+from deploy.config import AligndConfig
+
+console = Console(highlight=False)
+TIMEOUT_S = 5.0
+
+
+def print_status(config: AligndConfig) -> bool:
+    """Prints the state of the loop, and returns whether the server serves."""
+    print_processes(config)
+    try:
+        with connect(config.server_address) as operator:
+            health = operator.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status
+            policies = operator.policies.ListPolicies(pb.ListPoliciesRequest(), timeout=TIMEOUT_S)
+    except CallError as error:
+        console.print(f"server    {error}", markup=False, soft_wrap=True)
+        return False
+    serving: bool = health == health_pb2.HealthCheckResponse.SERVING
+    console.print(f"server    {config.server_address} {health_pb2.HealthCheckResponse.ServingStatus.Name(health)}")
+    print_policies(policies)
+    print_rankings(config)
+    print_last_run(config)
+    return serving
+
+
+def print_processes(config: AligndConfig) -> None:
+    path = config.data_dir / "up.json"
+    if not path.is_file():
+        return
+    running = [f"{verb} {pid}" for verb, pid in json.loads(path.read_text()).items() if alive(pid)]
+    console.print(f"processes {', '.join(running) or 'none; the last `alignd up` was killed'}")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def print_policies(response: Any) -> None:
+    live = f"v{response.live_version}" if response.live_version else "none"
+    console.print(f"policies  {len(response.policies)}, live: {live}")
+    for replica in response.replicas:
+        served = f"serves v{replica.policy.version} {replica.error_message}".rstrip()
+        console.print(f"replica   {replica.replica_id} {served}")
+
+
+def print_rankings(config: AligndConfig) -> None:
+    from feedback.store import Store
+
+    store = Store(config.store_url)
+    try:
+        console.print(f"rankings  {store.num_rankings()} in the store")
+    finally:
+        store.close()
+
+
+def print_last_run(config: AligndConfig) -> None:
+    runs = sorted(config.runs_dir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        console.print(f"training  no run yet; the next begins at {config.training.min_new_rankings} new rankings")
+        return
+    last = json.loads(runs[-1].read_text().splitlines()[-1])
+    console.print(f"training  {runs[-1].parent.name}: {last['phase']} {last['step']} of {last['num_steps']}")

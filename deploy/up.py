@@ -1,0 +1,139 @@
+"""`alignd up`: all processes of one machine, each with a log file, started again when it dies."""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from deploy.config import AligndConfig
+
+log = logging.getLogger(__name__)
+
+VERBS = ("serve", "relay", "ingest", "train")
+FIRST_RESTART_S = 0.5
+LONGEST_RESTART_S = 30.0
+HEALTHY_AFTER_S = 60.0
+STOP_S = 45.0
+POLL_S = 0.2
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Service:
+    """One process, and how often it had to be started."""
+
+    verb: str
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float = 0.0
+    failures: int = 0
+
+
+@dataclass
+class Supervisor:
+    """Starts the verbs as processes of their own, and keeps them running until it is asked to stop."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    services: list[Service] = field(default_factory=lambda: [Service(verb) for verb in VERBS])
+    stopping: bool = False
+
+    def run(self) -> None:
+        """Runs until SIGTERM or SIGINT, and then stops every process."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._stop)
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            while not self.stopping:
+                for service in self.services:
+                    self._look_after(service)
+                time.sleep(POLL_S)
+        finally:
+            self._end_all()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+
+    def _look_after(self, service: Service) -> None:
+        now = time.monotonic()
+        process = service.process
+        if process is not None and process.poll() is None:
+            return
+        if process is not None:
+            lived = now - service.started_at
+            service.failures = 1 if lived > HEALTHY_AFTER_S else service.failures + 1
+            service.restart_at = now + min(LONGEST_RESTART_S, FIRST_RESTART_S * 2 ** (service.failures - 1))
+            service.process = None
+            log.warning("%s ended with %s; starting it again", service.verb, process.returncode)
+        if now >= service.restart_at:
+            self._start(service)
+
+    def _start(self, service: Service) -> None:
+        path = self.folder / "logs" / f"{service.verb}.log"
+        with path.open("ab") as output:
+            service.process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.cli", service.verb],
+                env=dict(self.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=die_with_parent,
+            )
+        service.started_at = time.monotonic()
+        log.info("%s runs as process %d, and logs to %s", service.verb, service.process.pid, path)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        """Leaves the process ids for `alignd status`."""
+        running = {service.verb: service.process.pid for service in self.services if service.process}
+        path = self.folder / "up.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps({"supervisor": os.getpid(), **running}))
+        draft.rename(path)
+
+    def _end_all(self) -> None:
+        """Asks every process to end, the server last so that what the others still say is heard; then insists."""
+        (self.folder / "up.json").unlink(missing_ok=True)
+        for service in reversed(self.services):
+            if service.process and service.process.poll() is None:
+                service.process.terminate()
+        deadline = time.monotonic() + STOP_S
+        for service in self.services:
+            if service.process is None:
+                continue
+            try:
+                service.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("%s did not end in time; killing it", service.verb)
+                service.process.kill()
+                service.process.wait()
+
+
+def die_with_parent() -> None:
+    """Has the kernel end this process when its parent dies, even by kill -9. Linux only; elsewhere it does nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def child_environment(config: AligndConfig) -> dict[str, str]:
+    """Returns the environment of the processes: this one's, with a free port decided once for all of them."""
+    environment = dict(os.environ)
+    if config.serving.port == 0:
+        environment["ALIGND_SERVING__PORT"] = str(free_port(config.serving.host))
+    return environment
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+    return port

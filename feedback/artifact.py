@@ -1,0 +1,198 @@
+"""A policy version on disk: an immutable folder, complete or not there, and verified before it is served."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import protovalidate
+from google.protobuf import json_format
+
+from alignd.v1.policy_manifest_pb2 import ArtifactFile, PolicyManifest
+from feedback.sqlite_file import fsync_folder
+from feedback.weights import TensorSpec, WeightsError, check_finite, tensor_specs
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+DRAFT_PREFIX = ".tmp-"
+# What a policy may be made of. Nothing here can hold code or pickled objects.
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".jinja", ".model"})
+
+
+class ArtifactError(Exception):
+    """The folder is not a policy version that may be served. The text says why."""
+
+
+def write_artifact(
+    root: Path, manifest: PolicyManifest, write_files: Callable[[Path], None]
+) -> tuple[Path, PolicyManifest]:
+    """Makes the folder root/v{version}, durable and complete, and returns it with its manifest.
+
+    `write_files` writes the files into the folder it is given; `files` and `weight_digest` of the manifest are filled
+    in from them. A crash leaves no root/v{version}. Raises ArtifactError if the version exists, a file is not allowed,
+    or the manifest is not valid; OSError; and what `write_files` raises.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(root)
+    target = root / f"v{manifest.version}"
+    with _draft(root) as draft:
+        write_files(draft)
+        complete = PolicyManifest()
+        complete.CopyFrom(manifest)
+        del complete.files[:]
+        complete.files.extend(_describe(draft, path) for path in _list_files(draft))
+        complete.weight_digest = weight_digest(complete.files)
+        _validate(complete)
+        (draft / MANIFEST).write_text(json_format.MessageToJson(complete, preserving_proto_field_name=True))
+        _fsync_tree(draft)
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if target.exists():
+                raise ArtifactError(f"version {manifest.version} exists") from error
+            raise
+    fsync_folder(root)
+    return target, complete
+
+
+def read_manifest(path: Path) -> PolicyManifest:
+    """Reads and checks the manifest of a version's folder, but not its files. Raises ArtifactError."""
+    try:
+        if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactError("the manifest is too long")
+        manifest = json_format.Parse((path / MANIFEST).read_bytes(), PolicyManifest())
+    except (OSError, ValueError, json_format.ParseError, RecursionError) as error:
+        raise ArtifactError(f"cannot read the manifest: {error}") from error
+    _validate(manifest)
+    return manifest
+
+
+def verify_artifact(path: Path, shapes_like: Path | None = None) -> PolicyManifest:
+    """Checks each byte of a version against its manifest, and its weights against another version's forms.
+
+    All weights must be finite and, if `shapes_like` is given, have the names, shapes and types of those in that
+    folder. Returns the manifest. Raises ArtifactError.
+    """
+    manifest = read_manifest(path)
+    try:
+        _check_files(path, manifest)
+        for file in weight_files(manifest.files):
+            check_finite(path / file.path)
+        specs = _all_specs(path, (file.path for file in weight_files(manifest.files)))
+        if shapes_like is not None:
+            like = _all_specs(shapes_like, (each for each in _list_files(shapes_like) if each.endswith(".safetensors")))
+            _check_specs(specs, like)
+    except (OSError, WeightsError) as error:
+        raise ArtifactError(str(error)) from error
+    return manifest
+
+
+def weight_digest(files: Iterable[ArtifactFile]) -> str:
+    """SHA-256 over "sha256  path\\n" of each .safetensors file, by path, in lower-case hexadecimal."""
+    lines = [f"{file.sha256}  {file.path}\n" for file in weight_files(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weight_files(files: Iterable[ArtifactFile]) -> list[ArtifactFile]:
+    """The .safetensors files among these, by path."""
+    return sorted((file for file in files if file.path.endswith(".safetensors")), key=lambda file: file.path)
+
+
+def _check_files(path: Path, manifest: PolicyManifest) -> None:
+    listed = {file.path for file in manifest.files}
+    found = {each for each in _list_files(path) if each != MANIFEST}
+    if len(listed) != len(manifest.files):
+        raise ArtifactError("the manifest names a file twice")
+    if listed != found:
+        raise ArtifactError(f"missing files: {sorted(listed - found)}; files of no manifest: {sorted(found - listed)}")
+    for file in manifest.files:
+        if _describe(path, file.path) != file:
+            raise ArtifactError(f"{file.path} is not what was written")
+    if weight_digest(manifest.files) != manifest.weight_digest:
+        raise ArtifactError("the weight digest is wrong")
+
+
+def _check_specs(specs: dict[str, TensorSpec], like: dict[str, TensorSpec]) -> None:
+    for name in sorted(specs.keys() | like.keys()):
+        if specs.get(name) != like.get(name):
+            raise ArtifactError(f"tensor {name}: is {specs.get(name)}, should be {like.get(name)}")
+
+
+def _all_specs(path: Path, files: Iterable[str]) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for file in files:
+        found = tensor_specs(path / file)
+        if specs.keys() & found.keys():
+            raise ArtifactError(f"{file} has tensors that another file has too")
+        specs |= found
+    if not specs:
+        raise ArtifactError("no weights")
+    return specs
+
+
+def _list_files(path: Path) -> list[str]:
+    """Paths of the files below a folder. Raises ArtifactError for what is neither file nor folder, nor allowed."""
+    files = []
+    for each in sorted(path.rglob("*")):
+        name = each.relative_to(path).as_posix()
+        if each.is_symlink() or not (each.is_file() or each.is_dir()):
+            raise ArtifactError(f"{name} is not a plain file")
+        if each.is_file():
+            if each.suffix not in SUFFIXES:
+                raise ArtifactError(f"{name} is of a kind that is not allowed; allowed are {sorted(SUFFIXES)}")
+            files.append(name)
+    return files
+
+
+def _describe(root: Path, path: str) -> ArtifactFile:
+    with (root / path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return ArtifactFile(path=path, size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+
+
+def _validate(manifest: PolicyManifest) -> None:
+    try:
+        protovalidate.validate(manifest)
+    except protovalidate.ValidationError as error:
+        raise ArtifactError(f"the manifest is not valid: {error}") from error
+
+
+@contextmanager
+def _draft(root: Path) -> Iterator[Path]:
+    """A new folder, removed at the end if it is still there. Locked while its writer lives."""
+    draft = root / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    draft.mkdir()
+    lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Removes what a writer left that was killed; its lock went with it."""
+    for draft in root.glob(f"{DRAFT_PREFIX}*"):
+        lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _fsync_tree(path: Path) -> None:
+    for each in path.rglob("*"):
+        if each.is_file():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            fsync_folder(each)
+    fsync_folder(path)

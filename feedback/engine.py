@@ -1,0 +1,60 @@
+"""Opens the store's database, SQLite or PostgreSQL, and brings its tables up to date."""
+
+import sqlite3
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+
+from feedback.sqlite_file import open_sqlite
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+# Any number that nothing else in the database locks. Whoever writes holds it to the end of its transaction.
+WRITER_LOCK = 0x616C6967
+
+
+def open_engine(url: str) -> Engine:
+    """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/database`.
+
+    Several processes may do so at once, on an empty database too. Raises ValueError if the URL is neither,
+    sqlalchemy.exc.SQLAlchemyError and OSError.
+    """
+    parsed = make_url(url)
+    backend = parsed.get_backend_name()
+    if backend == "postgresql":
+        engine = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    elif backend == "sqlite" and parsed.database:
+        engine = _sqlite_engine(Path(parsed.database))
+    else:
+        raise ValueError(f"not a store: {parsed!r}; give sqlite:///path/store.db or postgresql://user@host/database")
+    with writing(engine) as connection:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+        connection.commit()
+    return engine
+
+
+def writing(engine: Engine) -> Connection:
+    """Begins a transaction that no other writer is in before this one has ended. To be used as a context manager."""
+    connection = engine.connect().execution_options(begin="BEGIN IMMEDIATE")
+    if engine.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+    return connection
+
+
+def _sqlite_engine(path: Path) -> Engine:
+    def connect() -> sqlite3.Connection:
+        return open_sqlite(path)
+
+    engine = create_engine("sqlite://", creator=connect)
+
+    # sqlite3 begins transactions late and ends them early by itself; open_sqlite() turns that off.
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+    return engine

@@ -1,0 +1,98 @@
+"""Reads feedback from the bus into the store, each event once, however often it or the bus is killed."""
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from feedback.bus import Bus, BusError, Delivered, Record, open_bus
+from feedback.config import DEFAULTS, FeedbackConfig
+from feedback.ledger import Ledger, Offset, Partition, StaleError
+from feedback.relay import backoff_s
+from feedback.topics import DEAD_LETTERS, FEEDBACK_TOPICS, TOPICS
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+DEAD_LETTER_BATCH = 100
+
+
+def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: FeedbackConfig = DEFAULTS) -> None:
+    """Reads until `stop` is set, however long the bus or the database fails in between.
+
+    Several may run: the offsets in the store fence off whoever comes too late. Raises ValueError for a URL that is not
+    one.
+    """
+    failures = 0
+    while not stop.is_set():
+        up_since = math.inf
+        try:
+            with ExitStack() as stack:
+                bus = stack.enter_context(closing(open_bus(bus_url)))
+                ledger = stack.enter_context(closing(Ledger(store_url)))
+                bus.create_topics(TOPICS)
+                log.info("ingest: the bus and the store are up")
+                up_since = time.monotonic()
+                while not stop.is_set():
+                    _follow(bus, ledger, stop)
+        except (BusError, SQLAlchemyError, OSError) as error:
+            failures = 1 if time.monotonic() - up_since > config.retry_max_s else failures + 1
+            if failures == 1:
+                log.warning("ingest: the bus or the store is down: %s", error)
+            stop.wait(backoff_s(failures, config.retry_max_s))
+
+
+def _follow(bus: Bus, ledger: Ledger, stop: threading.Event) -> None:
+    """Reads on from the offsets in the store, until stopped or overtaken by another ingest."""
+    log_ids = {topic: bus.log_id(topic) for topic in FEEDBACK_TOPICS}
+    before = ledger.offsets()
+    reached = {
+        partition: offset for partition, offset in before.items() if _is_still_there(bus, log_ids, partition, offset)
+    }
+    start = {partition: offset.next_offset for partition, offset in reached.items()}
+    with closing(bus.consume(FEEDBACK_TOPICS, start)) as consumer:
+        while not stop.is_set():
+            batch = consumer.poll(POLL_S)
+            if batch:
+                # Asked after the poll, so what was read is surely of this log and no older or newer one.
+                for topic in {each.position.topic for each in batch}:
+                    if bus.log_id(topic) != log_ids[topic]:
+                        raise BusError(f"topic {topic} was created anew")
+                after = _after(batch, log_ids)
+                try:
+                    num_dead_letters = ledger.write(batch, before, after)
+                except StaleError as error:
+                    log.warning("ingest: overtaken by another one: %s", error)
+                    stop.wait(random.uniform(0.05, 0.5))
+                    return
+                before |= after
+                if num_dead_letters:
+                    log.warning("ingest: %d records became dead letters", num_dead_letters)
+            _publish_dead_letters(bus, ledger)
+
+
+def _is_still_there(bus: Bus, log_ids: Mapping[str, str], partition: Partition, offset: Offset) -> bool:
+    """Whether the log that was read up to here still exists. If not, all is read again; the ids make that harmless."""
+    topic, number = partition
+    if offset.log_id == log_ids.get(topic) and offset.next_offset <= bus.end_offsets(topic).get(number, 0):
+        return True
+    log.warning("ingest: the bus lost records of %s/%d; reading it from the beginning", topic, number)
+    return False
+
+
+def _after(batch: Sequence[Delivered], log_ids: Mapping[str, str]) -> dict[Partition, Offset]:
+    """The offsets once this batch is stored. Positions grow within a partition, so the last one counts."""
+    positions = [delivered.position for delivered in batch]
+    return {(each.topic, each.partition): Offset(log_ids[each.topic], each.offset + 1) for each in positions}
+
+
+def _publish_dead_letters(bus: Bus, ledger: Ledger) -> None:
+    letters = ledger.unpublished_dead_letters(DEAD_LETTER_BATCH)
+    if letters:
+        bus.publish([Record(DEAD_LETTERS, event_id.encode(), event, event_id) for event_id, event in letters])
+        ledger.mark_published([event_id for event_id, _ in letters])

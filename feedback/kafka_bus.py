@@ -1,0 +1,211 @@
+"""The bus of many machines: Apache Kafka, or what speaks its protocol, by kafka-python."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import NewTopic, OffsetSpec
+from kafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from feedback.bus import MAX_RECORD_BYTES, BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
+
+EVENT_ID_HEADER = "event_id"
+REQUEST_TIMEOUT_MS = 10_000
+DELIVERY_TIMEOUT_MS = 20_000
+# What Kafka adds to a record: headers, lengths, checksums.
+OVERHEAD_BYTES = 64 * 1024
+
+CONNECTION: Mapping[str, Any] = {
+    "request_timeout_ms": REQUEST_TIMEOUT_MS,
+    "bootstrap_timeout_ms": REQUEST_TIMEOUT_MS,
+    "reconnect_backoff_max_ms": 1_000,
+}
+
+
+class KafkaBus:
+    """See feedback.bus.Bus. Its clients are made when first needed, and anew after an error."""
+
+    def __init__(self, bootstrap_servers: str) -> None:
+        self._servers = bootstrap_servers.split(",")
+        # Two, so that a delivery that waits for a broker does not hold up the questions.
+        self._admin_lock = threading.Lock()
+        self._producer_lock = threading.Lock()
+        self._admin: KafkaAdminClient | None = None
+        self._producer: KafkaProducer | None = None
+        with self._admin_lock:
+            self._call_admin("describe_cluster")
+
+    def create_topics(self, topics: Sequence[TopicSpec]) -> None:
+        """See feedback.bus.Bus."""
+        with self._admin_lock:
+            answer = self._call_admin("create_topics", [_new_topic(topic) for topic in topics], raise_errors=False)
+            for topic in answer["topics"]:
+                error = for_code(topic["error_code"])
+                if topic["error_code"] and error is not TopicAlreadyExistsError:
+                    raise BusError(f"cannot create topic {topic['name']}: {error.__name__} {topic['error_message']}")
+            self._call_admin("wait_for_topics", [topic.name for topic in topics], timeout_ms=REQUEST_TIMEOUT_MS)
+        for spec in topics:
+            partitions = len(self._describe(spec.name)["partitions"])
+            if spec.partitions == 1 and partitions > 1:
+                raise BusError(f"topic {spec.name} has {partitions} partitions; it needs exactly 1")
+
+    def publish(self, records: Sequence[Record]) -> None:
+        """See feedback.bus.Bus."""
+        check_sizes(records)
+        with self._producer_lock:
+            try:
+                if self._producer is None:
+                    self._producer = _connect_producer(self._servers)
+                futures = [
+                    self._producer.send(
+                        record.topic,
+                        key=record.key,
+                        value=record.value,
+                        headers=[(EVENT_ID_HEADER, record.event_id.encode())],
+                    )
+                    for record in records
+                ]
+                self._producer.flush(timeout=_DELIVERY_WAIT_S)
+                # flush() says nothing about batches that expired or were refused; the futures do.
+                for future in futures:
+                    future.get(timeout=_DELIVERY_WAIT_S)
+            except (KafkaError, ValueError) as error:
+                # After a failed batch an idempotent producer may be out of sequence for good.
+                self._close_producer()
+                raise BusError(f"cannot publish: {error!r}") from error
+
+    def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
+        """See feedback.bus.Bus."""
+        partitions = [
+            TopicPartition(topic, partition["partition_index"])
+            for topic in topics
+            for partition in self._describe(topic)["partitions"]
+        ]
+        return KafkaLogConsumer(self._servers, {each: start.get((each.topic, each.partition)) for each in partitions})
+
+    def end_offsets(self, topic: str) -> dict[int, int]:
+        """See feedback.bus.Bus."""
+        partitions = [
+            TopicPartition(topic, partition["partition_index"]) for partition in self._describe(topic)["partitions"]
+        ]
+        with self._admin_lock:
+            ends = self._call_admin("list_partition_offsets", dict.fromkeys(partitions, OffsetSpec.LATEST))
+        return {each.partition: found.offset for each, found in ends.items()}
+
+    def log_id(self, topic: str) -> str:
+        """See feedback.bus.Bus."""
+        return str(self._describe(topic)["topic_id"])
+
+    def close(self) -> None:
+        """See feedback.bus.Bus."""
+        with self._producer_lock:
+            self._close_producer()
+        with self._admin_lock:
+            self._close_admin()
+
+    def _describe(self, topic: str) -> dict[str, Any]:
+        with self._admin_lock:
+            described: dict[str, Any] = self._call_admin("describe_topics", [topic])[0]
+        if described["error_code"]:
+            raise BusError(f"topic {topic}: {for_code(described['error_code']).__name__}")
+        return described
+
+    def _call_admin(self, method: str, *arguments: Any, **options: Any) -> Any:
+        try:
+            if self._admin is None:
+                self._admin = KafkaAdminClient(bootstrap_servers=self._servers, **CONNECTION)
+            return getattr(self._admin, method)(*arguments, **options)
+        except KafkaError as error:
+            self._close_admin()
+            raise BusError(f"{method} failed: {error!r}") from error
+
+    def _close_admin(self) -> None:
+        if self._admin is not None:
+            self._admin.close()
+            self._admin = None
+
+    def _close_producer(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            try:
+                producer.close(timeout=_DELIVERY_WAIT_S)
+            except KafkaError as error:
+                raise BusError(f"cannot close the producer: {error!r}") from error
+
+
+class KafkaLogConsumer:
+    """See feedback.bus.Consumer. Reads without a group: whoever consumes keeps the offsets beside what it made."""
+
+    def __init__(self, servers: Sequence[str], start: Mapping[TopicPartition, int | None]) -> None:
+        self._consumer: KafkaConsumer | None = None
+        try:
+            self._consumer = KafkaConsumer(
+                bootstrap_servers=servers,
+                group_id=None,
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+                allow_auto_create_topics=False,
+                fetch_max_wait_ms=100,
+                max_partition_fetch_bytes=MAX_RECORD_BYTES + OVERHEAD_BYTES,
+                **CONNECTION,
+            )
+            self._consumer.assign(list(start))
+            beginnings = self._consumer.beginning_offsets(list(start), timeout_ms=REQUEST_TIMEOUT_MS)
+            for partition, offset in start.items():
+                # Below the beginning is what retention has removed.
+                self._consumer.seek(partition, max(offset or 0, beginnings[partition]))
+        except KafkaError as error:
+            self.close()
+            raise BusError(f"cannot consume: {error!r}") from error
+
+    def poll(self, timeout_s: float) -> list[Delivered]:
+        """See feedback.bus.Consumer."""
+        if self._consumer is None:
+            raise BusError("the consumer is closed")
+        try:
+            batches = self._consumer.poll(timeout_ms=round(timeout_s * 1000))
+        except KafkaError as error:
+            raise BusError(f"cannot poll: {error!r}") from error
+        return [_delivered(record) for batch in batches.values() for record in batch]
+
+    def close(self) -> None:
+        """See feedback.bus.Consumer."""
+        if self._consumer is not None:
+            self._consumer.close(autocommit=False)
+            self._consumer = None
+
+
+_DELIVERY_WAIT_S = DELIVERY_TIMEOUT_MS / 1000 + 5
+
+
+def _connect_producer(servers: Sequence[str]) -> KafkaProducer:
+    return KafkaProducer(
+        bootstrap_servers=servers,
+        acks="all",
+        enable_idempotence=True,
+        delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+        max_block_ms=REQUEST_TIMEOUT_MS,
+        max_request_size=MAX_RECORD_BYTES + OVERHEAD_BYTES,
+        linger_ms=0,
+        allow_auto_create_topics=False,
+        **CONNECTION,
+    )
+
+
+def _new_topic(topic: TopicSpec) -> NewTopic:
+    settings = {"max.message.bytes": str(MAX_RECORD_BYTES + OVERHEAD_BYTES)}
+    if topic.compacted:
+        settings |= {"cleanup.policy": "compact", "retention.ms": "-1"}
+    # A replication factor of -1 is the broker's own.
+    return NewTopic(topic.name, num_partitions=topic.partitions, replication_factor=-1, topic_configs=settings)
+
+
+def _delivered(record: Any) -> Delivered:
+    event_id = next((value for name, value in record.headers if name == EVENT_ID_HEADER), b"")
+    return Delivered(
+        Position(record.topic, record.partition, record.offset),
+        record.key or b"",
+        record.value or b"",
+        event_id.decode(errors="replace"),
+    )

@@ -1,0 +1,144 @@
+"""Writes what ingest has read: rows, dead letters and offsets, in one transaction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Table, and_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from feedback.bus import Delivered
+from feedback.decode import DeadLetter, Row, dead_letter, decode
+from feedback.engine import open_engine, writing
+from feedback.tables import DEAD_LETTERS, DEMONSTRATIONS, OFFSETS, RANKINGS, SAMPLES
+from feedback.topics import DEMONSTRATIONS as DEMONSTRATIONS_TOPIC
+from feedback.topics import RANKINGS as RANKINGS_TOPIC
+from feedback.topics import SAMPLES as SAMPLES_TOPIC
+
+TABLES: Mapping[str, Table] = {
+    SAMPLES_TOPIC: SAMPLES,
+    RANKINGS_TOPIC: RANKINGS,
+    DEMONSTRATIONS_TOPIC: DEMONSTRATIONS,
+}
+
+Partition = tuple[str, int]
+
+
+class StaleError(Exception):
+    """Another ingest has moved the offsets. Nothing was written; read again from where they are now."""
+
+
+@dataclass(frozen=True)
+class Offset:
+    """The next offset to read from a partition, and in which log of that name."""
+
+    log_id: str
+    next_offset: int
+
+
+class Ledger:
+    """The store's writing side, for one thread. Methods raise sqlalchemy.exc.SQLAlchemyError."""
+
+    def __init__(self, url: str) -> None:
+        """Opens the database and brings its tables up to date; see feedback.engine.open_engine."""
+        self._engine = open_engine(url)
+
+    def offsets(self) -> dict[Partition, Offset]:
+        """How far each partition was read."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(OFFSETS)).all()
+        return {(row.topic, row.partition): Offset(row.log_id, row.next_offset) for row in rows}
+
+    def write(
+        self,
+        batch: Sequence[Delivered],
+        before: Mapping[Partition, Offset],
+        after: Mapping[Partition, Offset],
+    ) -> int:
+        """Writes the records, and moves the offsets of the partitions in `after` there from where `before` has them.
+
+        An event that is here already is passed over; one with the same id and other contents, or that cannot be used,
+        becomes a dead letter. Returns how many dead letters that were. Raises StaleError.
+        """
+        with writing(self._engine) as connection:
+            for partition, offset in after.items():
+                _move(connection, partition, before.get(partition), offset)
+            letters: list[DeadLetter] = []
+            for topic, table in TABLES.items():
+                letters += _insert_events(connection, table, [each for each in batch if each.position.topic == topic])
+            if letters:
+                connection.execute(_insert(connection, DEAD_LETTERS), [vars(letter) for letter in letters])
+            connection.commit()
+        return len(letters)
+
+    def unpublished_dead_letters(self, limit: int) -> list[tuple[str, bytes]]:
+        """Ids and events of dead letters that their topic does not have yet."""
+        columns = DEAD_LETTERS.c
+        statement = select(columns.event_id, columns.event).where(columns.published == 0).limit(limit)
+        with self._engine.connect() as connection:
+            return [(row.event_id, row.event) for row in connection.execute(statement)]
+
+    def mark_published(self, event_ids: Sequence[str]) -> None:
+        """Notes that the topic of dead letters has these."""
+        statement = update(DEAD_LETTERS).where(DEAD_LETTERS.c.event_id.in_(event_ids)).values(published=1)
+        with writing(self._engine) as connection:
+            connection.execute(statement)
+            connection.commit()
+
+    def close(self) -> None:
+        """Gives up the connections. Harmless when repeated."""
+        self._engine.dispose()
+
+
+def _move(connection: Connection, partition: Partition, before: Offset | None, after: Offset) -> None:
+    """Compare and set: of two ingests that have read the same records, one comes too late and is told."""
+    here = and_(OFFSETS.c.topic == partition[0], OFFSETS.c.partition == partition[1])
+    if before is None:
+        values = {"topic": partition[0], "partition": partition[1], **vars(after)}
+        moved = connection.execute(_insert(connection, OFFSETS), values).rowcount
+    else:
+        as_before = and_(OFFSETS.c.log_id == before.log_id, OFFSETS.c.next_offset == before.next_offset)
+        moved = connection.execute(update(OFFSETS).where(here, as_before).values(**vars(after))).rowcount
+    if moved != 1:
+        raise StaleError(f"the offset of {partition[0]}/{partition[1]} is no longer {before}")
+
+
+def _insert_events(connection: Connection, table: Table, batch: Sequence[Delivered]) -> list[DeadLetter]:
+    """Inserts the new events among these, and returns the rest as dead letters, save for plain duplicates."""
+    letters: list[DeadLetter] = []
+    decoded: list[tuple[Delivered, Row]] = []
+    for delivered in batch:
+        outcome = decode(delivered)
+        if isinstance(outcome, Row):
+            decoded.append((delivered, outcome))
+        else:
+            letters.append(outcome)
+    digests = _digests(connection, table, [row.event_id for _, row in decoded])
+    new: list[Row] = []
+    for delivered, row in decoded:
+        if row.event_id not in digests:
+            digests[row.event_id] = row.content_digest
+            new.append(row)
+        elif digests[row.event_id] != row.content_digest:
+            letters.append(dead_letter(delivered, "the event id is taken by an event with other contents"))
+    if new:
+        connection.execute(_insert(connection, table), [_values(row) for row in new])
+    return letters
+
+
+def _digests(connection: Connection, table: Table, event_ids: Sequence[str]) -> dict[str, bytes]:
+    columns = table.c
+    statement = select(columns.event_id, columns.content_digest).where(columns.event_id.in_(event_ids))
+    return {row.event_id: row.content_digest for row in connection.execute(statement)}
+
+
+def _values(row: Row) -> dict[str, object]:
+    values = {**vars(row), **vars(row.position), **row.own}
+    del values["position"], values["own"]
+    return values
+
+
+def _insert(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that passes over rows that are there already."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()

@@ -1,0 +1,96 @@
+"""The server's door to the outbox: an event is on disk when `append` returns."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from feedback.bus import MAX_RECORD_BYTES, Record
+from feedback.outbox_file import Entry, OutboxConflict, OutboxError, OutboxFile, OutboxFull, Receipt
+
+__all__ = ["Outbox", "OutboxConflict", "OutboxError", "OutboxFull", "Receipt"]
+
+GROUP_SIZE = 256
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    entry: Entry
+    receipt: asyncio.Future[Receipt]
+
+
+class Outbox:
+    """Stores events from asyncio. One thread writes, and one fsync serves all who wait at the time (group commit)."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        """Opens or creates the file. Raises OutboxError."""
+        self._file = OutboxFile(path, max_bytes)
+        self._file.pending(limit=1)  # Says now, rather than at the first request, if the file cannot be used.
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._closed = False
+        self._writer = threading.Thread(target=self._write, name="outbox", daemon=True)
+        self._writer.start()
+
+    async def append(self, record: Record, content_digest: bytes, acknowledge_time: datetime) -> Receipt:
+        """Stores an event, and returns when it is durable; if it was there already, the receipt has its first time.
+
+        `content_digest` is of what the caller said, without what differs between its retries. Raises OutboxFull,
+        OutboxConflict if the event id is there with another digest, OutboxError if the disk fails or this is closed,
+        and ValueError if the record is too large for the bus.
+        """
+        if len(record.key) + len(record.value) > MAX_RECORD_BYTES:
+            raise ValueError(f"event {record.event_id} has more than {MAX_RECORD_BYTES} bytes")
+        if self._closed:
+            raise OutboxError("the outbox is closed")
+        waiting = _Waiting(Entry(record, content_digest, acknowledge_time), asyncio.get_running_loop().create_future())
+        self._queue.put(waiting)
+        # A caller that leaves does not take its event back: it may be written by now.
+        return await waiting.receipt
+
+    def close(self) -> None:
+        """Writes what was given to it, and gives up the file. Harmless when repeated."""
+        self._closed = True
+        self._queue.put(None)
+        self._writer.join()
+
+    def _write(self) -> None:
+        while (group := self._next_group()) is not None:
+            outcomes: Sequence[Receipt | OutboxError]
+            try:
+                outcomes = self._file.append([waiting.entry for waiting in group])
+            except OutboxError as error:
+                outcomes = [error] * len(group)
+            for waiting, outcome in zip(group, outcomes, strict=True):
+                _tell(waiting, outcome)
+        self._file.close()
+
+    def _next_group(self) -> list[_Waiting] | None:
+        """Waits for an event and takes all others that have come by then. None when closed."""
+        first = self._queue.get()
+        if first is None:
+            return None
+        group = [first]
+        while len(group) < GROUP_SIZE and not self._queue.empty():
+            waiting = self._queue.get()
+            if waiting is None:
+                self._queue.put(None)
+                break
+            group.append(waiting)
+        return group
+
+
+def _tell(waiting: _Waiting, outcome: Receipt | OutboxError) -> None:
+    def settle() -> None:
+        if waiting.receipt.cancelled():
+            return
+        if isinstance(outcome, OutboxError):
+            waiting.receipt.set_exception(outcome)
+        else:
+            waiting.receipt.set_result(outcome)
+
+    loop = waiting.receipt.get_loop()
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(settle)

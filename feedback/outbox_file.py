@@ -1,0 +1,181 @@
+"""The outbox on disk: what was acknowledged, and whether the bus has it yet."""
+
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from feedback.bus import Record
+from feedback.sqlite_file import SqliteFile
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS events (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  event_id TEXT NOT NULL UNIQUE,
+  topic TEXT NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL,
+  content_digest BLOB NOT NULL,
+  acknowledge_time_us INTEGER NOT NULL,
+  published_time_us INTEGER
+);
+CREATE INDEX IF NOT EXISTS pending ON events (seq) WHERE published_time_us IS NULL;
+CREATE INDEX IF NOT EXISTS published ON events (published_time_us) WHERE published_time_us IS NOT NULL;
+CREATE TABLE IF NOT EXISTS logs (
+  topic TEXT NOT NULL, partition INTEGER NOT NULL, log_id TEXT NOT NULL, end_offset INTEGER NOT NULL,
+  PRIMARY KEY (topic, partition)
+) WITHOUT ROWID;
+"""
+PRUNE_ROWS = 1000
+
+
+class OutboxError(Exception):
+    """The outbox could not do what was asked. Whether an event was stored is not known; to try again is safe."""
+
+
+class OutboxFull(OutboxError):  # noqa: N818
+    """The outbox has reached its limit, or the disk is full. Nothing was stored."""
+
+
+class OutboxConflict(OutboxError):  # noqa: N818
+    """The event id is taken by an event with other contents. Nothing was stored."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An event to store. `content_digest` is of what the caller said, without what differs between its retries."""
+
+    record: Record
+    content_digest: bytes
+    acknowledge_time: datetime
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """When an event was first acknowledged, and whether that is this time."""
+
+    acknowledge_time: datetime
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class LogEnd:
+    """Where the relay last saw one partition of the bus end."""
+
+    topic: str
+    partition: int
+    log_id: str
+    end_offset: int
+
+
+class OutboxFile:
+    """The file, for one thread at a time; several processes may have it open. Methods raise OutboxError.
+
+    It grows to `max_bytes`, and then refuses new events until published ones are pruned.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self._file = SqliteFile(path, SCHEMA, max_bytes)
+        self._max_bytes = max_bytes
+
+    def append(self, entries: Sequence[Entry]) -> list[Receipt | OutboxConflict]:
+        """Stores the events, all with one fsync, and tells how each went. When it raises, none was stored."""
+        with self._transaction() as connection:
+            return [_append(connection, entry) for entry in entries]
+
+    def pending(self, limit: int) -> list[tuple[int, Record]]:
+        """The oldest events that the bus does not have yet, each with its number here."""
+        with self._transaction("DEFERRED") as connection:
+            rows = connection.execute(
+                "SELECT seq, topic, key, value, event_id FROM events WHERE published_time_us IS NULL"
+                " ORDER BY seq LIMIT ?",
+                (limit,),
+            ).fetchall()
+        return [(seq, Record(*fields)) for seq, *fields in rows]
+
+    def mark_published(self, seqs: Sequence[int]) -> None:
+        """Notes that the bus has these events."""
+        now_us = time.time_ns() // 1000
+        with self._transaction() as connection:
+            connection.executemany(
+                "UPDATE events SET published_time_us = ? WHERE seq = ?", [(now_us, seq) for seq in seqs]
+            )
+
+    def compare_logs(self, ends: Sequence[LogEnd]) -> int:
+        """Notes where the bus ends; if it lost something since the last time, makes all that is here pending again.
+
+        Returns how many events that are.
+        """
+        with self._transaction() as connection:
+            noted = {
+                (topic, partition): (log_id, end_offset)
+                for topic, partition, log_id, end_offset in connection.execute("SELECT * FROM logs")
+            }
+            connection.executemany(
+                "INSERT OR REPLACE INTO logs VALUES (?, ?, ?, ?)",
+                [(end.topic, end.partition, end.log_id, end.end_offset) for end in ends],
+            )
+            if not any(_is_loss(noted, end) for end in ends):
+                return 0
+            return connection.execute(
+                "UPDATE events SET published_time_us = NULL WHERE published_time_us IS NOT NULL"
+            ).rowcount
+
+    def prune(self, retention_s: float) -> int:
+        """Removes published events older than this; and the oldest, while more than half of the room is taken.
+
+        Returns how many, at most PRUNE_ROWS: it is to be called until it returns fewer.
+        """
+        before_us = int((time.time() - retention_s) * 1e6)
+        with self._transaction() as connection:
+            if self._used_bytes(connection) > self._max_bytes / 2:
+                before_us = time.time_ns() // 1000
+            return connection.execute(
+                "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE published_time_us < ?"
+                " ORDER BY published_time_us LIMIT ?)",
+                (before_us, PRUNE_ROWS),
+            ).rowcount
+
+    def close(self) -> None:
+        """Gives up the connection. Harmless when repeated."""
+        self._file.close()
+
+    def _used_bytes(self, connection: sqlite3.Connection) -> int:
+        pages, free_pages, page_bytes = (
+            connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free_pages) * page_bytes)
+
+    @contextmanager
+    def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        try:
+            with self._file.transaction(kind) as connection:
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            is_full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            raise (OutboxFull if is_full else OutboxError)(f"outbox: {error}") from error
+
+
+def _append(connection: sqlite3.Connection, entry: Entry) -> Receipt | OutboxConflict:
+    record = entry.record
+    found = connection.execute(
+        "SELECT content_digest, acknowledge_time_us FROM events WHERE event_id = ?", (record.event_id,)
+    ).fetchone()
+    if found is None:
+        time_us = round(entry.acknowledge_time.timestamp() * 1e6)
+        connection.execute(
+            "INSERT INTO events (event_id, topic, key, value, content_digest, acknowledge_time_us)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            (record.event_id, record.topic, record.key, record.value, entry.content_digest, time_us),
+        )
+        return Receipt(entry.acknowledge_time, is_new=True)
+    if found[0] != entry.content_digest:
+        return OutboxConflict(f"event {record.event_id} is stored with other contents")
+    return Receipt(datetime.fromtimestamp(found[1] / 1e6, UTC), is_new=False)
+
+
+def _is_loss(noted: Mapping[tuple[str, int], tuple[str, int]], end: LogEnd) -> bool:
+    log_id, end_offset = noted.get((end.topic, end.partition), (end.log_id, 0))
+    return log_id != end.log_id or end.end_offset < end_offset

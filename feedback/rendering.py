@@ -1,0 +1,70 @@
+"""A prompt as the tokens that the policy sees, the same for whoever serves and whoever trains."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from alignd.v1 import types_pb2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = {
+    types_pb2.ROLE_SYSTEM: "system",
+    types_pb2.ROLE_USER: "user",
+    types_pb2.ROLE_ASSISTANT: "assistant",
+}
+# Characters for private use: one that occurs in no message marks what is not a control token.
+PRIVATE_USE = range(0xE000, 0xF900)
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: types_pb2.Prompt) -> list[int]:
+    """Returns the token ids of a prompt, up to where the completion begins.
+
+    A chat is rendered by the tokenizer's own template. Text in it that looks like a special token, such as
+    "<|im_end|>", is encoded as the plain text it is, so nobody can end their turn early or speak as the system.
+    Raises jinja2.TemplateError if the template refuses the conversation. Not for two threads at once with one tokenizer.
+    """
+    if prompt.WhichOneof("content") == "text":
+        return _ids(tokenizer, prompt.text, add_special_tokens=True)
+    specials = sorted((each.content for each in tokenizer.added_tokens_decoder.values() if each.special), key=len)
+    # The longest first: a special token may begin with another.
+    pattern = "|".join(re.escape(special) for special in reversed(specials))
+    contents = [message.content for message in prompt.chat.messages]
+    if not specials or not any(re.search(pattern, content) for content in contents):
+        return _ids(tokenizer, _render(tokenizer, prompt.chat, contents), add_special_tokens=False)
+    return _disarmed_ids(tokenizer, prompt.chat, contents, pattern)
+
+
+def _disarmed_ids(
+    tokenizer: PreTrainedTokenizerBase, chat: types_pb2.Chat, contents: list[str], pattern: str
+) -> list[int]:
+    """Encodes a chat in which a message has the text of a special token.
+
+    A mark between the characters of that text lets the template pass it on without it being one; then the special
+    tokens left are the template's own, and the text between them is encoded, without the marks, as plain text.
+    """
+    taken = set("".join(contents)) | set(str(tokenizer.chat_template))
+    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in taken)
+    marked = [re.sub(pattern, lambda match: mark.join(match[0]), content) for content in contents]
+    token_ids: list[int] = []
+    for index, part in enumerate(re.split(f"({pattern})", _render(tokenizer, chat, marked))):
+        # re.split puts what matched at the odd places.
+        if index % 2:
+            token_ids += tokenizer.convert_tokens_to_ids([part])
+        elif part:
+            token_ids += _ids(tokenizer, part.replace(mark, ""), add_special_tokens=False, split_special_tokens=True)
+    return token_ids
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, chat: types_pb2.Chat, contents: list[str]) -> str:
+    messages = [
+        {"role": ROLES[message.role], "content": content}
+        for message, content in zip(chat.messages, contents, strict=True)
+    ]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    return [int(token_id) for token_id in tokenizer.encode(text, **options)]

@@ -1,0 +1,167 @@
+"""The bus of one machine: a SQLite file that any number of its processes write and read."""
+
+import sqlite3
+import threading
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from feedback.bus import BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
+from feedback.sqlite_file import SqliteFile, open_sqlite
+
+POLL_INTERVAL_S = 0.02
+MAX_POLL_RECORDS = 500
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS topics (name TEXT PRIMARY KEY, log_id TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS partitions (
+  topic TEXT NOT NULL, partition INTEGER NOT NULL, end_offset INTEGER NOT NULL,
+  PRIMARY KEY (topic, partition)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS records (
+  topic TEXT NOT NULL, partition INTEGER NOT NULL, "offset" INTEGER NOT NULL,
+  key BLOB NOT NULL, value BLOB NOT NULL, event_id TEXT NOT NULL,
+  PRIMARY KEY (topic, partition, "offset")
+);
+"""
+
+
+class SqliteBus:
+    """See feedback.bus.Bus. One connection, which the threads of the process take turns to use."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = SqliteFile(path, SCHEMA)
+        self._lock = threading.Lock()
+        with self._transaction("DEFERRED"):
+            pass  # Says now, rather than later, if the file cannot be opened.
+
+    def create_topics(self, topics: Sequence[TopicSpec]) -> None:
+        """See feedback.bus.Bus."""
+        with self._transaction() as connection:
+            for topic in topics:
+                connection.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (topic.name, uuid.uuid4().hex))
+                ends = _ends(connection, topic.name)
+                if topic.partitions == 1 and len(ends) > 1:
+                    raise BusError(f"topic {topic.name} has {len(ends)} partitions; it needs exactly 1")
+                if not ends:
+                    rows = [(topic.name, partition) for partition in range(topic.partitions)]
+                    connection.executemany("INSERT INTO partitions VALUES (?, ?, 0)", rows)
+
+    def publish(self, records: Sequence[Record]) -> None:
+        """See feedback.bus.Bus. All of the records are appended, or none."""
+        check_sizes(records)
+        with self._transaction() as connection:
+            ends = {topic: _ends_of_existing(connection, topic) for topic in {record.topic for record in records}}
+            rows = []
+            for record in records:
+                partition = zlib.crc32(record.key) % len(ends[record.topic])
+                offset = ends[record.topic][partition]
+                ends[record.topic][partition] = offset + 1
+                rows.append((record.topic, partition, offset, record.key, record.value, record.event_id))
+            connection.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?)", rows)
+            connection.executemany(
+                "UPDATE partitions SET end_offset = ? WHERE topic = ? AND partition = ?",
+                [(end, topic, partition) for topic in ends for partition, end in ends[topic].items()],
+            )
+
+    def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
+        """See feedback.bus.Bus."""
+        next_offsets = {
+            (topic, partition): start.get((topic, partition), 0)
+            for topic in topics
+            for partition in self.end_offsets(topic)
+        }
+        return SqliteConsumer(self._path, next_offsets)
+
+    def end_offsets(self, topic: str) -> dict[int, int]:
+        """See feedback.bus.Bus."""
+        with self._transaction("DEFERRED") as connection:
+            return _ends_of_existing(connection, topic)
+
+    def log_id(self, topic: str) -> str:
+        """See feedback.bus.Bus."""
+        with self._transaction("DEFERRED") as connection:
+            row = connection.execute("SELECT log_id FROM topics WHERE name = ?", (topic,)).fetchone()
+        if row is None:
+            raise BusError(f"topic {topic} does not exist")
+        return str(row[0])
+
+    def close(self) -> None:
+        """See feedback.bus.Bus."""
+        with self._lock:
+            self._file.close()
+
+    @contextmanager
+    def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        try:
+            with self._lock, self._file.transaction(kind) as connection:
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise BusError(f"{self._path}: {error}") from error
+
+
+class SqliteConsumer:
+    """See feedback.bus.Consumer. Looks for new rows only when another connection has written."""
+
+    def __init__(self, path: Path, next_offsets: dict[tuple[str, int], int]) -> None:
+        self._path = path
+        self._next_offsets = next_offsets
+        # Rotated at each read, so that a busy partition cannot keep the others waiting.
+        self._order = deque(next_offsets)
+        self._seen_version: int | None = None
+        try:
+            self._connection = open_sqlite(path)
+        except (sqlite3.Error, OSError) as error:
+            raise BusError(f"{path}: {error}") from error
+
+    def poll(self, timeout_s: float) -> list[Delivered]:
+        """See feedback.bus.Consumer."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            while True:
+                # Read before the rows: what is written in between is then found at the next look.
+                version = self._connection.execute("PRAGMA data_version").fetchone()[0]
+                delivered = self._read() if version != self._seen_version else []
+                if len(delivered) < MAX_POLL_RECORDS:
+                    self._seen_version = version
+                remaining_s = deadline - time.monotonic()
+                if delivered or remaining_s <= 0:
+                    return delivered
+                time.sleep(min(POLL_INTERVAL_S, remaining_s))
+        except sqlite3.Error as error:
+            raise BusError(f"{self._path}: {error}") from error
+
+    def _read(self) -> list[Delivered]:
+        delivered: list[Delivered] = []
+        self._order.rotate()
+        for topic, partition in self._order:
+            rows = self._connection.execute(
+                'SELECT "offset", key, value, event_id FROM records'
+                ' WHERE topic = ? AND partition = ? AND "offset" >= ? ORDER BY "offset" LIMIT ?',
+                (topic, partition, self._next_offsets[topic, partition], MAX_POLL_RECORDS - len(delivered)),
+            ).fetchall()
+            delivered += [Delivered(Position(topic, partition, row[0]), *row[1:]) for row in rows]
+            if rows:
+                self._next_offsets[topic, partition] = rows[-1][0] + 1
+        return delivered
+
+    def close(self) -> None:
+        """See feedback.bus.Consumer."""
+        self._connection.close()
+
+
+def _ends(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
+    return dict(connection.execute("SELECT partition, end_offset FROM partitions WHERE topic = ?", (topic,)).fetchall())
+
+
+def _ends_of_existing(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
+    ends = _ends(connection, topic)
+    if not ends:
+        raise BusError(f"topic {topic} does not exist")
+    return ends

@@ -1,0 +1,93 @@
+"""SQLite files in which a commit survives a crash of the process and of the machine."""
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+BUSY_TIMEOUT_S = 30.0
+
+
+class SqliteFile:
+    """A file with a schema, opened when first needed, and anew after an error. For one thread at a time."""
+
+    def __init__(self, path: Path, schema: str, max_bytes: int | None = None) -> None:
+        self._path = path
+        self._schema = schema
+        self._max_bytes = max_bytes
+        self._connection: sqlite3.Connection | None = None
+
+    @contextmanager
+    def transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        """One transaction, taken back if its block raises. DEFERRED is for reading. Raises sqlite3.Error, OSError."""
+        try:
+            connection = self._open()
+            connection.execute(f"BEGIN {kind}")
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            # Closing takes the transaction back. What a failed commit left behind in a connection is not to be
+            # trusted: the kernel may drop the pages that a failed fsync should have written.
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Gives up the connection. Harmless when repeated."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            connection = open_sqlite(self._path)
+            self._connection = connection
+            connection.executescript(f"BEGIN IMMEDIATE; {self._schema} COMMIT;")
+            if self._max_bytes is not None:
+                page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
+                connection.execute(f"PRAGMA max_page_count = {max(1, self._max_bytes // page_bytes)}")
+        return self._connection
+
+
+def open_sqlite(path: Path) -> sqlite3.Connection:
+    """Opens or creates the file, in WAL mode with an fsync at each commit. Transactions are begun by hand.
+
+    The connection may be handed from thread to thread, but not be used by two at once. Raises sqlite3.Error, OSError.
+    """
+    is_new = not path.exists()
+    if is_new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        _enter_wal(connection)
+        connection.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    if is_new:
+        fsync_folder(path.parent)
+    return connection
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Turns on WAL. SQLite does not wait for its busy timeout here, so processes that start at once would collide."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes durable that the files in this folder have the names they have. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

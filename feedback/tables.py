@@ -1,0 +1,84 @@
+"""The tables of the store, as SQLAlchemy sees them. feedback/migrations makes them."""
+
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, Table, Text, UniqueConstraint
+
+METADATA = MetaData()
+
+# SQLite gives an ever-growing key to INTEGER alone.
+Sequence64 = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _event_columns() -> tuple[Column[object], ...]:
+    """What the rows of all events have: where they stand in the log, and the event itself."""
+    return (
+        Column("topic", Text, nullable=False),
+        Column("partition", Integer, nullable=False),
+        Column("offset", BigInteger, nullable=False),
+        Column("user_id", Text, nullable=False),
+        Column("event_time_us", BigInteger, nullable=False),
+        Column("event", LargeBinary, nullable=False),
+        Column("content_digest", LargeBinary, nullable=False),
+    )
+
+
+# `seq` grows in the order in which rows became visible.
+SAMPLES = Table(
+    "samples",
+    METADATA,
+    Column("seq", Sequence64, primary_key=True, autoincrement=True),
+    Column("event_id", Text, nullable=False),
+    Column("prompt_digest", LargeBinary, nullable=False),
+    *_event_columns(),
+    UniqueConstraint("event_id", name="samples_event_id"),
+    Index("samples_prompt", "prompt_digest", "seq"),
+    Index("samples_user", "user_id"),
+    sqlite_autoincrement=True,
+)
+
+RANKINGS = Table(
+    "rankings",
+    METADATA,
+    Column("seq", Sequence64, primary_key=True, autoincrement=True),
+    Column("event_id", Text, nullable=False),
+    Column("sample_id", Text, nullable=False),
+    *_event_columns(),
+    UniqueConstraint("event_id", name="rankings_event_id"),
+    Index("rankings_sample", "sample_id", "user_id", "event_time_us", "event_id"),
+    Index("rankings_user", "user_id"),
+    sqlite_autoincrement=True,
+)
+
+DEMONSTRATIONS = Table(
+    "demonstrations",
+    METADATA,
+    Column("seq", Sequence64, primary_key=True, autoincrement=True),
+    Column("event_id", Text, nullable=False),
+    Column("sample_id", Text, nullable=False),
+    *_event_columns(),
+    UniqueConstraint("event_id", name="demonstrations_event_id"),
+    Index("demonstrations_sample", "sample_id"),
+    Index("demonstrations_user", "user_id"),
+    sqlite_autoincrement=True,
+)
+
+# What ingest has read: written in one transaction with the rows that came of it.
+OFFSETS = Table(
+    "offsets",
+    METADATA,
+    Column("topic", Text, primary_key=True),
+    Column("partition", Integer, primary_key=True, autoincrement=False),
+    Column("log_id", Text, nullable=False),
+    Column("next_offset", BigInteger, nullable=False),
+)
+
+DEAD_LETTERS = Table(
+    "dead_letters",
+    METADATA,
+    Column("event_id", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("event", LargeBinary, nullable=False),
+    Column("event_time_us", BigInteger, nullable=False),
+    # Whether the topic of dead letters has it yet.
+    Column("published", Integer, nullable=False, server_default="0"),
+    Index("dead_letters_published", "published"),
+)

@@ -1,0 +1,35 @@
+"""The topics of the bus, and what their records hold."""
+
+from collections.abc import Mapping
+
+from google.protobuf.message import Message
+
+from alignd.v1 import events_pb2
+from feedback.bus import TopicSpec
+
+SAMPLES = "alignd.samples.v1"
+RANKINGS = "alignd.rankings.v1"
+DEMONSTRATIONS = "alignd.demonstrations.v1"
+POLICIES = "alignd.policies.v1"
+DEAD_LETTERS = "alignd.dead_letters.v1"
+
+# Feedback is keyed by sample id. Policy events are keyed by event id, so that compaction, which Kafka wants before it
+# keeps a topic for ever, finds nothing to remove.
+TOPICS = (
+    TopicSpec(SAMPLES, partitions=4),
+    TopicSpec(RANKINGS, partitions=4),
+    TopicSpec(DEMONSTRATIONS, partitions=4),
+    TopicSpec(POLICIES, partitions=1, compacted=True),
+    TopicSpec(DEAD_LETTERS, partitions=1),
+)
+
+# What ingest reads.
+FEEDBACK_TOPICS = (SAMPLES, RANKINGS, DEMONSTRATIONS)
+
+EVENTS: Mapping[str, type[Message]] = {
+    SAMPLES: events_pb2.SampleEvent,
+    RANKINGS: events_pb2.RankingEvent,
+    DEMONSTRATIONS: events_pb2.DemonstrationEvent,
+    POLICIES: events_pb2.PolicyEvent,
+    DEAD_LETTERS: events_pb2.DeadLetterEvent,
+}

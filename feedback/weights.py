@@ -1,0 +1,70 @@
+"""Looks into safetensors files without a deep-learning library: what tensors they hold, and whether all is finite."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+CHUNK = 1 << 22
+
+# The bits of the exponent: all set in an infinity or a NaN, and in nothing else.
+EXPONENTS: Mapping[str, np.unsignedinteger[Any]] = {
+    "F64": np.uint64(0x7FF0_0000_0000_0000),
+    "F32": np.uint32(0x7F80_0000),
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+}
+
+
+class WeightsError(Exception):
+    """The file is not a safetensors file, or has what a policy must not have."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The form of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def tensor_specs(path: Path) -> dict[str, TensorSpec]:
+    """Reads the header: each tensor's name and form. Raises WeightsError, OSError."""
+    return {name: spec for name, (spec, _) in _read_header(path).items()}
+
+
+def check_finite(path: Path) -> None:
+    """Raises WeightsError if a number in the file is infinite or NaN, or its type cannot be checked; OSError."""
+    for name, (spec, offset) in _read_header(path).items():
+        exponent = EXPONENTS.get(spec.dtype)
+        if exponent is None:
+            raise WeightsError(f"{path.name}: tensor {name} is of type {spec.dtype}")
+        if not math.prod(spec.shape):
+            continue
+        bits = np.memmap(path, dtype=exponent.dtype, mode="r", offset=offset, shape=(math.prod(spec.shape),))
+        for begin in range(0, len(bits), CHUNK):
+            if np.any((bits[begin : begin + CHUNK] & exponent) == exponent):
+                raise WeightsError(f"{path.name}: tensor {name} is not finite")
+
+
+def _read_header(path: Path) -> Mapping[str, tuple[TensorSpec, int]]:
+    """Each tensor's form, and where in the file its numbers begin."""
+    try:
+        # The library checks the header: lengths, overlaps, holes.
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise WeightsError(f"{path.name}: {error}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (TensorSpec(entry["dtype"], tuple(entry["shape"])), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }

@@ -1,0 +1,90 @@
+"""Finds the policy that an engine can be started on; imports version 1 where there is none yet."""
+
+import asyncio
+import logging
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from alignd.v1 import events_pb2, policy_manifest_pb2
+from alignd.v1.policy_service_pb2 import STAGE_CANDIDATE, STAGE_LIVE, STAGE_REJECTED, STAGE_UNSPECIFIED
+from feedback.artifact import ArtifactError, verify_artifact, write_artifact
+
+from serving.config import ServingConfig
+from serving.policy_log import PolicyLog
+from serving.policy_service import artifact_path
+from serving.policy_state import PolicyRecord, new_change
+
+log = logging.getLogger(__name__)
+
+ACTOR = "serving/bootstrap"
+
+
+class NoPolicyError(Exception):
+    """There is nothing to serve; the message says what to do."""
+
+
+async def startable_policy(config: ServingConfig, folder: Path, policies: PolicyLog) -> PolicyRecord:
+    """Returns the live policy, whole on disk.
+
+    A live version whose files are damaged is rejected, and the one before takes its place.
+
+    Raises:
+        NoPolicyError: no version is live and none can be imported, or the last one is damaged.
+    """
+    if not policies.state.live_version:
+        await import_first(config, folder, policies)
+    while True:
+        record = policies.state.policies.get(policies.state.live_version)
+        if record is None:
+            raise NoPolicyError("no policy is whole; restore the folder of one from a backup")
+        try:
+            await asyncio.to_thread(verify_artifact, artifact_path(record.artifact_uri), None)
+        except ArtifactError as error:
+            log.error("v%d cannot be used: %s", record.manifest.version, error)
+            if len(policies.state.live_order) < 2:
+                raise NoPolicyError(f"the only live policy, v{record.manifest.version}, is damaged: {error}") from error
+            await change_stage(policies, record, STAGE_REJECTED, f"its files are damaged: {error}"[:1024])
+        else:
+            return record
+
+
+async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog) -> None:
+    """Registers the configured model as version 1 and makes it live.
+
+    Raises:
+        NoPolicyError: none is configured, or it cannot be read.
+    """
+    model = config.initial_model
+    if model is None:
+        raise NoPolicyError("no policy is registered; set serving.initial_model to a Hugging Face model folder")
+    if not (model / "config.json").is_file():
+        raise NoPolicyError(f"serving.initial_model: {model} holds no config.json")
+    manifest = policy_manifest_pb2.PolicyManifest(
+        version=1, reference_version=1, code_version=metadata.version("alignd")
+    )
+    manifest.create_time.GetCurrentTime()
+    path = folder / "v1"
+    if path.exists():
+        manifest = await asyncio.to_thread(verify_artifact, path, None)
+    else:
+        path, manifest = await asyncio.to_thread(
+            write_artifact, folder, manifest, lambda target: copy_model(model, target)
+        )
+    change = new_change(1, STAGE_UNSPECIFIED, STAGE_CANDIDATE, ACTOR, f"imported from {model.name}")
+    registered = events_pb2.PolicyRegistered(manifest=manifest, artifact_uri=str(path.resolve()), change=change)
+    await policies.propose(events_pb2.PolicyEvent(registered=registered))
+    if not policies.state.live_version:
+        await change_stage(policies, policies.state.policies[1], STAGE_LIVE, "the first policy")
+
+
+def copy_model(model: Path, target: Path) -> None:
+    """Copies a model's files, and nothing that would have to be unpickled."""
+    for source in sorted(model.iterdir()):
+        if source.is_file() and source.suffix in {".json", ".jinja", ".safetensors", ".txt", ".model"}:
+            shutil.copyfile(source, target / source.name)
+
+
+async def change_stage(policies: PolicyLog, record: PolicyRecord, stage: int, reason: str) -> None:
+    change = new_change(record.manifest.version, record.stage, stage, ACTOR, reason)  # type: ignore[arg-type]
+    await policies.propose(events_pb2.PolicyEvent(stage_changed=events_pb2.PolicyStageChanged(change=change)))

@@ -1,0 +1,148 @@
+"""The edge of the server: every request is parsed and validated here, and every exception becomes a status.
+
+Requests are parsed here and not by grpc, so that bytes which are no message are refused like any other bad field.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import protovalidate
+from google.protobuf import descriptor_pool, empty_pb2, message_factory
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from serving.errors import Refusal, Violation, bad_field, bad_fields, to_status
+
+log = logging.getLogger(__name__)
+
+LENGTH_DELIMITED = 2
+
+
+class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every method of alignd.v1; health and reflection pass through."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Returns the method's handler with the boundary around it."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/alignd.v1."):
+            return handler
+        message_class = request_class(handler_call_details.method)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                stream_boundary(handler.unary_stream, message_class), None, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            unary_boundary(handler.unary_unary, message_class), None, handler.response_serializer
+        )
+
+
+def request_class(method: str) -> type[Message]:
+    """Returns the class of a method's request, for a path such as "/alignd.v1.PolicyService/Promote"."""
+    name = method.lstrip("/").replace("/", ".")
+    descriptor = descriptor_pool.Default().FindMethodByName(name).input_type  # type: ignore[no-untyped-call]
+    return message_factory.GetMessageClass(descriptor)
+
+
+def unary_boundary(method: Callable[..., Awaitable[Message]], message_class: type[Message]) -> Callable[..., Any]:
+    """Returns `method` as a handler of raw bytes."""
+
+    async def handle(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+        try:
+            return await method(parse(raw, message_class), context)
+        except Refusal as refusal:
+            await context.abort_with_status(to_status(refusal))
+        except Exception as error:
+            if is_abort(error):
+                raise
+            log.exception("%s failed", message_class.__name__)
+            await context.abort_with_status(to_status(internal()))
+        raise AssertionError("abort_with_status raises")
+
+    return handle
+
+
+def stream_boundary(
+    method: Callable[..., AsyncIterator[Message]], message_class: type[Message]
+) -> Callable[..., AsyncIterator[Message]]:
+    """Returns a streaming `method` as a handler of raw bytes."""
+
+    async def handle(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Message]:
+        try:
+            async for response in method(parse(raw, message_class), context):
+                yield response
+        except Refusal as refusal:
+            await context.abort_with_status(to_status(refusal))
+        except Exception as error:
+            if is_abort(error):
+                raise
+            log.exception("%s failed", message_class.__name__)
+            await context.abort_with_status(to_status(internal()))
+
+    return handle
+
+
+def is_abort(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AbortError | grpc.aio.UsageError)
+
+
+def internal() -> Refusal:
+    """Returns what a caller hears of an error that is ours: nothing of its contents, which may be another user's."""
+    return Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed; its log says why")
+
+
+def parse(raw: bytes, message_class: type[Message]) -> Message:
+    """Returns the request that `raw` holds.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT, naming every field that breaks a rule of the contract.
+    """
+    try:
+        message = message_class.FromString(raw)
+    except DecodeError:
+        field = find_invalid_utf8(raw, message_class.DESCRIPTOR)
+        if field:
+            raise bad_field(field, "must be valid UTF-8") from None
+        raise bad_field("request", f"is not a serialised {message_class.DESCRIPTOR.full_name}") from None
+    violations = protovalidate.collect_violations(message)
+    if violations:
+        raise bad_fields([Violation(path(found), found.proto.message) for found in violations])
+    return message
+
+
+def path(found: protovalidate.Violation) -> str:
+    """Returns a violation's field path, such as "groups[2].completion_ids[0]"."""
+    steps = []
+    for element in found.proto.field.elements if found.proto.field else ():
+        subscript = element.subscript
+        index = f"[{subscript.value}]" if subscript is not None and subscript.field == "index" else ""
+        steps.append(f"{element.field_name}{index}")
+    return ".".join(steps) or "request"
+
+
+def find_invalid_utf8(raw: bytes, descriptor: Descriptor) -> str:
+    """Returns the path of the first string field in `raw` that is not UTF-8, or "" if there is none to be found."""
+    try:
+        unknown = UnknownFieldSet(empty_pb2.Empty.FromString(raw))
+    except DecodeError:
+        return ""
+    for item in unknown:
+        field = descriptor.fields_by_number.get(item.field_number)
+        if field is None or item.wire_type != LENGTH_DELIMITED:
+            continue
+        if field.type == FieldDescriptor.TYPE_STRING:
+            try:
+                item.data.decode("utf-8")
+            except UnicodeDecodeError:
+                return field.name
+        if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
+            inner = find_invalid_utf8(item.data, field.message_type)
+            if inner:
+                return f"{field.name}.{inner}"
+    return ""

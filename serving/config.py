@@ -1,0 +1,41 @@
+"""What can be set of the gRPC server and its engine."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ServingConfig(BaseModel):
+    """Settings of one serving replica."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 for all interfaces.")
+    port: int = Field(50051, ge=0, le=65535, description="TCP port of the gRPC server. 0 takes a free one.")
+    replica_id: str = Field("serving-0", min_length=1, max_length=64, description="Names this replica in reports.")
+    initial_model: Path | None = Field(
+        None, description="Hugging Face model folder that becomes version 1 when no policy is registered yet."
+    )
+    max_model_len: int = Field(1024, ge=32, description="Most tokens of a prompt and its completion together.")
+    default_max_tokens: int = Field(64, ge=1, description="Most tokens of a completion when a request does not say.")
+    max_inflight_completions: int = Field(
+        64, ge=16, description="Completions generated at a time; a request beyond them is refused with a retry delay."
+    )
+    max_message_bytes: int = Field(1 << 20, ge=1 << 16, description="Longest request taken, in bytes.")
+    stream_interval_ms: int = Field(20, ge=0, description="StreamSample sends new text at most this often.")
+    drain_timeout_s: float = Field(
+        20.0, ge=0, description="How long a swap waits for requests in flight before it goes on with them marked."
+    )
+    shutdown_grace_s: float = Field(30.0, ge=0, description="How long a stop waits for requests in flight.")
+    probe_tolerance: float = Field(
+        0.05,
+        gt=0,
+        description="Largest mean difference of served and trained log-probabilities, in nats, that proves a swap.",
+    )
+    dtype: str = Field("bfloat16", pattern="^(bfloat16|float16|float32)$", description="Type of the served weights.")
+    compile: bool = Field(False, description="Let vLLM compile the model: slower to start, faster on a GPU.")
+    kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB.")
+    gpu_memory_utilization: float = Field(
+        0.4, gt=0, le=1, description="Share of a GPU's memory that the engine takes; the trainer may need the rest."
+    )
+    num_threads: int | None = Field(None, ge=1, description="Threads of the engine on a CPU. Default: all cores.")

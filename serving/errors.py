@@ -1,0 +1,102 @@
+"""The refusals that RPCs answer with, and how they look on the wire.
+
+Every refusal is a google.rpc.Status with one ErrorInfo (an UPPER_SNAKE reason, domain "alignd", and the values that the
+message mentions), a BadRequest that names each field at fault, and a RetryInfo where trying again later can help.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "alignd"
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One field at fault: its path in the request, and what is wrong with it and what is allowed."""
+
+    field: str
+    description: str
+
+
+class Refusal(Exception):
+    """An RPC that is refused, for a reason that the caller can read and act on."""
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        *,
+        violations: Sequence[Violation] = (),
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.violations = tuple(violations)
+        self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
+
+
+def bad_field(field: str, description: str) -> Refusal:
+    """Returns INVALID_ARGUMENT for one field."""
+    return bad_fields([Violation(field, description)])
+
+
+def bad_fields(violations: Sequence[Violation]) -> Refusal:
+    """Returns INVALID_ARGUMENT for the fields at fault."""
+    message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, violations=violations)
+
+
+def not_permitted(reason: str, field: str, description: str) -> Refusal:
+    """Returns PERMISSION_DENIED for what one field claims."""
+    return Refusal(
+        grpc.StatusCode.PERMISSION_DENIED, reason, f"{field}: {description}", violations=[Violation(field, description)]
+    )
+
+
+def unavailable(reason: str, message: str, retry_after_s: float = 1.0) -> Refusal:
+    """Returns UNAVAILABLE: safe to retry."""
+    return Refusal(grpc.StatusCode.UNAVAILABLE, reason, message, retry_after_s=retry_after_s)
+
+
+def exhausted(reason: str, message: str, retry_after_s: float = 1.0) -> Refusal:
+    """Returns RESOURCE_EXHAUSTED: safe to retry after the delay."""
+    return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, retry_after_s=retry_after_s)
+
+
+def to_status(refusal: Refusal) -> grpc.Status:
+    """Returns the refusal as gRPC sends it."""
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata)
+    ]
+    if refusal.violations:
+        details.append(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field=violation.field, description=violation.description
+                    )
+                    for violation in refusal.violations
+                ]
+            )
+        )
+    if refusal.retry_after_s is not None:
+        delay = duration_pb2.Duration(nanos=0)
+        delay.FromMilliseconds(round(refusal.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=code_pb2.Code.Value(refusal.code.name), message=refusal.message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return rpc_status.to_status(status)

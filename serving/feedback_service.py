@@ -1,0 +1,102 @@
+"""FeedbackService: checks that feedback is of what was shown to whom, and answers when it is durable."""
+
+import uuid
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from alignd.v1 import events_pb2, feedback_service_pb2, feedback_service_pb2_grpc, feedback_token_pb2
+
+from feedback.outbox import Outbox
+from feedback.token import Keyring, TokenError, verify
+from feedback.topics import DEMONSTRATIONS, RANKINGS
+from serving.errors import Violation, bad_field, bad_fields, not_permitted
+from serving.recording import record
+
+# Ids are made of the user and the request, so that a retry at any replica makes the same one.
+RANKING_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c01")
+DEMONSTRATION_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c02")
+
+
+class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
+    """The handlers; all they need is the keyring and the outbox."""
+
+    def __init__(self, outbox: Outbox, keyring: Keyring) -> None:
+        self.outbox = outbox
+        self.keyring = keyring
+
+    async def SubmitRanking(
+        self, request: feedback_service_pb2.SubmitRankingRequest, context: Any
+    ) -> feedback_service_pb2.SubmitRankingResponse:
+        """Records a ranking."""
+        claims = self._claims(request.feedback_token, request.user_id)
+        check_ranking(request, claims)
+        event = events_pb2.RankingEvent(
+            event_id=feedback_id(RANKING_NAMESPACE, request.user_id, request.request_id),
+            user_id=request.user_id,
+            sample_id=claims.sample_id,
+            groups=request.groups,
+            shown_completion_ids=request.shown_completion_ids,
+            comment=request.comment,
+            policy_versions={each.completion_id: each.policy_version for each in claims.completions},
+        )
+        acknowledged = await record(self.outbox, RANKINGS, event.sample_id, event)
+        return feedback_service_pb2.SubmitRankingResponse(ranking_id=event.event_id, acknowledge_time=acknowledged)
+
+    async def SubmitDemonstration(
+        self, request: feedback_service_pb2.SubmitDemonstrationRequest, context: Any
+    ) -> feedback_service_pb2.SubmitDemonstrationResponse:
+        """Records a demonstration."""
+        claims = self._claims(request.feedback_token, request.user_id)
+        event = events_pb2.DemonstrationEvent(
+            event_id=feedback_id(DEMONSTRATION_NAMESPACE, request.user_id, request.request_id),
+            user_id=request.user_id,
+            sample_id=claims.sample_id,
+            text=request.text,
+        )
+        acknowledged = await record(self.outbox, DEMONSTRATIONS, event.sample_id, event)
+        return feedback_service_pb2.SubmitDemonstrationResponse(
+            demonstration_id=event.event_id, acknowledge_time=acknowledged
+        )
+
+    def _claims(self, feedback_token: str, user_id: str) -> feedback_token_pb2.FeedbackClaims:
+        """Returns what the token says, if it is ours, in time, and this user's."""
+        try:
+            claims = verify(feedback_token, self.keyring, datetime.now(UTC))
+        except TokenError as error:
+            raise not_permitted(f"TOKEN_{error.reason.name}", "feedback_token", error.reason.value) from error
+        if claims.user_id != user_id:
+            raise not_permitted("TOKEN_OF_ANOTHER_USER", "user_id", "is not the user that the sample was drawn for")
+        return claims
+
+
+def feedback_id(namespace: uuid.UUID, user_id: str, request_id: str) -> str:
+    return str(uuid.uuid5(namespace, f"{uuid.UUID(request_id)}/{user_id}"))
+
+
+def check_ranking(
+    request: feedback_service_pb2.SubmitRankingRequest, claims: feedback_token_pb2.FeedbackClaims
+) -> None:
+    """Refuses a ranking that does not hold each completion of the sample exactly once."""
+    issued = {each.completion_id for each in claims.completions}
+    if len(issued) < 2:
+        raise bad_field("feedback_token", "is of a sample with one completion; a ranking needs at least 2")
+    ranked = (completion_id for group in request.groups for completion_id in group.completion_ids)
+    violations = differences("groups", ranked, issued)
+    if request.shown_completion_ids:
+        violations += differences("shown_completion_ids", request.shown_completion_ids, issued)
+    if violations:
+        raise bad_fields(violations)
+
+
+def differences(field: str, completion_ids: Iterable[str], issued: set[str]) -> list[Violation]:
+    """Returns how `completion_ids` differs from holding each issued id once."""
+    counts = Counter(completion_ids)
+    found = {
+        "unknown": sorted(counts.keys() - issued),
+        "missing": sorted(issued - counts.keys()),
+        "repeated": sorted(each for each, count in counts.items() if count > 1),
+    }
+    allowed = "each completion of the sample must stand in it exactly once"
+    return [Violation(field, f"{kind}: {', '.join(ids)}; {allowed}") for kind, ids in found.items() if ids]

@@ -1,0 +1,131 @@
+"""The replica's view of the `policies` topic: follows it, and appends to it.
+
+The topic is the truth. A proposal is appended and then awaited on the way back, so its caller hears what became of it
+in the order that every replica sees. All state is touched on the event loop; a thread only reads the bus.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from alignd.v1 import events_pb2, policy_service_pb2
+from google.protobuf.message import DecodeError
+
+from feedback.bus import Bus, BusError, Delivered, Record
+from feedback.topics import POLICIES
+from serving.errors import unavailable
+from serving.policy_state import Outcome, PolicyState, apply
+
+log = logging.getLogger(__name__)
+
+READ_BACK_TIMEOUT_S = 15.0
+POLL_S = 1.0
+
+
+class PolicyLog:
+    """Follows the `policies` topic on `bus`."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.state = PolicyState()
+        self.changes: list[policy_service_pb2.WatchResponse] = []
+        self._outcomes: dict[str, Outcome] = {}
+        self._read_to: dict[int, int] = {}
+        self._changed = asyncio.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> None:
+        """Begins to follow, and returns when all that was in the topic has been read."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._follow, args=(loop,), name="policy-log", daemon=True)
+        self._thread.start()
+        ends = await asyncio.to_thread(self._end_offsets)
+        while any(self._read_to.get(partition, 0) < end for partition, end in ends.items()):
+            await self.changed()
+
+    async def stop(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        if self._thread:
+            await asyncio.to_thread(self._thread.join)
+
+    async def changed(self) -> None:
+        """Returns when the next event has been read."""
+        await self._changed.wait()
+
+    async def propose(self, event: events_pb2.PolicyEvent) -> Outcome:
+        """Appends `event`, and returns what it came to.
+
+        Raises:
+            Refusal: UNAVAILABLE if the bus did not take it, or did not give it back in time; safe to retry.
+        """
+        event.event_id = str(uuid.uuid4())
+        record = Record(POLICIES, event.event_id.encode(), event.SerializeToString(), event.event_id)
+        try:
+            await asyncio.to_thread(self.bus.publish, [record])
+            async with asyncio.timeout(READ_BACK_TIMEOUT_S):
+                while event.event_id not in self._outcomes:
+                    await self.changed()
+        except (BusError, TimeoutError) as error:
+            raise unavailable("BUS_UNAVAILABLE", f"the event bus does not answer: {error or 'timed out'}") from error
+        return self._outcomes[event.event_id]
+
+    async def watch(self, after_revision: int) -> AsyncIterator[policy_service_pb2.WatchResponse]:
+        """Yields every change after `after_revision`, and then each as it happens."""
+        revision = after_revision
+        while True:
+            for change in self.changes[revision:]:
+                yield change
+            revision = max(revision, len(self.changes))
+            await self.changed()
+
+    def _end_offsets(self) -> dict[int, int]:
+        while not self._stop.is_set():
+            try:
+                return self.bus.end_offsets(POLICIES)
+            except BusError as error:
+                log.warning("the event bus does not answer (%s); trying again", error)
+                self._stop.wait(POLL_S)
+        return {}
+
+    def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Reads the topic for ever, from the beginning; what was read twice is dropped by its event id."""
+        while not self._stop.is_set():
+            try:
+                consumer = self.bus.consume([POLICIES], {})
+                while not self._stop.is_set():
+                    for delivered in consumer.poll(POLL_S):
+                        loop.call_soon_threadsafe(self._read, delivered)
+                consumer.close()
+            except BusError as error:
+                log.warning("cannot read the policies topic (%s); trying again", error)
+                time.sleep(POLL_S)
+
+    def _read(self, delivered: Delivered) -> None:
+        position = delivered.position
+        self._read_to[position.partition] = max(self._read_to.get(position.partition, 0), position.offset + 1)
+        try:
+            event = events_pb2.PolicyEvent.FromString(delivered.value)
+        except DecodeError:
+            log.error("the record at %s is no PolicyEvent; it is passed over", position)
+        else:
+            if event.event_id not in self._outcomes:
+                self._record(event)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _record(self, event: events_pb2.PolicyEvent) -> None:
+        outcome = apply(self.state, event)
+        self.state = outcome.state
+        self._outcomes[event.event_id] = outcome
+        for change in outcome.changes:
+            response = policy_service_pb2.WatchResponse(revision=len(self.changes) + 1)
+            if isinstance(change, policy_service_pb2.StageChange):
+                response.stage_change.CopyFrom(change)
+            else:
+                response.replica_status.CopyFrom(change)
+            self.changes.append(response)

@@ -1,0 +1,184 @@
+"""One serving replica, put together: its services, its engine, and the order in which they come and go.
+
+Coming: the port opens with health NOT_SERVING; the policy log is read; the engine loads the live version and proves it;
+health turns SERVING. Going: health NOT_SERVING, no new calls, those in flight end, then the engine. Feedback is taken
+throughout, since it needs no engine.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from alignd.v1 import (
+    feedback_service_pb2,
+    feedback_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
+)
+from grpc_health.v1 import health as grpc_health
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from feedback.bus import open_bus
+from feedback.config import FeedbackConfig
+from feedback.outbox import Outbox
+from feedback.token import load_keyring
+from feedback.topics import TOPICS
+from serving.bootstrap import startable_policy
+from serving.boundary import Boundary
+from serving.config import ServingConfig
+from serving.feedback_service import FeedbackService
+from serving.inference_service import InferenceService, Serving
+from serving.policy_log import PolicyLog
+from serving.policy_service import PolicyService, artifact_path
+from serving.sampler import Quota
+from serving.slot import Slot
+from serving.swapper import Swapper
+from serving.vllm_engine import Engine, start_engine
+
+log = logging.getLogger(__name__)
+
+ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
+OTHER_SERVICES = ("alignd.v1.FeedbackService", "alignd.v1.PolicyService")
+HEALTH_CHECK_S = 2.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a replica finds what it shares with others, and keeps what is its own."""
+
+    bus_url: str
+    outbox: Path
+    keyring: Path
+    policies: Path
+
+
+async def serve(
+    config: ServingConfig,
+    feedback: FeedbackConfig,
+    places: Places,
+    on_listening: Callable[[int], None] = lambda port: None,
+) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        EngineError: the engine is dead; start again.
+    """
+    bus = await asyncio.to_thread(open_bus, places.bus_url)
+    await asyncio.to_thread(bus.create_topics, TOPICS)
+    outbox = await asyncio.to_thread(Outbox, places.outbox, feedback.outbox_max_bytes)
+    policies = PolicyLog(bus)
+    serving = Serving(Slot(), policies, Quota(config.max_inflight_completions))
+    keyring = load_keyring(places.keyring)
+    server = grpc.aio.server(
+        interceptors=[Boundary()],
+        options=[("grpc.max_receive_message_length", config.max_message_bytes), ("grpc.so_reuseport", 0)],
+    )
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceService(serving, outbox, keyring, config, feedback.token_ttl_s), server
+    )
+    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(outbox, keyring), server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies), server)
+    health = await add_standard_services(server)
+    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    await server.start()
+    log.info("listening on %s:%d", config.host, port)
+    on_listening(port)
+    try:
+        await until_stopped(run_engine(config, places, serving, health))
+    finally:
+        serving.accepting = False
+        await health.enter_graceful_shutdown()
+        await server.stop(config.shutdown_grace_s)
+        if serving.engine:
+            serving.engine.shutdown()
+        await policies.stop()
+        await asyncio.to_thread(outbox.close)
+        await asyncio.to_thread(bus.close)
+
+
+async def add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.HealthServicer:
+    """Adds health, NOT_SERVING where an engine is needed, and reflection."""
+    health = grpc_health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    for name in ENGINE_SERVICES:
+        await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    for name in OTHER_SERVICES:
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    names = [
+        module.DESCRIPTOR.services_by_name[name].full_name
+        for module, name in (
+            (inference_service_pb2, "InferenceService"),
+            (feedback_service_pb2, "FeedbackService"),
+            (policy_service_pb2, "PolicyService"),
+            (health_pb2, "Health"),
+        )
+    ]
+    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    return health
+
+
+async def until_stopped(work: Coroutine[None, None, None]) -> None:
+    """Runs `work` until it fails or a signal asks this process to end."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stopped.set)
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stopped.wait())
+    done, _ = await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if working in done:
+        working.result()
+    for task in (working, stopping):
+        task.cancel()
+    await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+async def run_engine(
+    config: ServingConfig, places: Places, serving: Serving, health: grpc_health.aio.HealthServicer
+) -> None:
+    """Starts the engine on the live policy, and keeps it on the live policy from then on."""
+    await serving.policies.start()
+    record = await startable_policy(config, places.policies, serving.policies)
+    folder = artifact_path(record.artifact_uri)
+    log.info("starting vLLM on v%d", record.manifest.version)
+    engine = serving.engine = await start_in_thread(folder, config)
+    swapper = Swapper(
+        engine,
+        serving.slot,
+        serving.policies,
+        replica_id=config.replica_id,
+        drain_timeout_s=config.drain_timeout_s,
+        tolerance=config.probe_tolerance,
+    )
+    await swapper.begin(record)
+    serving.accepting = True
+    for name in ENGINE_SERVICES:
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    log.info("serving v%d", record.manifest.version)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(swapper.follow())
+        tasks.create_task(watch_engine(engine))
+
+
+async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:
+    """Starts the engine while the port answers; a stop that comes meanwhile still ends the engine's processes."""
+    starting = asyncio.ensure_future(asyncio.to_thread(start_engine, folder, config))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        (await starting).shutdown()
+        raise
+
+
+async def watch_engine(engine: Engine) -> None:
+    """Raises EngineError when the engine dies, so that the process ends and is started afresh."""
+    while True:
+        await asyncio.sleep(HEALTH_CHECK_S)
+        await engine.check_health()

@@ -1,0 +1,78 @@
+"""The place of one policy version in an engine: who may use it, and when it may be exchanged.
+
+A request holds the slot from admission to its end, so its version is pinned. An exchange closes the slot to new
+requests, waits for those inside, and opens it again; requests that come meanwhile wait rather than fail.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from alignd.v1.types_pb2 import PolicyRef
+
+
+@dataclass(eq=False)
+class Hold:
+    """A request's claim on the slot. `spans_swap` turns true if an exchange could not wait for it."""
+
+    policy: PolicyRef
+    spans_swap: bool = False
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How an exchange went so far, in seconds: the wait for requests inside, and when nothing was inside any more."""
+
+    drain_seconds: float
+    emptied_at: float
+
+
+class Slot:
+    """Holds at most one policy version."""
+
+    def __init__(self) -> None:
+        self.policy: PolicyRef | None = None
+        self._holds: set[Hold] = set()
+        self._open = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[Hold]:
+        """Admits a request, after an exchange under way has ended."""
+        await self._open.wait()
+        assert self.policy is not None
+        hold = Hold(self.policy)
+        self._holds.add(hold)
+        self._empty.clear()
+        try:
+            yield hold
+        finally:
+            self._holds.discard(hold)
+            if not self._holds:
+                self._empty.set()
+
+    async def close(self, timeout_s: float) -> Exchange:
+        """Admits nobody from here on, and returns when those inside are gone, or marked after `timeout_s`."""
+        started = time.monotonic()
+        self._open.clear()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            for hold in self._holds:
+                hold.spans_swap = True
+        now = time.monotonic()
+        return Exchange(drain_seconds=now - started, emptied_at=now)
+
+    def open(self, policy: PolicyRef) -> None:
+        """Admits requests to `policy`."""
+        self.policy = policy
+        self._open.set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is inside."""
+        return not self._holds

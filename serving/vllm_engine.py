@@ -1,0 +1,165 @@
+"""The engine: vLLM's AsyncLLM, with the few things that serving needs of it. The only module here that imports vLLM."""
+
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED, FinishReason
+
+from serving.config import ServingConfig
+
+FINISH_REASONS: dict[str | None, FinishReason] = {
+    None: FINISH_REASON_UNSPECIFIED,
+    "stop": FINISH_REASON_STOP,
+    "length": FINISH_REASON_LENGTH,
+}
+
+
+class EngineError(Exception):
+    """The engine cannot do what was asked, or is dead."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How completions are drawn; every value is decided."""
+
+    num_completions: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of one completion."""
+
+    index: int
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason
+
+
+class Engine:
+    """One vLLM engine with one set of weights at a time."""
+
+    def __init__(self, llm: Any, max_model_len: int) -> None:
+        self._llm = llm
+        self.max_model_len = max_model_len
+        self.tokenizer = llm.get_tokenizer()
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], draw: Draw, cache_salt: str, *, stream: bool
+    ) -> AsyncIterator[list[Delta]]:
+        """Yields new text as it is written, or, unless `stream`, once when all has been.
+
+        Cancelling the iteration ends the generation. `cache_salt` keeps what was cached of different weights apart.
+
+        Raises:
+            EngineError: vLLM failed, or is dead.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            n=draw.num_completions,
+            temperature=draw.temperature,
+            top_p=draw.top_p,
+            max_tokens=draw.max_tokens,
+            stop=list(draw.stop) or None,
+            seed=draw.seed,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = {"prompt_token_ids": list(prompt_token_ids), "cache_salt": cache_salt}
+        try:
+            async for output in self._llm.generate(prompt, params, request_id):
+                yield [
+                    Delta(each.index, each.text, len(each.token_ids), FINISH_REASONS[each.finish_reason])
+                    for each in output.outputs
+                ]
+        except KeyError as error:
+            raise EngineError(f"vLLM ended a completion with {error}") from error
+        except _vllm_errors() as error:
+            raise EngineError(f"vLLM failed: {error}") from error
+
+    async def logprobs(self, token_ids: Sequence[int], request_id: str) -> list[float]:
+        """Returns the log-probability, in nats, of each token but the first, given those before it."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        # A salt of its own: log-probabilities are computed afresh, never read from a cache.
+        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": request_id}
+        rows: Any = None
+        try:
+            async for output in self._llm.generate(prompt, params, request_id):
+                rows = output.prompt_logprobs or rows
+        except _vllm_errors() as error:
+            raise EngineError(f"vLLM failed: {error}") from error
+        if rows is None or len(rows) != len(token_ids):
+            raise EngineError("vLLM returned no log-probabilities of the prompt")
+        return [row[token].logprob for row, token in zip(rows[1:], token_ids[1:], strict=True)]
+
+    async def load_weights(self, folder: Path) -> None:
+        """Replaces the weights in place by those in `folder`, and forgets everything computed from the old ones.
+
+        Requests in flight stand still meanwhile and then go on with the new weights; the caller sees to it that there
+        are none, or that they are marked.
+
+        Raises:
+            EngineError: the weights do not fit, or the engine is dead.
+        """
+        try:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            try:
+                await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                await self._llm.reset_prefix_cache(reset_running_requests=True)
+            finally:
+                await self._llm.resume_generation()
+        except Exception as error:
+            # vLLM passes whatever a worker raised on as a plain Exception.
+            raise EngineError(f"vLLM could not load {folder.name}: {error}") from error
+
+    async def check_health(self) -> None:
+        """Raises EngineError if the engine is dead."""
+        try:
+            await self._llm.check_health()
+        except _vllm_errors() as error:
+            raise EngineError(f"vLLM is dead: {error}") from error
+
+    def shutdown(self) -> None:
+        """Ends the engine's processes."""
+        self._llm.shutdown()
+
+
+def _vllm_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises of its own; ValueError is its word for input that it does not take."""
+    from vllm.exceptions import VLLMError
+
+    return VLLMError, ValueError
+
+
+def start_engine(folder: Path, config: ServingConfig) -> Engine:
+    """Starts vLLM on the model in `folder`; takes half a minute or more."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if config.num_threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(folder),
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_inflight_completions,
+        enforce_eager=not config.compile,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=True,
+        generation_config="vllm",
+        disable_log_stats=True,
+    )
+    return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)

@@ -1,0 +1,5 @@
+"""What can go wrong in a training run."""
+
+
+class TrainingError(RuntimeError):
+    """A run cannot go on; the message says why. The policy that is live stays as it is."""

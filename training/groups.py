@@ -1,0 +1,129 @@
+"""Lays a prompt and its K completions out in one row, so that the prompt is encoded once and each completion once.
+
+Completions of a row attend to the prompt and to themselves, never to each other, and their positions all follow the
+prompt's: each gets exactly what it would get alone in a row of its own. A row of K completions of length c after a
+prompt of length p costs p + K c tokens instead of K (p + c).
+
+G groups, T tokens of the longest row, N completions over all groups, C tokens of the longest completion.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+PROMPT, PADDING = 0, -1
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and completions of it, in token ids. A completion that was ended by the policy has its end token."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.completions or not all(self.completions):
+            raise ValueError("a group needs a prompt and completions, none of them empty")
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions))
+
+
+@dataclass(frozen=True)
+class PackedGroups:
+    """Groups as tensors. Places are indices into the rows laid end to end, that is into a tensor of G * T."""
+
+    tokens_GT: Tensor
+    positions_GT: Tensor
+    attends_G1TT: Tensor
+    """True where the token of the third axis sees that of the fourth."""
+    labels_NC: Tensor
+    """The completions' tokens; 0 beyond their ends."""
+    mask_NC: Tensor
+    """True on the completions' tokens."""
+    before_NC: Tensor
+    """The place before each token: where it is predicted, and valued."""
+    last_N: Tensor
+    """The place of each completion's last token: where it is scored."""
+    group_sizes: tuple[int, ...]
+    """Completions of each group."""
+
+
+def pack(groups: Sequence[Group]) -> PackedGroups:
+    """Lays out groups, one a row, padded to the longest."""
+    num_tokens = max(map(len, groups))
+    tokens_GT = torch.zeros(len(groups), num_tokens, dtype=torch.long)
+    positions_GT = torch.zeros_like(tokens_GT)
+    segments_GT = torch.full_like(tokens_GT, PADDING)
+    for row, group in enumerate(groups):
+        tokens, positions, segments = _row(group)
+        tokens_GT[row, : len(tokens)] = torch.tensor(tokens)
+        positions_GT[row, : len(tokens)] = torch.tensor(positions)
+        segments_GT[row, : len(tokens)] = torch.tensor(segments)
+    labels_NC, mask_NC, before_NC = _completions(groups, num_tokens)
+    return PackedGroups(
+        tokens_GT=tokens_GT,
+        positions_GT=positions_GT,
+        attends_G1TT=_attends(segments_GT).unsqueeze(1),
+        labels_NC=labels_NC,
+        mask_NC=mask_NC,
+        before_NC=before_NC,
+        last_N=_last(groups, num_tokens),
+        group_sizes=tuple(len(group.completions) for group in groups),
+    )
+
+
+def _row(group: Group) -> tuple[list[int], list[int], list[int]]:
+    num_prompt = len(group.prompt)
+    tokens, positions = list(group.prompt), list(range(num_prompt))
+    segments = [PROMPT] * num_prompt
+    for index, completion in enumerate(group.completions, start=1):
+        tokens += completion
+        positions += range(num_prompt, num_prompt + len(completion))
+        segments += [index] * len(completion)
+    return tokens, positions, segments
+
+
+def _attends(segments_GT: Tensor) -> Tensor:
+    """Causal, and within the prompt or one's own completion. Padding sees itself, since a softmax over nothing is NaN."""
+    num_tokens = segments_GT.shape[1]
+    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    same_GTT = segments_GT[:, :, None] == segments_GT[:, None, :]
+    prompt_GTT = (segments_GT == PROMPT)[:, None, :].expand_as(same_GTT)
+    return causal_TT & (same_GTT | prompt_GTT)
+
+
+def _starts(group: Group) -> list[int]:
+    """Where each completion begins in its row."""
+    return list(accumulate((len(completion) for completion in group.completions), initial=len(group.prompt)))[:-1]
+
+
+def _completions(groups: Sequence[Group], num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    completions = [completion for group in groups for completion in group.completions]
+    shape = len(completions), max(map(len, completions))
+    labels_NC = torch.zeros(shape, dtype=torch.long)
+    mask_NC = torch.zeros(shape, dtype=torch.bool)
+    before_NC = torch.zeros(shape, dtype=torch.long)
+    index = 0
+    for row, group in enumerate(groups):
+        for start, completion in zip(_starts(group), group.completions, strict=True):
+            length, offset = len(completion), row * num_tokens
+            labels_NC[index, :length] = torch.tensor(completion)
+            mask_NC[index, :length] = True
+            before_NC[index, :length] = offset + start - 1 + torch.arange(length)
+            # The first token is predicted by the prompt's last, which does not stand beside it in the row.
+            before_NC[index, 0] = offset + len(group.prompt) - 1
+            index += 1
+    return labels_NC, mask_NC, before_NC
+
+
+def _last(groups: Sequence[Group], num_tokens: int) -> Tensor:
+    places = [
+        row * num_tokens + start + len(completion) - 1
+        for row, group in enumerate(groups)
+        for start, completion in zip(_starts(group), group.completions, strict=True)
+    ]
+    return torch.tensor(places)

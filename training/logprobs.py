@@ -1,0 +1,53 @@
+"""Log-probabilities of given tokens from hidden states, in chunks, so that no tensor over the vocabulary is ever kept.
+
+The forward pass keeps one number a token, the log of the softmax's denominator; the backward pass makes each chunk's
+logits again. The output embedding is frozen and gets no gradient.
+
+M tokens, D width of the hidden state, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 512
+
+
+def label_logprobs(hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log softmax(hidden · headᵀ)[label] and the entropy of the softmax, both [M] in fp32 and in nats.
+
+    Gradients flow from the log-probabilities to `hidden_MD`; the entropy is for the record and carries none.
+    """
+    logprobs_M, entropy_M = _LabelLogprobs.apply(hidden_MD, head_VD, labels_M)
+    return logprobs_M, entropy_M
+
+
+class _LabelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = []
+        for hidden_CD, labels_C in zip(hidden_MD.split(CHUNK_TOKENS), labels_M.split(CHUNK_TOKENS), strict=True):
+            logits_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
+            norm_C = logits_CV.logsumexp(-1)
+            picked_C = logits_CV.gather(-1, labels_C[:, None])[:, 0]
+            mean_logit_C = ((logits_CV - norm_C[:, None]).exp_() * logits_CV).sum(-1)
+            chunks.append((picked_C - norm_C, norm_C - mean_logit_C, norm_C))
+        logprobs_M, entropy_M, norm_M = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        ctx.save_for_backward(hidden_MD, head_VD, labels_M, norm_M)
+        ctx.mark_non_differentiable(entropy_M)
+        return logprobs_M, entropy_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """d logprob / d logits = onehot(label) - softmax."""
+        hidden_MD, head_VD, labels_M, norm_M = ctx.saved_tensors
+        grads = []
+        for hidden_CD, labels_C, norm_C, grad_C in zip(
+            *(tensor.split(CHUNK_TOKENS) for tensor in (hidden_MD, labels_M, norm_M, grad_M)), strict=True
+        ):
+            logits_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
+            grad_CV = (logits_CV - norm_C[:, None]).exp_().mul_(-grad_C[:, None])
+            grad_CV.scatter_add_(-1, labels_C[:, None], grad_C[:, None])
+            grads.append(grad_CV.to(head_VD.dtype) @ head_VD)
+        return torch.cat(grads).to(hidden_MD.dtype), None, None

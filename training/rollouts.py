@@ -1,0 +1,86 @@
+"""Draws completions from the policy that is being trained, with vLLM inside the trainer's process.
+
+Rollouts are drawn at temperature 1 with no top-p, top-k or penalty: what is learned from is the policy itself. The
+engine takes new weights in place, from memory, and forgets its prefix cache with the old ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# vLLM reads these when it is imported. Its engine runs in this process, so that weights need no copy and no file.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A completion, in tokens. One that was ended by the policy has its end token, in `finished` ones alone."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """The sampler's log-probability of each token, in nats."""
+    finished: bool
+
+
+class RolloutEngine:
+    """A vLLM engine whose weights can be replaced."""
+
+    def __init__(self, model_path: Path, *, max_model_len: int, max_num_seqs: int, kv_cache_mib: int, seed: int) -> None:
+        os.environ.update(ENVIRONMENT)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=str(model_path),
+            dtype="bfloat16",
+            # Compiling takes longer than all rollouts of a short run.
+            enforce_eager=True,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=kv_cache_mib << 20,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            generation_config="vllm",
+            seed=seed,
+        )
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replaces all weights, by the names of the checkpoint, and empties the prefix cache."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        self._llm.reset_prefix_cache()
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, num_completions: int, max_tokens: int, seed: int, eos_token_id: int
+    ) -> list[list[Rollout]]:
+        """Draws completions of each prompt at temperature 1. The same seed and weights draw the same."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                n=num_completions,
+                temperature=1.0,
+                max_tokens=max_tokens,
+                seed=seed + index,
+                logprobs=0,
+                stop_token_ids=[eos_token_id],
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
+        return [[_rollout(completion) for completion in output.outputs] for output in outputs]
+
+
+def _rollout(completion: object) -> Rollout:
+    token_ids = tuple(completion.token_ids)  # type: ignore[attr-defined]
+    entries = completion.logprobs  # type: ignore[attr-defined]
+    logprobs = tuple(entry[token].logprob for entry, token in zip(entries, token_ids, strict=True))
+    return Rollout(token_ids, logprobs, completion.finish_reason == "stop")  # type: ignore[attr-defined]
