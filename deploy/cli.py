@@ -1,6 +1,7 @@
 """`alignd`: starts every process of the loop and operates what runs. Each verb is one process or one question."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -99,14 +100,17 @@ def status() -> None:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="The same path on a tiny random model.")] = False,
+    began_at: Annotated[float, typer.Option(hidden=True, help="Unix time at which set-up began.")] = 0.0,
     dry_run: DryRun = False,
 ) -> None:
     """Show the whole loop: simulated users rank, a policy learns, serving swaps; ends with a report."""
-    from deploy.demo.run import configure, run_demo
+    from deploy.demo.run import prepare, run_demo
+    from deploy.up import child_environment
 
-    configure(quick)
+    model = prepare(quick, load_config().data_dir)
+    os.environ.update(child_environment(load_config()))
     config = start(dry_run)
-    if config and not run_demo(config, quick):
+    if config and not run_demo(config, model, began_at or None):
         raise typer.Exit(EXIT_FAILED)
 
 

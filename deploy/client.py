@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from alignd.v1 import policy_service_pb2_grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
+
+from alignd.v1 import policy_service_pb2_grpc
 
 TIMEOUT_S = 60.0
 

@@ -181,5 +181,5 @@ def _save(folder: Path, config: LlamaConfig, weights: dict[str, object], tokeniz
         model = LlamaForCausalLM(config)
     model.load_state_dict(weights)
     model.generation_config = GenerationConfig(**special)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

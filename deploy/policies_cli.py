@@ -5,13 +5,13 @@ import json
 from typing import Annotated, Any
 
 import typer
-from alignd.v1 import policy_service_pb2 as pb
-from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
 from rich.tree import Tree
 
+from alignd.v1 import policy_service_pb2 as pb
+from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from deploy.client import TIMEOUT_S, Operator, connect
 from deploy.config import load_config
 

@@ -4,10 +4,10 @@ import json
 import os
 from typing import Any
 
-from alignd.v1 import policy_service_pb2 as pb
 from grpc_health.v1 import health_pb2
 from rich.console import Console
 
+from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
 

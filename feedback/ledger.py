@@ -94,7 +94,8 @@ def _move(connection: Connection, partition: Partition, before: Offset | None, a
     here = and_(OFFSETS.c.topic == partition[0], OFFSETS.c.partition == partition[1])
     if before is None:
         values = {"topic": partition[0], "partition": partition[1], **vars(after)}
-        moved = connection.execute(_insert(connection, OFFSETS), values).rowcount
+        inserted = connection.execute(_insert(connection, OFFSETS).returning(OFFSETS.c.topic), values)
+        moved = len(inserted.all())
     else:
         as_before = and_(OFFSETS.c.log_id == before.log_id, OFFSETS.c.next_offset == before.next_offset)
         moved = connection.execute(update(OFFSETS).where(here, as_before).values(**vars(after))).rowcount

@@ -29,6 +29,8 @@ CREATE TABLE IF NOT EXISTS logs (
 ) WITHOUT ROWID;
 """
 PRUNE_ROWS = 1000
+# What a row takes beside its key and value.
+ROW_BYTES = 300
 
 
 class OutboxError(Exception):
@@ -73,17 +75,23 @@ class LogEnd:
 class OutboxFile:
     """The file, for one thread at a time; several processes may have it open. Methods raise OutboxError.
 
-    It grows to `max_bytes`, and then refuses new events until published ones are pruned.
+    It takes new events up to `max_bytes`, and then none until published ones are pruned.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
-        self._file = SqliteFile(path, SCHEMA, max_bytes)
+        self._file = SqliteFile(path, SCHEMA)
         self._max_bytes = max_bytes
 
-    def append(self, entries: Sequence[Entry]) -> list[Receipt | OutboxConflict]:
+    def append(self, entries: Sequence[Entry]) -> list[Receipt | OutboxError]:
         """Stores the events, all with one fsync, and tells how each went. When it raises, none was stored."""
         with self._transaction() as connection:
-            return [_append(connection, entry) for entry in entries]
+            # What is marked as published may still grow the file, so the limit is kept here and not by SQLite.
+            room_bytes = self._max_bytes - _used_bytes(connection)
+            outcomes: list[Receipt | OutboxError] = []
+            for entry in entries:
+                outcomes.append(_find(connection, entry) or _insert(connection, entry, room_bytes))
+                room_bytes -= _size_bytes(entry)
+            return outcomes
 
     def pending(self, limit: int) -> list[tuple[int, Record]]:
         """The oldest events that the bus does not have yet, each with its number here."""
@@ -130,7 +138,7 @@ class OutboxFile:
         """
         before_us = int((time.time() - retention_s) * 1e6)
         with self._transaction() as connection:
-            if self._used_bytes(connection) > self._max_bytes / 2:
+            if _used_bytes(connection) > self._max_bytes / 2:
                 before_us = time.time_ns() // 1000
             return connection.execute(
                 "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE published_time_us < ?"
@@ -142,12 +150,6 @@ class OutboxFile:
         """Gives up the connection. Harmless when repeated."""
         self._file.close()
 
-    def _used_bytes(self, connection: sqlite3.Connection) -> int:
-        pages, free_pages, page_bytes = (
-            connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free_pages) * page_bytes)
-
     @contextmanager
     def _transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
         try:
@@ -158,22 +160,41 @@ class OutboxFile:
             raise (OutboxFull if is_full else OutboxError)(f"outbox: {error}") from error
 
 
-def _append(connection: sqlite3.Connection, entry: Entry) -> Receipt | OutboxConflict:
-    record = entry.record
+def _find(connection: sqlite3.Connection, entry: Entry) -> Receipt | OutboxConflict | None:
+    """What became of an earlier attempt to store this event, if there was one."""
     found = connection.execute(
-        "SELECT content_digest, acknowledge_time_us FROM events WHERE event_id = ?", (record.event_id,)
+        "SELECT content_digest, acknowledge_time_us FROM events WHERE event_id = ?", (entry.record.event_id,)
     ).fetchone()
     if found is None:
-        time_us = round(entry.acknowledge_time.timestamp() * 1e6)
-        connection.execute(
-            "INSERT INTO events (event_id, topic, key, value, content_digest, acknowledge_time_us)"
-            " VALUES (?, ?, ?, ?, ?, ?)",
-            (record.event_id, record.topic, record.key, record.value, entry.content_digest, time_us),
-        )
-        return Receipt(entry.acknowledge_time, is_new=True)
+        return None
     if found[0] != entry.content_digest:
-        return OutboxConflict(f"event {record.event_id} is stored with other contents")
+        return OutboxConflict(f"event {entry.record.event_id} is stored with other contents")
     return Receipt(datetime.fromtimestamp(found[1] / 1e6, UTC), is_new=False)
+
+
+def _insert(connection: sqlite3.Connection, entry: Entry, room_bytes: int) -> Receipt | OutboxFull:
+    if _size_bytes(entry) > room_bytes:
+        return OutboxFull("the outbox has reached its limit")
+    record = entry.record
+    time_us = round(entry.acknowledge_time.timestamp() * 1e6)
+    connection.execute(
+        "INSERT INTO events (event_id, topic, key, value, content_digest, acknowledge_time_us)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (record.event_id, record.topic, record.key, record.value, entry.content_digest, time_us),
+    )
+    return Receipt(entry.acknowledge_time, is_new=True)
+
+
+def _size_bytes(entry: Entry) -> int:
+    """About what an event takes on disk, its indexes included."""
+    return len(entry.record.key) + len(entry.record.value) + ROW_BYTES
+
+
+def _used_bytes(connection: sqlite3.Connection) -> int:
+    pages, free_pages, page_bytes = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free_pages) * page_bytes)
 
 
 def _is_loss(noted: Mapping[tuple[str, int], tuple[str, int]], end: LogEnd) -> bool:

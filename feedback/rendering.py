@@ -24,21 +24,25 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: types_pb2.Promp
 
     A chat is rendered by the tokenizer's own template. Text in it that looks like a special token, such as
     "<|im_end|>", is encoded as the plain text it is, so nobody can end their turn early or speak as the system.
-    Raises jinja2.TemplateError if the template refuses the conversation. Not for two threads at once with one tokenizer.
+    Raises jinja2.TemplateError if the template refuses the conversation. Not for two threads with the same tokenizer.
     """
     if prompt.WhichOneof("content") == "text":
         return _ids(tokenizer, prompt.text, add_special_tokens=True)
-    specials = sorted((each.content for each in tokenizer.added_tokens_decoder.values() if each.special), key=len)
+    specials = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     # The longest first: a special token may begin with another.
-    pattern = "|".join(re.escape(special) for special in reversed(specials))
+    pattern = "|".join(re.escape(special) for special in sorted(specials, key=len, reverse=True))
     contents = [message.content for message in prompt.chat.messages]
     if not specials or not any(re.search(pattern, content) for content in contents):
         return _ids(tokenizer, _render(tokenizer, prompt.chat, contents), add_special_tokens=False)
-    return _disarmed_ids(tokenizer, prompt.chat, contents, pattern)
+    return _disarmed_ids(tokenizer, prompt.chat, contents, specials, pattern)
 
 
 def _disarmed_ids(
-    tokenizer: PreTrainedTokenizerBase, chat: types_pb2.Chat, contents: list[str], pattern: str
+    tokenizer: PreTrainedTokenizerBase,
+    chat: types_pb2.Chat,
+    contents: list[str],
+    specials: dict[str, int],
+    pattern: str,
 ) -> list[int]:
     """Encodes a chat in which a message has the text of a special token.
 
@@ -52,7 +56,7 @@ def _disarmed_ids(
     for index, part in enumerate(re.split(f"({pattern})", _render(tokenizer, chat, marked))):
         # re.split puts what matched at the odd places.
         if index % 2:
-            token_ids += tokenizer.convert_tokens_to_ids([part])
+            token_ids.append(specials[part])
         elif part:
             token_ids += _ids(tokenizer, part.replace(mark, ""), add_special_tokens=False, split_special_tokens=True)
     return token_ids

@@ -14,10 +14,9 @@ BUSY_TIMEOUT_S = 30.0
 class SqliteFile:
     """A file with a schema, opened when first needed, and anew after an error. For one thread at a time."""
 
-    def __init__(self, path: Path, schema: str, max_bytes: int | None = None) -> None:
+    def __init__(self, path: Path, schema: str) -> None:
         self._path = path
         self._schema = schema
-        self._max_bytes = max_bytes
         self._connection: sqlite3.Connection | None = None
 
     @contextmanager
@@ -45,9 +44,6 @@ class SqliteFile:
             connection = open_sqlite(self._path)
             self._connection = connection
             connection.executescript(f"BEGIN IMMEDIATE; {self._schema} COMMIT;")
-            if self._max_bytes is not None:
-                page_bytes = connection.execute("PRAGMA page_size").fetchone()[0]
-                connection.execute(f"PRAGMA max_page_count = {max(1, self._max_bytes // page_bytes)}")
         return self._connection
 
 
@@ -74,10 +70,10 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
 def _enter_wal(connection: sqlite3.Connection) -> None:
     """Turns on WAL. SQLite does not wait for its busy timeout here, so processes that start at once would collide."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
+    mode = ""
+    while mode != "wal":
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise

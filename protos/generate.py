@@ -3,7 +3,7 @@
 buf.validate is generated too: its descriptor comes out of the installed protovalidate, so both are of one version.
 
     python protos/generate.py            writes protos/gen
-    python protos/generate.py --check    writes nothing; fails on a difference from protos/gen, or if buf's lint complains
+    python protos/generate.py --check    writes nothing; fails if protos/gen differs, or if buf complains
 """
 
 import argparse

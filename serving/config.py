@@ -1,6 +1,7 @@
 """What can be set of the gRPC server and its engine."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,7 +33,7 @@ class ServingConfig(BaseModel):
         gt=0,
         description="Largest mean difference of served and trained log-probabilities, in nats, that proves a swap.",
     )
-    dtype: str = Field("bfloat16", pattern="^(bfloat16|float16|float32)$", description="Type of the served weights.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the served weights.")
     compile: bool = Field(False, description="Let vLLM compile the model: slower to start, faster on a GPU.")
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB.")
     gpu_memory_utilization: float = Field(

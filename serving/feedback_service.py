@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from alignd.v1 import events_pb2, feedback_service_pb2, feedback_service_pb2_grpc, feedback_token_pb2
-
 from feedback.outbox import Outbox
 from feedback.token import Keyring, TokenError, verify
 from feedback.topics import DEMONSTRATIONS, RANKINGS

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from alignd.v1 import events_pb2, inference_service_pb2, inference_service_pb2_grpc
 
+from alignd.v1 import events_pb2, inference_service_pb2, inference_service_pb2_grpc
 from feedback.outbox import Outbox
 from feedback.token import Keyring
 from feedback.topics import SAMPLES

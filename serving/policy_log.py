@@ -11,9 +11,9 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 
-from alignd.v1 import events_pb2, policy_service_pb2
 from google.protobuf.message import DecodeError
 
+from alignd.v1 import events_pb2, policy_service_pb2
 from feedback.bus import Bus, BusError, Delivered, Record
 from feedback.topics import POLICIES
 from serving.errors import unavailable

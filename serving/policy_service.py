@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import grpc
+
 from alignd.v1 import events_pb2, policy_service_pb2, policy_service_pb2_grpc
 from alignd.v1.policy_service_pb2 import (
     STAGE_CANDIDATE,
@@ -18,7 +19,6 @@ from alignd.v1.policy_service_pb2 import (
     Stage,
 )
 from feedback.artifact import ArtifactError, verify_artifact
-
 from serving.errors import Refusal, Violation, bad_field
 from serving.policy_log import PolicyLog
 from serving.policy_state import PolicyRecord, as_policy, new_change, previous_live

@@ -8,6 +8,8 @@ LIVE → REJECTED                           only when a replica could not prove 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from alignd.v1 import events_pb2, policy_manifest_pb2, policy_service_pb2
 from alignd.v1.policy_service_pb2 import (
     STAGE_CANARY,
@@ -20,7 +22,6 @@ from alignd.v1.policy_service_pb2 import (
     Stage,
     StageChange,
 )
-from google.protobuf.timestamp_pb2 import Timestamp
 
 ALLOWED: Mapping[Stage, frozenset[Stage]] = {
     STAGE_CANDIDATE: frozenset({STAGE_CANARY, STAGE_LIVE, STAGE_REJECTED}),

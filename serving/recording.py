@@ -4,9 +4,9 @@ import hashlib
 from datetime import UTC, datetime
 
 import grpc
-from alignd.v1 import events_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from alignd.v1 import events_pb2
 from feedback.bus import Record
 from feedback.outbox import Outbox, OutboxConflict, OutboxError, OutboxFull
 from serving.errors import Refusal, Violation, exhausted, unavailable

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health as grpc_health
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from alignd.v1 import (
     feedback_service_pb2,
     feedback_service_pb2_grpc,
@@ -21,10 +25,6 @@ from alignd.v1 import (
     policy_service_pb2,
     policy_service_pb2_grpc,
 )
-from grpc_health.v1 import health as grpc_health
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from feedback.bus import open_bus
 from feedback.config import FeedbackConfig
 from feedback.outbox import Outbox

@@ -14,7 +14,6 @@ from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED, ReplicaStatus
 from alignd.v1.types_pb2 import PolicyRef
 from feedback.artifact import ArtifactError, verify_artifact
-
 from serving.errors import Refusal
 from serving.policy_log import PolicyLog
 from serving.policy_service import artifact_path

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED, FinishReason
-
 from serving.config import ServingConfig
 
 FINISH_REASONS: dict[str | None, FinishReason] = {
@@ -143,14 +142,15 @@ def _vllm_errors() -> tuple[type[Exception], ...]:
 
 def start_engine(folder: Path, config: ServingConfig) -> Engine:
     """Starts vLLM on the model in `folder`; takes half a minute or more."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if config.num_threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.num_threads)
     from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        prepare_cpu(config)
     arguments = AsyncEngineArgs(
         model=str(folder),
         dtype=config.dtype,
@@ -158,8 +158,22 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         max_num_seqs=config.max_inflight_completions,
         enforce_eager=not config.compile,
         gpu_memory_utilization=config.gpu_memory_utilization,
+        distributed_executor_backend="uni" if on_cpu else None,
         enable_prefix_caching=True,
         generation_config="vllm",
         disable_log_stats=True,
     )
     return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)
+
+
+def prepare_cpu(config: ServingConfig) -> None:
+    """Sets what vLLM reads from the environment on a CPU.
+
+    Without this it runs its model in a third process, pinned to all cores but one: on a small machine that takes half as
+    long again to start, and halves the speed.
+    """
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads or os.cpu_count() or 1))
+    # Lets the executor stay inside the engine's own process, which it has either way.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -1,11 +1,12 @@
 """What may import what, beyond import-linter: light configs, declared dependencies, and pins that satisfy them."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -50,10 +51,15 @@ def declared() -> set[str]:
     return {canonicalize_name(Requirement(line).name) for lines in lists for line in lines}
 
 
+@functools.cache
+def providers() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
+
+
 def distributions_of(module: str) -> set[str]:
     """The installed distributions that may be meant by `import module`; google.* is shared by several."""
     top = module.split(".")[0]
-    return {canonicalize_name(name) for name in metadata.packages_distributions().get(top, [])}
+    return {canonicalize_name(name) for name in providers().get(top, [])}
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "bench"])

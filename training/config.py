@@ -66,12 +66,12 @@ class TrainingConfig(BaseModel):
     min_new_rankings: int = Field(200, ge=1, description="New rankings that start a run.")
     poll_seconds: float = Field(1.0, gt=0, description="Seconds between two looks at the store.")
     seed: int = Field(0, ge=0, description="Seed of all that is drawn at random.")
-    num_threads: int = Field(0, ge=0, description="Threads that training computes with; 0 leaves it to PyTorch.")
     promote: bool = Field(True, description="Ask for the new version to go live once it is registered.")
     min_win_rate: float = Field(0.5, ge=0, le=1, description="Win rate over the reference, by the reward model, "
                                 "that the lower end of the interval must pass before a version is promoted.")
     num_evaluation_prompts: int = Field(64, ge=1, description="Most held-out prompts that a new policy is judged on.")
     num_probes: int = Field(4, ge=1, le=64, description="Probes in the manifest.")
+    max_num_seqs: int = Field(64, ge=1, description="Most rollouts that the engine draws at once.")
     kv_cache_mib: int = Field(512, ge=16, description="Memory for the rollout engine's KV cache, in MiB.")
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig, description="The reward model.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")

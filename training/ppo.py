@@ -50,7 +50,7 @@ class Batch:
     value_hidden_NCD: Tensor
     old_logprobs_NC: Tensor
     old_values_NC: Tensor
-    kl_NC: Tensor
+    ref_logprobs_NC: Tensor
     entropy_NC: Tensor
     sampler_gap_NC: Tensor
     scores_N: Tensor
@@ -137,7 +137,7 @@ def _encode(learner: Learner, config: PpoConfig, rows: Sequence[tuple[tuple[int,
     return Batch(
         packed=packed, angles=angles, policy_input_GTD=policy_input_GTD, value_hidden_NCD=value_hidden_NCD,
         old_logprobs_NC=logprobs_NC, old_values_NC=_values(learner, value_hidden_NCD),
-        kl_NC=logprobs_NC - ref_logprobs_NC, entropy_NC=entropy_NC, sampler_gap_NC=sampler_NC - logprobs_NC,
+        ref_logprobs_NC=ref_logprobs_NC, entropy_NC=entropy_NC, sampler_gap_NC=sampler_NC - logprobs_NC,
         scores_N=scores_N, finished_N=finished_N, advantages_NC=blank_NC, returns_NC=blank_NC,
     )  # fmt: skip
 
@@ -146,7 +146,9 @@ def _with_advantages(batch: Batch, config: PpoConfig) -> Batch:
     mask_NC = batch.packed.mask_NC
     # 5. Missing-end penalty, KL at each token, score at the last: the rewards.
     scores_N = batch.scores_N - config.missing_eos_penalty * (~batch.finished_N).float()
-    rewards_NC = ppo_math.rewards(scores_N, batch.kl_NC, torch.zeros_like(batch.kl_NC), mask_NC, config.kl_coef)
+    rewards_NC = ppo_math.rewards(
+        scores_N, batch.old_logprobs_NC, batch.ref_logprobs_NC, mask_NC, config.kl_coef
+    )
     # 6. GAE, returns, and whitening of the advantages last, since the returns need them as they are.
     advantages_NC = ppo_math.advantages(rewards_NC, batch.old_values_NC, mask_NC, config.gamma, config.gae_lambda)
     returns_NC = advantages_NC + batch.old_values_NC
@@ -166,8 +168,8 @@ def _update(
             optimizer.zero_grad()
             loss.backward()
             norm = float(nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm))
-            if not (math.isfinite(float(loss)) and math.isfinite(norm)):
-                raise TrainingError(f"PPO: loss {float(loss)} and gradient norm {norm} must be finite")
+            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+                raise TrainingError(f"PPO: loss {loss.item()} and gradient norm {norm} must be finite")
             optimizer.step()
             seen.append(metrics | {"policy/grad_norm": norm})
     return {name: sum(metrics[name] for metrics in seen) / len(seen) for name in seen[0]}
@@ -184,10 +186,10 @@ def _loss(learner: Learner, config: PpoConfig, batch: Batch) -> tuple[Tensor, di
     value = ppo_math.value_loss(values_NC, batch.old_values_NC, batch.returns_NC, mask_NC, config.value_clip_range)
     log_ratio_NC = (logprobs_NC - batch.old_logprobs_NC).detach()
     return policy.value + config.value_coef * value.value, {
-        "policy/loss": float(policy.value),
+        "policy/loss": policy.value.item(),
         "policy/clipfrac": policy.clipped_share,
         "policy/approx_kl": float(0.5 * ppo_math.masked_mean(log_ratio_NC**2, mask_NC)),
-        "val/loss": float(value.value),
+        "val/loss": value.value.item(),
         "val/clipfrac": value.clipped_share,
         "val/explained_variance": ppo_math.explained_variance(batch.old_values_NC, batch.returns_NC, mask_NC),
     }
@@ -201,7 +203,7 @@ def _values(learner: Learner, hidden_NCD: Tensor) -> Tensor:
 def _observe(batches: Sequence[Batch]) -> dict[str, float]:
     """What the rollouts say of the policy that drew them, as means over completions. Raises TrainingError on NaN."""
     lengths_N = torch.cat([batch.packed.mask_NC.sum(-1).float() for batch in batches])
-    kl_N = torch.cat([batch.kl_NC.sum(-1) for batch in batches])
+    kl_N = torch.cat([(batch.old_logprobs_NC - batch.ref_logprobs_NC).sum(-1) for batch in batches])
     scores_N = torch.cat([batch.scores_N for batch in batches])
     tokens = lengths_N.sum()
     metrics = {

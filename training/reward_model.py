@@ -65,7 +65,7 @@ class RewardModel(nn.Module):
 
 
 @torch.no_grad()
-def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Group], batch_size: int) -> list[Tensor]:
+def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Group], batch_size: int = 8) -> list[Tensor]:
     """Scores [K] of each group's completions."""
     scores: list[Tensor] = []
     for start in range(0, len(groups), batch_size):
@@ -92,13 +92,13 @@ def fit(
         ranks = [torch.tensor(example.ranks) for example in batch]
         loss = torch.stack([ranking_loss(s, r) for s, r in zip(scores, ranks, strict=True)]).mean()
         if not torch.isfinite(loss):
-            raise TrainingError(f"reward model: the loss is {float(loss)} at step {step}")
+            raise TrainingError(f"reward model: the loss is {loss.item()} at step {step}")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         schedule.step()
-        log(step, len(batches), {"reward_model/loss": float(loss), "reward_model/accuracy": _accuracy(scores, ranks)})
+        log(step, len(batches), {"reward_model/loss": loss.item(), "reward_model/accuracy": _accuracy(scores, ranks)})
 
 
 def accuracy(
@@ -111,7 +111,7 @@ def accuracy(
     return sum(correct for correct, _ in counts) / max(1, total), total
 
 
-def normalise(model: RewardModel, shared: SharedLayers, references: Sequence[Group], batch_size: int) -> float:
+def normalise(model: RewardModel, shared: SharedLayers, references: Sequence[Group], batch_size: int = 8) -> float:
     """Makes the scores of the reference policy's completions have mean 0 and standard deviation 1.
 
     Returns what the standard deviation was. Raises TrainingError if it is zero or not finite.

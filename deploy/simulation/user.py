@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
+
 from alignd.v1 import (
     feedback_service_pb2,
     feedback_service_pb2_grpc,
@@ -22,7 +23,6 @@ from alignd.v1 import (
     inference_service_pb2_grpc,
     types_pb2,
 )
-
 from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
 from deploy.simulation.utility import Utility, load_utility, measure

@@ -1,0 +1,73 @@
+"""Shows how far the demo is: bars on a terminal, else a line now and then; and remembers how long each stage took."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from deploy.demo.result import Stage
+
+LINE_EVERY_S = 15.0
+
+
+@dataclass
+class Bar:
+    """One stage that is under way."""
+
+    name: str
+    console: Console
+    progress: Progress | None
+    task: TaskID | None
+    started_at: float = field(default_factory=time.monotonic)
+    spoke_at: float = field(default_factory=time.monotonic)
+
+    def update(self, done: float, total: float | None, detail: str = "") -> None:
+        """Says how far the stage is; `total` None while that is not known."""
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, completed=done, total=total, detail=detail)
+        elif time.monotonic() - self.spoke_at >= LINE_EVERY_S:
+            self.spoke_at = time.monotonic()
+            share = f"{done:.0f} of {total:.0f}" if total else f"{self.spoke_at - self.started_at:.0f} s"
+            self.console.print(f"  {self.name}: {share}  {detail}".rstrip(), highlight=False, markup=False)
+
+
+class Stages:
+    """The stages of a run, in order, with their times."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.finished: list[Stage] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Bar]:
+        """Runs one stage."""
+        started = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description:<42}"),
+                BarColumn(24),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                yield Bar(name, self.console, progress, progress.add_task(name, total=None, detail=""))
+        else:
+            self.console.print(f"{name} …", highlight=False)
+            yield Bar(name, self.console, None, None)
+        self.add(name, time.monotonic() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Notes a stage that has ended, and says so."""
+        self.finished.append(Stage(name, seconds))
+        self.console.print(f"[green]✓[/] {name:<42} {seconds:6.1f} s", highlight=False)
+
+    def split(self, parts: list[tuple[str, float]]) -> None:
+        """Replaces the last stage by its parts, in seconds, and what is left of it."""
+        whole = self.finished.pop()
+        rest = whole.seconds - sum(seconds for _, seconds in parts)
+        self.finished += [Stage(name, seconds) for name, seconds in parts]
+        self.finished.append(Stage("swap, and wait around it", max(0.0, rest)))

@@ -1,0 +1,233 @@
+"""The demo's story, told by running it: users rank, a policy learns, serving swaps, and the same prompts are asked again.
+
+Everything runs as it would in earnest: `alignd up` starts the processes, and this one is an application and its users,
+who know the server only by its gRPC API.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+
+from alignd.v1 import policy_service_pb2 as policy_pb
+from alignd.v1 import policy_service_pb2_grpc
+from deploy.config import AligndConfig
+from deploy.demo.follow import RunError, RunView, phase_seconds, read_run, swapped
+from deploy.demo.progress import Bar, Stages
+from deploy.demo.report import print_report, write_html
+from deploy.demo.result import DemoResult
+from deploy.demo.summary import Observed, summarize
+from deploy.demo.users import Tally, Traffic, answers
+from deploy.simulation.labelers import Labeler
+from deploy.simulation.prompts import load_prompts
+from deploy.simulation.user import calibrated_labelers, run_users
+from deploy.up import child_environment
+
+START_TIMEOUT_S = 300.0
+TRAINING_TIMEOUT_S = 3600.0
+AFTER_SWAP_S = 3.0
+POLL_S = 0.5
+CALL_TIMEOUT_S = 30.0
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says what to look at."""
+
+
+def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
+    """Runs the demo, and returns whether a new policy went live with no request failed.
+
+    Args:
+        config: where and how; `serving.port` is decided.
+        model: name of the model that is served.
+        began_at: when set-up began, in Unix time, if it was part of the run.
+    """
+    console = Console()
+    stages = Stages(console)
+    tally = Tally()
+    console.print(
+        f"alignd demo: {model}. Everything it writes is in {config.data_dir}", highlight=False, soft_wrap=True
+    )
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "up"],
+        env=child_environment(config),
+        stdout=(config.data_dir / "up.log").open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        observed = asyncio.run(tell(config, stages, tally, supervisor, began_at))
+    except (DemoError, RunError, grpc.aio.AioRpcError) as error:
+        console.print(f"[red]The demo failed:[/] {error}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True)
+        return False
+    finally:
+        supervisor.send_signal(signal.SIGTERM)
+        supervisor.wait()
+    result = summarize(config, model, observed, stages.finished, tally)
+    finish(config, result, console)
+    return not tally.failures
+
+
+def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
+    """Leaves the report as a page and as JSON, and prints it."""
+    page = config.data_dir / "REPORT.html"
+    write_html(result, page)
+    (config.data_dir / "report.json").write_text(json.dumps(dataclasses.asdict(result), indent=2))
+    print_report(result, console)
+    console.print(f"The report with its plots: {page.resolve()}", highlight=False, soft_wrap=True)
+
+
+async def tell(
+    config: AligndConfig,
+    stages: Stages,
+    tally: Tally,
+    supervisor: subprocess.Popen[bytes],
+    began_at: float | None,
+) -> Observed:
+    """Runs the story, stage by stage.
+
+    Raises:
+        DemoError, RunError: a process or the training run gave up.
+        grpc.aio.AioRpcError: a call that the story cannot do without failed.
+    """
+    address = config.server_address
+    held_out = load_prompts("held_out")[: config.simulation.held_out_prompts]
+    prompts = load_prompts("train")
+    with stages.stage("start the server on vLLM") as bar:
+        await until_serving(address, supervisor, bar)
+    with stages.stage("ask the reference the held-out prompts") as bar:
+        before = await answers(
+            address, held_out, config.simulation, tally, lambda done: bar.update(done, len(held_out))
+        )
+    with stages.stage("calibrate the labelers") as bar:
+        bar.update(0, None)
+        labelers = await calibrated_labelers(address, prompts, config.simulation)
+        tally.samples += min(len(prompts), config.simulation.calibration_prompts)
+    with stages.stage("users sample and rank") as bar:
+        first_ranking_at = await rank(config, prompts, labelers, tally, bar)
+    began_training = time.time()
+    traffic = Traffic(address, prompts, labelers, config.simulation, tally)
+    asking = asyncio.create_task(traffic.run())
+    with stages.stage("learn, register, swap") as bar:
+        run, replica, policy = await until_swapped(config, supervisor, traffic, bar)
+        await asyncio.sleep(AFTER_SWAP_S)
+        traffic.stop()
+        await asking
+    stages.split(phase_seconds(run, began_training))
+    with stages.stage("ask the new policy the held-out prompts") as bar:
+        after = await answers(address, held_out, config.simulation, tally, lambda done: bar.update(done, len(held_out)))
+    since = first_ranking_at - began_at if began_at else None
+    return Observed(before, after, run, replica, policy, since)
+
+
+async def until_serving(address: str, supervisor: subprocess.Popen[bytes], bar: Bar) -> None:
+    """Waits for the server's health."""
+    started = time.monotonic()
+    async with grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while time.monotonic() - started < START_TIMEOUT_S:
+            check_alive(supervisor)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_S)
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            bar.update(time.monotonic() - started, None, "loading vLLM")
+            await asyncio.sleep(POLL_S)
+    raise DemoError(f"the server was not ready in {START_TIMEOUT_S:.0f} s")
+
+
+async def rank(
+    config: AligndConfig, prompts: Sequence[str], labelers: Sequence[Labeler], tally: Tally, bar: Bar
+) -> float:
+    """Has users rank as many samples as the simulation asks for, and returns when the first was ranked (Unix time)."""
+    total = config.simulation.num_rankings
+    first: list[float] = []
+
+    def on_turn(turn: object) -> None:
+        tally.add(turn)  # type: ignore[arg-type]
+        if tally.rankings and not first:
+            first.append(time.time())
+        bar.update(tally.rankings, total, f"{tally.rankings} rankings, {len(tally.failures)} failed")
+
+    wanted = [prompts[index % len(prompts)] for index in range(total)]
+    await run_users(config.server_address, wanted, labelers, config.simulation, on_turn)
+    if not first:
+        raise DemoError(f"no ranking was taken: {tally.failures[:1]}")
+    return first[0]
+
+
+async def until_swapped(
+    config: AligndConfig, supervisor: subprocess.Popen[bytes], traffic: Traffic, bar: Bar
+) -> tuple[RunView, policy_pb.ReplicaStatus, policy_pb.Policy]:
+    """Follows the trainer until the server serves what it made."""
+    started = time.monotonic()
+    async with grpc.aio.insecure_channel(config.server_address) as channel:
+        policies = policy_service_pb2_grpc.PolicyServiceStub(channel)
+        while time.monotonic() - started < TRAINING_TIMEOUT_S:
+            check_alive(supervisor)
+            run = read_run(config.runs_dir)
+            last = run.last
+            traffic.busy = last["phase"] in ("evaluate", "register", "done")
+            bar.update(last["step"] + 1, last["num_steps"], f"{last['phase']}  {run.detail()}")
+            for record in run.of("register"):
+                if not record["promoted"]:
+                    raise RunError(f"the new policy did not pass: {run.of('evaluate')}")
+                response = await policies.ListPolicies(policy_pb.ListPoliciesRequest(), timeout=CALL_TIMEOUT_S)
+                replica = swapped(response, record["version"])
+                if replica:
+                    name = f"v{record['version']}"
+                    found = await policies.GetPolicy(policy_pb.GetPolicyRequest(policy=name), timeout=CALL_TIMEOUT_S)
+                    return run, replica, found.policy
+            await asyncio.sleep(POLL_S)
+    raise DemoError(f"no new policy in {TRAINING_TIMEOUT_S:.0f} s")
+
+
+def check_alive(supervisor: subprocess.Popen[bytes]) -> None:
+    if supervisor.poll() is not None:
+        raise DemoError(f"`alignd up` ended with {supervisor.returncode}")
+
+
+def prepare(quick: bool, root: Path) -> str:
+    """Prepares the model, points the configuration at it and at a folder of its own, and returns the model's name.
+
+    What the environment already says is left as it is.
+    """
+    from deploy.models import make_tiny_llama, prepare_smollm2
+
+    name = "a tiny random Llama" if quick else "SmolLM2-135M-Instruct"
+    model = make_tiny_llama(root / "models" / "tiny-llama") if quick else prepare_smollm2(root / "models" / "smollm2")
+    folder = root / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    defaults = {
+        "ALIGND_DATA_DIR": str(folder),
+        "ALIGND_SERVING__INITIAL_MODEL": str(model),
+        "ALIGND_SERVING__PORT": "0",
+        **(QUICK if quick else {}),
+    }
+    for variable, value in defaults.items():
+        os.environ.setdefault(variable, value)
+    return name
+
+
+# The same path in two minutes: fewer of everything. A random model has nothing to learn from, so what it learned is let
+# live whatever its win rate.
+QUICK = {
+    "ALIGND_SERVING__MAX_MODEL_LEN": "512",
+    "ALIGND_SIMULATION__NUM_RANKINGS": "48",
+    "ALIGND_SIMULATION__HELD_OUT_PROMPTS": "100",
+    "ALIGND_SIMULATION__MAX_TOKENS": "24",
+    "ALIGND_TRAINING__MIN_NEW_RANKINGS": "48",
+    "ALIGND_TRAINING__MIN_WIN_RATE": "0",
+    "ALIGND_TRAINING__PPO__NUM_STEPS": "4",
+    "ALIGND_TRAINING__PPO__MAX_TOKENS": "24",
+}

@@ -1,0 +1,123 @@
+"""Turns what the demo observed into the figures of its report."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from alignd.v1 import policy_service_pb2 as pb
+from alignd.v1.inference_service_pb2 import SampleResponse
+from deploy.config import AligndConfig
+from deploy.demo.follow import RunView
+from deploy.demo.result import (
+    DemoResult,
+    Example,
+    Lineage,
+    RewardModelFigures,
+    Stage,
+    Swap,
+    Traffic,
+    WinRate,
+    win_rate,
+)
+from deploy.demo.users import Tally
+from deploy.machine import machine, versions
+from deploy.simulation.prompts import load_prompts
+from deploy.simulation.utility import Utility, load_utility
+
+NUM_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the story came to."""
+
+    before: Sequence[SampleResponse]
+    after: Sequence[SampleResponse]
+    run: RunView
+    replica: pb.ReplicaStatus
+    policy: pb.Policy
+    seconds_to_first_ranking: float | None
+
+
+def summarize(
+    config: AligndConfig, model: str, observed: Observed, stages: Sequence[Stage], tally: Tally
+) -> DemoResult:
+    """Returns the result of a run."""
+    prompts = load_prompts("held_out")[: len(observed.before)]
+    utility = load_utility(config.simulation.utility)
+    before, after = utilities(utility, prompts, observed.before), utilities(utility, prompts, observed.after)
+    where = machine()
+    return DemoResult(
+        model=model,
+        by_utility=win_rate(after, before),
+        by_reward_model=reward_model_win_rate(observed.run),
+        ppo_steps=observed.run.of("ppo"),
+        reward_model=reward_model_figures(config, observed.run),
+        examples=examples(prompts, observed),
+        swap=Swap(observed.replica.pause_seconds, observed.replica.drain_seconds, observed.replica.probe_error),
+        traffic=Traffic(tally.samples, tally.rankings, len(tally.failures)),
+        stages=stages,
+        lineage=lineage(observed.policy),
+        machine=f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, {where['system']}; {bus(config)}",
+        versions=versions(),
+        command=shlex.join(["alignd", *sys.argv[1:]]),
+        seconds_to_first_ranking=observed.seconds_to_first_ranking,
+    )
+
+
+def utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[SampleResponse]) -> list[float]:
+    """Returns what each prompt's one completion is worth."""
+    pairs = zip(prompts, responses, strict=True)
+    return [utility(prompt, response.completions[0].text) for prompt, response in pairs]
+
+
+def reward_model_win_rate(run: RunView) -> WinRate:
+    """Returns the trainer's own win rate over the reference, on the prompts it held out."""
+    record = run.of("evaluate")[-1]
+    return WinRate(wins=int(record["wins"]), ties=int(record["ties"]), losses=int(record["losses"]))
+
+
+def reward_model_figures(config: AligndConfig, run: RunView) -> RewardModelFigures:
+    """Returns how well the reward model does on rankings it did not learn from."""
+    record = run.of("reward_model_evaluation")[-1]
+    return RewardModelFigures(
+        accuracy=record["reward_model/held_out_accuracy"],
+        comparisons=int(record["reward_model/held_out_comparisons"]),
+        labeler_agreement=config.simulation.agreement,
+        steps=run.of("reward_model"),
+    )
+
+
+def examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
+    """Returns the first held-out prompts: not chosen by what was answered."""
+    shown = zip(prompts, observed.before, observed.after, strict=True)
+    return [
+        Example(prompt, before.completions[0].text, after.completions[0].text)
+        for prompt, before, after in list(shown)[:NUM_EXAMPLES]
+    ]
+
+
+def lineage(policy: pb.Policy) -> Lineage:
+    """Returns where the new policy comes from."""
+    manifest, training = policy.manifest, policy.manifest.training
+    return Lineage(
+        version=policy.version,
+        weight_digest=manifest.weight_digest,
+        parent=manifest.parent_version,
+        reference=manifest.reference_version,
+        algorithm=training.algorithm,
+        run_id=training.run_id,
+        seed=training.seed,
+        num_rankings=training.num_rankings,
+        ranking_ranges=tuple(
+            f"{each.topic}/{each.partition}: offsets {each.first_offset} to {each.last_offset}"
+            for each in training.rankings
+        ),
+        reward_model_digest=training.reward_model_digest,
+    )
+
+
+def bus(config: AligndConfig) -> str:
+    """Returns the bus in words."""
+    return "Kafka bus" if config.bus_url.startswith("kafka://") else "SQLite bus"

@@ -1,0 +1,101 @@
+"""What the demo asks of its simulated users: rankings to learn from, gentle traffic while training, and the final word."""
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from alignd.v1 import inference_service_pb2 as pb
+from alignd.v1 import inference_service_pb2_grpc, types_pb2
+from deploy.simulation.config import SimulationConfig
+from deploy.simulation.labelers import Labeler
+from deploy.simulation.user import Turn, run_users
+
+# While the trainer works, one user asks this often: enough to show that serving goes on, little enough to leave it
+# the processor. Around the swap many ask at once.
+GENTLE_PAUSE_S = 4.0
+BUSY_USERS = 4
+
+
+@dataclass
+class Tally:
+    """All that users asked for so far."""
+
+    samples: int = 0
+    rankings: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, turn: Turn) -> None:
+        """Counts a turn."""
+        if turn.error:
+            self.failures.append(turn.error)
+        sampled = turn.ranking_seconds is not None
+        self.samples += sampled
+        self.rankings += sampled and not turn.error
+
+
+class Traffic:
+    """Users who go on asking until told to stop."""
+
+    def __init__(
+        self, address: str, prompts: Sequence[str], labelers: Sequence[Labeler], config: SimulationConfig, tally: Tally
+    ) -> None:
+        self._address = address
+        self._prompts = itertools.cycle(prompts)
+        self._labelers = labelers
+        self._config = config
+        self._tally = tally
+        self._stop = asyncio.Event()
+        self.busy = False
+
+    async def run(self) -> None:
+        """Asks until `stop`; one at a time, or several at once while `busy`."""
+        while not self._stop.is_set():
+            count = BUSY_USERS if self.busy else 1
+            prompts = [next(self._prompts) for _ in range(count)]
+            await run_users(self._address, prompts, self._labelers[:count], self._config, self._tally.add)
+            if not self.busy:
+                await self._pause()
+
+    def stop(self) -> None:
+        """Lets the requests under way end, and begins no more."""
+        self._stop.set()
+
+    async def _pause(self) -> None:
+        try:
+            await asyncio.wait_for(self._stop.wait(), GENTLE_PAUSE_S)
+        except TimeoutError:
+            return
+
+
+async def answers(
+    address: str, prompts: Sequence[str], config: SimulationConfig, tally: Tally, on_answer: Callable[[int], None]
+) -> list[pb.SampleResponse]:
+    """Returns one completion of each prompt from the live policy, for people to compare.
+
+    Raises:
+        grpc.aio.AioRpcError: a request failed.
+    """
+    done = itertools.count(1)
+    in_flight = asyncio.Semaphore(config.num_users)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+
+        async def ask(prompt: str) -> pb.SampleResponse:
+            message = types_pb2.Message(role=types_pb2.ROLE_USER, content=prompt)
+            request = pb.SampleRequest(
+                user_id="demo-held-out",
+                prompt=types_pb2.Prompt(chat=types_pb2.Chat(messages=[message])),
+                num_completions=1,
+                sampling=types_pb2.SamplingParams(max_tokens=config.max_tokens),
+            )
+            async with in_flight:
+                response: pb.SampleResponse = await stub.Sample(request, timeout=config.deadline_s)
+            tally.samples += 1
+            on_answer(next(done))
+            return response
+
+        asked: list[Awaitable[pb.SampleResponse]] = [ask(prompt) for prompt in prompts]
+        return list(await asyncio.gather(*asked))

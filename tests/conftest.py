@@ -1,0 +1,83 @@
+"""The servers that tests of several rooms share: a Kafka broker and a PostgreSQL server, each started once."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from hypothesis import settings
+
+from tests.kafka_broker import Broker, running_broker
+from tests.postgres_server import running_postgres
+
+settings.register_profile("alignd", deadline=None)
+settings.load_profile("alignd")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets kafka-python be imported although it reads its schemas by a deprecated function."""
+    config.addinivalue_line("filterwarnings", "ignore:(read|open)_text is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Broker]:
+    """A Kafka broker; never skipped."""
+    with running_broker(tmp_path_factory.mktemp("kafka")) as broker:
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"\nKafka tests run on {broker.kind}")
+        yield broker
+
+
+@pytest.fixture
+def kafka_url(kafka_broker: Broker) -> str:
+    """The URL of a Kafka bus without topics."""
+    # Here, so that the tests of other rooms do not load it.
+    from kafka import KafkaAdminClient
+
+    admin = KafkaAdminClient(bootstrap_servers=kafka_broker.servers)
+    try:
+        topics = [topic for topic in admin.list_topics() if topic.startswith("alignd.")]
+        if topics:
+            admin.delete_topics(topics)
+    finally:
+        admin.close()
+    return f"kafka://{kafka_broker.servers}"
+
+
+@pytest.fixture(params=["sqlite", "kafka"])
+def bus_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty bus, of each engine in turn."""
+    if request.param == "kafka":
+        return str(request.getfixturevalue("kafka_url"))
+    return f"sqlite:///{tmp_path}/bus.db"
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server; never skipped."""
+    with running_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """The URL of an empty PostgreSQL database."""
+    return new_database(postgres_server)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty store, of each engine in turn."""
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+def new_database(server: str) -> str:
+    """Makes an empty database, and returns its URL."""
+    name = f"alignd_{uuid.uuid4().hex}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+    return f"{server.rpartition('/')[0]}/{name}"

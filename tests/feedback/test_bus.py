@@ -1,0 +1,208 @@
+"""What both engines of the bus promise."""
+
+import concurrent.futures
+import signal
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from feedback.bus import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Record, TopicSpec, open_bus
+from tests.feedback import processes
+
+
+@pytest.fixture
+def bus(bus_url: str) -> Iterator[Bus]:
+    opened = open_bus(bus_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def topic(bus: Bus) -> str:
+    name = f"alignd.test.{uuid.uuid4().hex}"
+    bus.create_topics([TopicSpec(name, partitions=4)])
+    return name
+
+
+def make_records(topic: str, count: int, num_keys: int = 10) -> list[Record]:
+    return [Record(topic, b"k%d" % (i % num_keys), b"v%d" % i, f"e{i}") for i in range(count)]
+
+
+def read(consumer: Consumer, count: int) -> list[Delivered]:
+    """Polls until it has so many records, and then until no more come."""
+    found: list[Delivered] = []
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        batch = consumer.poll(0.1)
+        found += batch
+        if len(found) >= count and not batch:
+            break
+    return found
+
+
+def read_all(bus: Bus, topic: str, count: int, start: dict[tuple[str, int], int] | None = None) -> list[Delivered]:
+    consumer = bus.consume([topic], start or {})
+    try:
+        return read(consumer, count)
+    finally:
+        consumer.close()
+
+
+def test_what_was_published_is_read_once_and_whole(bus: Bus, topic: str) -> None:
+    records = make_records(topic, 1200)
+    bus.publish(records)
+    found = read_all(bus, topic, 1200)
+    assert sorted((each.event_id, each.key, each.value) for each in found) == sorted(
+        (each.event_id, each.key, each.value) for each in records
+    )
+    assert len({each.position for each in found}) == 1200
+
+
+def test_records_of_a_key_keep_their_order(bus: Bus, topic: str) -> None:
+    for begin in range(0, 300, 50):
+        bus.publish(make_records(topic, 300)[begin : begin + 50])
+    by_key = defaultdict(list)
+    for each in read_all(bus, topic, 300):
+        by_key[each.key].append((each.position, int(each.value[1:])))
+    assert len(by_key) == 10
+    for places in by_key.values():
+        assert len({position.partition for position, _ in places}) == 1
+        assert [number for _, number in places] == sorted(number for _, number in places)
+        assert [position.offset for position, _ in places] == sorted(position.offset for position, _ in places)
+
+
+def test_reading_resumes_at_the_given_offsets(bus: Bus, topic: str) -> None:
+    bus.publish(make_records(topic, 200))
+    found = read_all(bus, topic, 200)
+    reached: dict[tuple[str, int], int] = {}
+    for each in found[:77]:
+        reached[each.position.topic, each.position.partition] = each.position.offset + 1
+    rest = read_all(bus, topic, 123, reached)
+    assert {each.event_id for each in rest} == {each.event_id for each in found[77:]}
+
+
+def test_a_waiting_consumer_gets_what_comes_later(bus: Bus, topic: str) -> None:
+    consumer = bus.consume([topic], {})
+    assert consumer.poll(0.1) == []
+    bus.publish(make_records(topic, 3))
+    assert len(read(consumer, 3)) == 3
+    consumer.close()
+
+
+def test_several_topics_are_read_together(bus: Bus, topic: str) -> None:
+    other = topic + ".other"
+    bus.create_topics([TopicSpec(other)])
+    bus.publish([Record(topic, b"k", b"1", "a"), Record(other, b"k", b"2", "b")])
+    consumer = bus.consume([topic, other], {})
+    assert {(each.position.topic, each.event_id) for each in read(consumer, 2)} == {(topic, "a"), (other, "b")}
+    consumer.close()
+
+
+def test_end_offsets_say_where_the_log_ends(bus: Bus, topic: str) -> None:
+    assert bus.end_offsets(topic) == dict.fromkeys(range(4), 0)
+    bus.publish(make_records(topic, 100))
+    ends = dict.fromkeys(range(4), 0)
+    for each in read_all(bus, topic, 100):
+        ends[each.position.partition] = each.position.offset + 1
+    assert bus.end_offsets(topic) == ends
+    assert read_all(bus, topic, 0, {(topic, p): end for p, end in bus.end_offsets(topic).items()}) == []
+
+
+def test_creating_a_topic_again_changes_nothing(bus: Bus, topic: str) -> None:
+    bus.publish(make_records(topic, 10))
+    log_id = bus.log_id(topic)
+    bus.create_topics([TopicSpec(topic, partitions=4)])
+    assert bus.log_id(topic) == log_id
+    assert len(read_all(bus, topic, 10)) == 10
+
+
+def test_a_topic_of_one_partition_must_have_one(bus: Bus, topic: str) -> None:
+    with pytest.raises(BusError, match="exactly 1"):
+        bus.create_topics([TopicSpec(topic, partitions=1, compacted=True)])
+
+
+def test_a_compacted_topic_takes_records(bus: Bus, topic: str) -> None:
+    bus.create_topics([TopicSpec(topic + ".compacted", compacted=True)])
+    bus.publish([Record(topic + ".compacted", b"a", b"1", "a"), Record(topic + ".compacted", b"b", b"2", "b")])
+    assert [each.event_id for each in read_all(bus, topic + ".compacted", 2)] == ["a", "b"]
+
+
+def test_large_and_empty_values_arrive(bus: Bus, topic: str) -> None:
+    values = [b"", b"\0" * 3_000_000, b"\xff" * (MAX_RECORD_BYTES - 1)]
+    bus.publish([Record(topic, b"k", value, f"e{i}") for i, value in enumerate(values)])
+    assert [each.value for each in read_all(bus, topic, 3)] == values
+
+
+def test_a_record_that_is_too_large_is_refused(bus: Bus, topic: str) -> None:
+    with pytest.raises(BusError, match="bytes"):
+        bus.publish([Record(topic, b"k", b"x" * MAX_RECORD_BYTES, "e")])
+    assert read_all(bus, topic, 0) == []
+
+
+@pytest.mark.parametrize("ask", ["publish", "consume", "end_offsets", "log_id"])
+def test_a_topic_that_does_not_exist_is_an_error(bus: Bus, ask: str) -> None:
+    argument = {
+        "publish": [Record("alignd.nowhere", b"k", b"v", "e")],
+        "consume": ["alignd.nowhere"],
+    }.get(ask, "alignd.nowhere")
+    with pytest.raises(BusError):
+        getattr(bus, ask)(argument, *([{}] if ask == "consume" else []))
+
+
+def test_many_processes_publish_at_once(bus: Bus, bus_url: str, topic: str) -> None:
+    writers = [processes.start("publish", bus_url, topic, f"p{i}", 40) for i in range(3)]
+    try:
+        found = [each.event_id for each in read_all(bus, topic, 120)]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert sorted(found) == sorted(f"p{i}/{number}" for i in range(3) for number in range(40))
+    for i in range(3):
+        own = [each for each in found if each.startswith(f"p{i}/")]
+        assert own == [f"p{i}/{number}" for number in range(40)]
+
+
+def test_threads_share_a_bus(bus: Bus, topic: str) -> None:
+    def publish(i: int) -> None:
+        bus.publish([Record(topic, b"%d" % i, b"v", f"e{i}")])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(publish, range(60)))
+    assert {each.event_id for each in read_all(bus, topic, 60)} == {f"e{i}" for i in range(60)}
+
+
+def test_what_was_acknowledged_survives_the_publisher(bus: Bus, bus_url: str, topic: str) -> None:
+    publisher = processes.start("publish", bus_url, topic, "p", 1_000_000)
+    assert publisher.stdout is not None
+    acknowledged = [publisher.stdout.readline().strip() for _ in range(30)]
+    publisher.send_signal(signal.SIGKILL)
+    acknowledged += publisher.communicate()[0].split()
+    found = [each.event_id for each in read_all(bus, topic, len(acknowledged))]
+    # The last line may be cut short by the kill; all before it were whole.
+    assert set(acknowledged[:-1]) <= set(found)
+    assert len(found) == len(set(found))
+
+
+def test_closing_twice_is_harmless(bus: Bus, topic: str) -> None:
+    consumer = bus.consume([topic], {})
+    for _ in range(2):
+        consumer.close()
+        bus.close()
+    assert consumer is not None
+
+
+@pytest.mark.parametrize("url", ["", "sqlite://", "sqlite:///", "kafka://", "mysql://x", "kafka:host:1"])
+def test_what_is_no_bus_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="not a bus"):
+        open_bus(url)
+
+
+def test_a_bus_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bus.db").write_bytes(b"no database at all" * 1000)
+    with pytest.raises(BusError):
+        open_bus(f"sqlite:///{tmp_path}/bus.db")

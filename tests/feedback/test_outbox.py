@@ -1,0 +1,211 @@
+"""What the outbox acknowledged is on disk, once, whatever happens next."""
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from feedback.bus import MAX_RECORD_BYTES, Record
+from feedback.outbox import Outbox, OutboxConflict, OutboxError, OutboxFull
+from feedback.outbox_file import Entry, LogEnd, OutboxFile
+from tests.feedback import processes
+
+NOW = datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC)
+MAX_BYTES = 1 << 30
+
+
+def make_record(number: int, size: int = 100) -> Record:
+    return Record("topic", b"key", b"x" * size, f"e{number}")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "outbox.db"
+
+
+@pytest.fixture
+def outbox(path: Path) -> Iterator[Outbox]:
+    opened = Outbox(path, MAX_BYTES)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def file(path: Path) -> Iterator[OutboxFile]:
+    opened = OutboxFile(path, MAX_BYTES)
+    yield opened
+    opened.close()
+
+
+def fill(file: OutboxFile, count: int, size: int = 100) -> None:
+    file.append([Entry(make_record(number, size), b"d", NOW) for number in range(count)])
+
+
+def stored_ids(path: Path) -> list[str]:
+    file = OutboxFile(path, MAX_BYTES)
+    try:
+        return [record.event_id for _, record in file.pending(1_000_000)]
+    finally:
+        file.close()
+
+
+async def test_an_event_is_there_when_append_returns(outbox: Outbox, path: Path) -> None:
+    receipt = await outbox.append(make_record(1), b"digest", NOW)
+    assert receipt.is_new
+    assert receipt.acknowledge_time == NOW
+    assert stored_ids(path) == ["e1"]
+
+
+async def test_a_retry_gets_the_first_time(outbox: Outbox, path: Path) -> None:
+    await outbox.append(make_record(1), b"digest", NOW)
+    receipt = await outbox.append(make_record(1, size=101), b"digest", NOW + timedelta(hours=1))
+    assert not receipt.is_new
+    assert receipt.acknowledge_time == NOW
+    assert stored_ids(path) == ["e1"]
+
+
+async def test_the_same_id_with_other_contents_is_a_conflict(outbox: Outbox, path: Path) -> None:
+    results = await asyncio.gather(
+        outbox.append(make_record(1), b"digest", NOW),
+        outbox.append(make_record(1), b"another", NOW),
+        outbox.append(make_record(2), b"digest", NOW),
+        return_exceptions=True,
+    )
+    assert isinstance(results[1], OutboxConflict)
+    assert stored_ids(path) == ["e1", "e2"]
+
+
+async def test_requests_that_come_together_share_an_fsync(outbox: Outbox) -> None:
+    await outbox.append(make_record(-1), b"d", NOW)
+    start = time.monotonic()
+    receipts = await asyncio.gather(*(outbox.append(make_record(number), b"d", NOW) for number in range(2000)))
+    seconds = time.monotonic() - start
+    assert all(receipt.is_new for receipt in receipts)
+    assert seconds < 2, f"{2000 / seconds:.0f} a second"
+
+
+async def test_a_caller_that_leaves_harms_nobody(outbox: Outbox, path: Path) -> None:
+    leaver = asyncio.create_task(outbox.append(make_record(1), b"d", NOW))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    await outbox.append(make_record(2), b"d", NOW)
+    assert "e2" in stored_ids(path)
+
+
+async def test_a_record_too_large_for_the_bus_is_refused(outbox: Outbox, path: Path) -> None:
+    with pytest.raises(ValueError, match="bytes"):
+        await outbox.append(make_record(1, MAX_RECORD_BYTES), b"d", NOW)
+    assert stored_ids(path) == []
+
+
+async def test_closing_writes_what_waits(path: Path) -> None:
+    outbox = Outbox(path, MAX_BYTES)
+    waiting = [asyncio.create_task(outbox.append(make_record(number), b"d", NOW)) for number in range(100)]
+    await asyncio.sleep(0)
+    outbox.close()
+    assert len(stored_ids(path)) == 100
+    assert all(receipt.is_new for receipt in await asyncio.gather(*waiting))
+    with pytest.raises(OutboxError, match="closed"):
+        await outbox.append(make_record(101), b"d", NOW)
+
+
+async def test_a_full_outbox_refuses_and_recovers(path: Path) -> None:
+    outbox = Outbox(path, max_bytes=1 << 20)
+    acknowledged = []
+    with pytest.raises(OutboxFull):
+        for number in range(1000):
+            await outbox.append(make_record(number, 10_000), b"d", NOW)
+            acknowledged.append(f"e{number}")
+    assert 50 < len(acknowledged) < 110
+    assert stored_ids(path) == acknowledged
+    relay_side = OutboxFile(path, 1 << 20)
+    relay_side.mark_published([seq for seq, _ in relay_side.pending(30)])
+    assert relay_side.prune(retention_s=3600) == 30
+    relay_side.close()
+    for number in range(1000, 1020):
+        assert (await outbox.append(make_record(number, 10_000), b"d", NOW)).is_new
+    outbox.close()
+
+
+async def test_a_file_that_breaks_is_reported_and_recovers(outbox: Outbox, path: Path) -> None:
+    await outbox.append(make_record(1), b"d", NOW)
+    file = OutboxFile(path, MAX_BYTES)
+    with file._file.transaction() as connection:
+        connection.execute("ALTER TABLE events RENAME TO hidden")
+    with pytest.raises(OutboxError):
+        await outbox.append(make_record(2), b"d", NOW)
+    with file._file.transaction() as connection:
+        connection.execute("DROP TABLE IF EXISTS events")
+        connection.execute("ALTER TABLE hidden RENAME TO events")
+    assert (await outbox.append(make_record(2), b"d", NOW)).is_new
+    file.close()
+    assert stored_ids(path) == ["e1", "e2"]
+
+
+def test_a_file_that_is_no_outbox_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(OutboxError):
+        Outbox(path, MAX_BYTES)
+
+
+def test_pending_is_in_order_until_published(file: OutboxFile) -> None:
+    fill(file, 10)
+    first = file.pending(4)
+    assert [record.event_id for _, record in first] == ["e0", "e1", "e2", "e3"]
+    file.mark_published([seq for seq, _ in first])
+    assert [record.event_id for _, record in file.pending(100)] == [f"e{i}" for i in range(4, 10)]
+
+
+def test_only_old_published_events_are_pruned(file: OutboxFile) -> None:
+    fill(file, 10)
+    file.mark_published([seq for seq, _ in file.pending(4)])
+    assert file.prune(retention_s=60) == 0
+    time.sleep(0.02)
+    assert file.prune(retention_s=0.01) == 4
+    assert len(file.pending(100)) == 6
+
+
+def test_an_event_that_is_published_is_still_recognised(file: OutboxFile) -> None:
+    fill(file, 1)
+    file.mark_published([seq for seq, _ in file.pending(1)])
+    (receipt,) = file.append([Entry(make_record(0), b"d", NOW + timedelta(days=1))])
+    assert not isinstance(receipt, OutboxConflict)
+    assert (receipt.is_new, receipt.acknowledge_time) == (False, NOW)
+
+
+@pytest.mark.parametrize(("log_id", "end_offset", "again"), [("a", 6, 0), ("a", 4, 3), ("b", 9, 3)])
+def test_a_bus_that_lost_records_gets_all_again(file: OutboxFile, log_id: str, end_offset: int, again: int) -> None:
+    fill(file, 3)
+    assert file.compare_logs([LogEnd("topic", 0, "a", 5)]) == 0
+    file.mark_published([seq for seq, _ in file.pending(3)])
+    assert file.compare_logs([LogEnd("topic", 0, log_id, end_offset)]) == again
+    assert len(file.pending(10)) == again
+    assert file.compare_logs([LogEnd("topic", 0, log_id, end_offset)]) == 0
+
+
+def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
+    acknowledged: set[str] = set()
+    for round_ms in (0, 3, 7, 20, 50):
+        target = path.with_name(f"outbox-{round_ms}.db")
+        writer = processes.start("append", target)
+        assert writer.stdout is not None
+        said = [writer.stdout.readline().strip() for _ in range(20)]
+        timer = threading.Timer(round_ms / 1000, writer.send_signal, [signal.SIGKILL])
+        timer.start()
+        text = writer.stdout.read()
+        # A last line without its end may have been cut short.
+        said += text[: text.rfind("\n") + 1].split()
+        writer.wait()
+        timer.join()
+        writer.stdout.close()
+        stored = stored_ids(target)
+        assert set(said) <= set(stored)
+        assert len(stored) == len(set(stored))
+        acknowledged |= set(said)
+    assert len(acknowledged) >= 20

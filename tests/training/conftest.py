@@ -1,0 +1,17 @@
+"""A tiny policy to train on, made once for all tests."""
+
+from pathlib import Path
+
+import pytest
+from deploy.models import make_tiny_llama
+from training.policy_model import SharedLayers, load_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def shared(tiny_folder: Path) -> SharedLayers:
+    return SharedLayers(load_model(tiny_folder))

@@ -1,0 +1,51 @@
+"""Packed completions get exactly what they would get alone."""
+
+import pytest
+import torch
+from training.groups import Group, pack
+from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
+
+GROUPS = [
+    Group((1, 5, 9, 300), ((7, 8, 2), (11,), (12, 13, 14, 15, 2))),
+    Group((1, 40), ((200, 201, 202, 203), (204, 2))),
+]
+
+
+def naive_logprobs(shared: SharedLayers, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
+    logits_TV = shared.model(torch.tensor([prompt + completion])).logits[0].double()
+    logprobs_TV = torch.log_softmax(logits_TV, -1)
+    return torch.stack([logprobs_TV[len(prompt) - 1 + i, token] for i, token in enumerate(completion)])
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_packed_logprobs_equal_separate_full_softmax(shared: SharedLayers, level: int) -> None:
+    shared.model.float()
+    packed = pack(GROUPS)
+    hidden_GTD = shared.encode(packed, [level])[level]
+    upper = UpperLayers(shared.model, level, shared.num_layers)
+    logprobs_NC, _ = completion_logprobs(upper(hidden_GTD, packed, shared.angles(packed)), shared.head_VD, packed)
+    alone = [(group.prompt, completion) for group in GROUPS for completion in group.completions]
+    for row, (prompt, completion) in enumerate(alone):
+        expected = naive_logprobs(shared, prompt, completion)
+        torch.testing.assert_close(logprobs_NC[row, : len(completion)].double(), expected, atol=1e-5, rtol=0)
+        assert not logprobs_NC[row, len(completion) :].any()
+
+
+def test_last_place_is_the_last_token_of_each_completion() -> None:
+    packed = pack(GROUPS)
+    last = packed.tokens_GT.flatten()[packed.last_N]
+    assert last.tolist() == [2, 11, 2, 203, 2]
+    assert packed.group_sizes == (3, 2)
+
+
+def test_completions_do_not_see_each_other(shared: SharedLayers) -> None:
+    changed = [Group(GROUPS[0].prompt, ((99, 98, 97), *GROUPS[0].completions[1:])), GROUPS[1]]
+    hidden = [shared.encode(pack(groups), [2])[2].flatten(0, 1)[pack(groups).last_N] for groups in (GROUPS, changed)]
+    assert not torch.equal(hidden[0][0], hidden[1][0])
+    torch.testing.assert_close(hidden[0][1:], hidden[1][1:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("group", [((), ((1,),)), ((1,), ()), ((1,), ((),))])
+def test_refuses_what_is_empty(group: tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]) -> None:
+    with pytest.raises(ValueError, match="none of them empty"):
+        Group(*group)

@@ -1,0 +1,120 @@
+"""What a run learns from and what it is judged on: rankings and prompts of the store, in tokens, split by user.
+
+A user is held out by a hash of their id, so that the split stays the same at every refresh. A prompt that any held-out
+user sent is never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alignd.v1 import policy_manifest_pb2, types_pb2
+from feedback.rendering import prompt_token_ids
+from feedback.store import RankedCompletion, RankedGroup, StoredPrompt
+
+from training.groups import Group
+from training.reward_model import RankedExample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as text, for people, and in tokens, for the policy."""
+
+    sample_id: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rankings and prompts, each split in two."""
+
+    training: tuple[RankedExample, ...]
+    held_out: tuple[RankedExample, ...]
+    training_prompts: tuple[TokenizedPrompt, ...]
+    held_out_prompts: tuple[TokenizedPrompt, ...]
+    rankings: tuple[policy_manifest_pb2.LogRange, ...]
+    """Where in the log the training rankings are."""
+
+
+def make_dataset(
+    tokenizer: PreTrainedTokenizerBase, groups: Sequence[RankedGroup], prompts: Sequence[StoredPrompt],
+    *, held_out_share: float, max_prompt_tokens: int,
+) -> Dataset:
+    """Splits rankings and prompts by user and tokenizes them. Prompts longer than `max_prompt_tokens` are left out."""
+    held_out_texts = {_text(p.prompt) for p in prompts if is_held_out(p.user_id, held_out_share)}
+    tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
+    short = [prompt for prompt in tokenized if len(prompt.token_ids) <= max_prompt_tokens]
+    learned = [g for g in groups if not (is_held_out(g.user_id, held_out_share) or _text(g.prompt) in held_out_texts)]
+    measured = [group for group in groups if is_held_out(group.user_id, held_out_share)]
+    return Dataset(
+        training=_examples(tokenizer, learned, max_prompt_tokens),
+        held_out=_examples(tokenizer, measured, max_prompt_tokens),
+        training_prompts=tuple(prompt for prompt in short if prompt.text not in held_out_texts),
+        held_out_prompts=tuple(prompt for prompt in short if prompt.text in held_out_texts),
+        rankings=log_ranges(learned),
+    )  # fmt: skip
+
+
+def is_held_out(user_id: str, share: float) -> bool:
+    """Whether this user's rankings only measure. The same answer for ever, for a share of all users."""
+    digest = hashlib.sha256(b"alignd held-out users\n" + user_id.encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
+
+
+def completion_token_ids(tokenizer: PreTrainedTokenizerBase, completion: RankedCompletion) -> tuple[int, ...]:
+    """A stored completion's text in tokens, with the end token if the policy ended it."""
+    # Text that looks like a special token was never one: the server decodes without them.
+    tokens: list[int] = tokenizer.encode(completion.text, add_special_tokens=False, split_special_tokens=True)
+    if completion.finish_reason == types_pb2.FINISH_REASON_STOP:
+        tokens.append(int(tokenizer.eos_token_id))
+    return tuple(tokens)
+
+
+def log_ranges(groups: Sequence[RankedGroup]) -> tuple[policy_manifest_pb2.LogRange, ...]:
+    """The first and last offset of these rankings in each partition of the log."""
+    offsets: dict[tuple[str, int], list[int]] = {}
+    for group in groups:
+        offsets.setdefault((group.position.topic, group.position.partition), []).append(group.position.offset)
+    return tuple(
+        policy_manifest_pb2.LogRange(topic=topic, partition=partition, first_offset=min(found), last_offset=max(found))
+        for (topic, partition), found in sorted(offsets.items())
+    )
+
+
+def _examples(
+    tokenizer: PreTrainedTokenizerBase, groups: Sequence[RankedGroup], max_prompt_tokens: int
+) -> tuple[RankedExample, ...]:
+    examples = []
+    for group in groups:
+        prompt = tuple(prompt_token_ids(tokenizer, group.prompt))
+        encoded = [(completion_token_ids(tokenizer, each), each.rank) for each in group.completions]
+        # A completion that was cut off before its first character has no token to score.
+        scored = [(tokens, rank) for tokens, rank in encoded if tokens]
+        if len(prompt) <= max_prompt_tokens and len({rank for _, rank in scored}) > 1:
+            tokens, ranks = zip(*scored, strict=True)
+            examples.append(RankedExample(Group(prompt, tokens), ranks))
+    return tuple(examples)
+
+
+def _distinct(prompts: Sequence[StoredPrompt]) -> list[StoredPrompt]:
+    return list({_text(prompt.prompt): prompt for prompt in prompts}.values())
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: StoredPrompt) -> TokenizedPrompt:
+    return TokenizedPrompt(
+        prompt.sample_id, _text(prompt.prompt), tuple(prompt_token_ids(tokenizer, prompt.prompt))
+    )
+
+
+def _text(prompt: types_pb2.Prompt) -> str:
+    """All that was said, one turn a line: what makes two prompts the same to a reader."""
+    if prompt.WhichOneof("content") == "text":
+        return prompt.text
+    return "\n".join(message.content for message in prompt.chat.messages)

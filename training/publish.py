@@ -1,0 +1,96 @@
+"""Hands a trained policy to serving: writes the version, registers it, and asks for it to go live, over gRPC."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import grpc
+from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
+
+ACTOR = "trainer"
+# Registering verifies every byte of a version, which takes long for a large one.
+CALL_SECONDS = 300.0
+# Until the server is first there, since all processes are started at once.
+START_SECONDS = 900.0
+RETRY = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "alignd.v1.PolicyService"}],
+                "retryPolicy": {
+                    "maxAttempts": 5,
+                    "initialBackoff": "0.5s",
+                    "maxBackoff": "10s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+
+class PolicyClient:
+    """The policy service, as the trainer uses it. Calls wait for the server, and raise grpc.RpcError if it refuses."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, options=[("grpc.service_config", RETRY)])
+        self._service = policy_service_pb2_grpc.PolicyServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._channel.close()
+
+    def get(self, policy: str, timeout_seconds: float = CALL_SECONDS) -> policy_service_pb2.Policy:
+        """Returns the policy called "live" or "v7"."""
+        request = policy_service_pb2.GetPolicyRequest(policy=policy)
+        return self._service.GetPolicy(request, timeout=timeout_seconds, wait_for_ready=True).policy
+
+    def newest_version(self) -> int:
+        """Returns the greatest version that is registered, 0 if none is."""
+        request = policy_service_pb2.ListPoliciesRequest(page_size=1)
+        found = self._service.ListPolicies(request, timeout=CALL_SECONDS, wait_for_ready=True).policies
+        return found[0].version if found else 0
+
+    def register(self, manifest: policy_manifest_pb2.PolicyManifest, folder: Path, reason: str) -> None:
+        """Registers the version in `folder` as a candidate."""
+        request = policy_service_pb2.RegisterPolicyRequest(
+            manifest=manifest, artifact_uri=str(folder.resolve()), actor=ACTOR, reason=reason
+        )
+        self._service.RegisterPolicy(request, timeout=CALL_SECONDS, wait_for_ready=True)
+
+    def promote(self, version: int, expected_live_version: int, reason: str) -> None:
+        """Makes a candidate live, unless another version went live since."""
+        request = policy_service_pb2.PromoteRequest(
+            version=version, actor=ACTOR, reason=reason, expected_live_version=expected_live_version
+        )
+        self._service.Promote(request, timeout=CALL_SECONDS, wait_for_ready=True)
+
+
+def artifact_folder(policy: policy_service_pb2.Policy) -> Path:
+    """Where a registered version lies on this machine."""
+    uri = policy.artifact_uri
+    return Path(url2pathname(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri)
+
+
+def next_version(client: PolicyClient, policies_dir: Path) -> int:
+    """The first version that is neither registered nor on disk.
+
+    A folder that was never registered is what a crash between writing and registering leaves: its number stays unused.
+    """
+    on_disk = [int(path.name[1:]) for path in policies_dir.glob("v*") if path.name[1:].isdecimal()]
+    return max([client.newest_version(), *on_disk]) + 1
+
+
+def prompts_digest(sample_ids: Sequence[str]) -> str:
+    """SHA-256 over the sorted sample ids, one a line."""
+    return hashlib.sha256("".join(f"{sample_id}\n" for sample_id in sorted(sample_ids)).encode()).hexdigest()
