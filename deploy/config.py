@@ -8,7 +8,7 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
@@ -95,12 +95,17 @@ class AligndConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Environment before file."""
         file = configured_file()
         toml = (TomlConfigSettingsSource(settings_cls, file),) if file else ()
-        return (init_settings, sources["env_settings"], *toml)
+        return (init_settings, env_settings, *toml)
 
 
 def configured_file() -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import protovalidate
 from google.protobuf import descriptor_pool, empty_pb2, message_factory
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -21,14 +21,12 @@ log = logging.getLogger(__name__)
 LENGTH_DELIMITED = 2
 
 
-class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Boundary(grpc.aio.ServerInterceptor):
     """Wraps every method of alignd.v1; health and reflection pass through."""
 
     async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
         """Returns the method's handler with the boundary around it."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/alignd.v1."):
@@ -46,14 +44,14 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 def request_class(method: str) -> type[Message]:
     """Returns the class of a method's request, for a path such as "/alignd.v1.PolicyService/Promote"."""
     name = method.lstrip("/").replace("/", ".")
-    descriptor = descriptor_pool.Default().FindMethodByName(name).input_type  # type: ignore[no-untyped-call]
+    descriptor = descriptor_pool.Default().FindMethodByName(name).input_type
     return message_factory.GetMessageClass(descriptor)
 
 
 def unary_boundary(method: Callable[..., Awaitable[Message]], message_class: type[Message]) -> Callable[..., Any]:
     """Returns `method` as a handler of raw bytes."""
 
-    async def handle(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+    async def handle(raw: bytes, context: Any) -> Message:
         try:
             return await method(parse(raw, message_class), context)
         except Refusal as refusal:
@@ -73,7 +71,7 @@ def stream_boundary(
 ) -> Callable[..., AsyncIterator[Message]]:
     """Returns a streaming `method` as a handler of raw bytes."""
 
-    async def handle(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Message]:
+    async def handle(raw: bytes, context: Any) -> AsyncIterator[Message]:
         try:
             async for response in method(parse(raw, message_class), context):
                 yield response
@@ -126,10 +124,10 @@ def path(found: protovalidate.Violation) -> str:
     return ".".join(steps) or "request"
 
 
-def find_invalid_utf8(raw: bytes, descriptor: Descriptor) -> str:
+def find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
     """Returns the path of the first string field in `raw` that is not UTF-8, or "" if there is none to be found."""
     try:
-        unknown = UnknownFieldSet(empty_pb2.Empty.FromString(raw))
+        unknown: Any = UnknownFieldSet(empty_pb2.Empty.FromString(raw))
     except DecodeError:
         return ""
     for item in unknown:

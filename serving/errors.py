@@ -24,7 +24,7 @@ class Violation:
     description: str
 
 
-class Refusal(Exception):
+class Refusal(Exception):  # noqa: N818 (a refusal is an answer, not a fault)
     """An RPC that is refused, for a reason that the caller can read and act on."""
 
     def __init__(

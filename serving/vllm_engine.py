@@ -169,8 +169,8 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
 def prepare_cpu(config: ServingConfig) -> None:
     """Sets what vLLM reads from the environment on a CPU.
 
-    Without this it runs its model in a third process, pinned to all cores but one: on a small machine that takes half as
-    long again to start, and halves the speed.
+    Without this it runs its model in a third process, pinned to all cores but one: on a small machine that takes half
+    as long again to start, and halves the speed.
     """
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

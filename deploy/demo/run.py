@@ -1,4 +1,4 @@
-"""The demo's story, told by running it: users rank, a policy learns, serving swaps, and the same prompts are asked again.
+"""The demo's story, told by running it: users rank, a policy learns, serving swaps, and the prompts are asked again.
 
 Everything runs as it would in earnest: `alignd up` starts the processes, and this one is an application and its users,
 who know the server only by its gRPC API.
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -135,7 +136,7 @@ async def until_serving(address: str, supervisor: subprocess.Popen[bytes], bar: 
     """Waits for the server's health."""
     started = time.monotonic()
     async with grpc.aio.insecure_channel(address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() - started < START_TIMEOUT_S:
             check_alive(supervisor)
             with contextlib.suppress(grpc.aio.AioRpcError):

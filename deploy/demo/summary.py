@@ -85,7 +85,6 @@ def reward_model_figures(config: AligndConfig, run: RunView) -> RewardModelFigur
         accuracy=record["reward_model/held_out_accuracy"],
         comparisons=int(record["reward_model/held_out_comparisons"]),
         labeler_agreement=config.simulation.agreement,
-        steps=run.of("reward_model"),
     )
 
 

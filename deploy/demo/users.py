@@ -1,4 +1,4 @@
-"""What the demo asks of its simulated users: rankings to learn from, gentle traffic while training, and the final word."""
+"""What the demo asks of its simulated users: rankings, gentle traffic while training, and the final word."""
 
 import asyncio
 import itertools
