@@ -25,8 +25,8 @@ $(READY): | $(PINS)
 	@requirements/install.sh $(ENGINE) $(PYTHON)
 	@rm -f .venv/.ready-* && touch $@
 
-demo: setup ## serve, rank, learn, swap, report (QUICK=1: the same path on a tiny model)
-	$(BIN)/alignd demo $(if $(QUICK),--quick)
+demo: ## serve, rank, learn, swap, report (QUICK=1: the same path on a tiny model)
+	@began_at=$$(date +%s); $(MAKE) setup && $(BIN)/alignd demo $(if $(QUICK),--quick) --began-at $$began_at
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

@@ -28,8 +28,10 @@ class FeedbackConfig(BaseModel):
     relay_idle_s: float = Field(
         default=0.02, gt=0, description="Seconds between two looks at the outbox when it had nothing to publish."
     )
-    relay_check_s: float = Field(
-        default=2.0, gt=0, description="Seconds between two checks that the bus still has what was published."
+    bus_check_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds between two checks of relay and ingest that the bus still has what it had.",
     )
     retry_max_s: float = Field(
         default=5.0, gt=0, description="Longest wait in seconds before the relay or ingest tries a failed bus again."

@@ -1,6 +1,7 @@
 """Opens the store's database, SQLite or PostgreSQL, and brings its tables up to date."""
 
 import sqlite3
+import threading
 from pathlib import Path
 
 from alembic import command
@@ -13,6 +14,9 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 
 # Any number that nothing else in the database locks. Whoever writes holds it to the end of its transaction.
 WRITER_LOCK = 0x616C6967
+
+# Alembic keeps the migration that runs in a global.
+MIGRATING = threading.Lock()
 
 
 def open_engine(url: str) -> Engine:
@@ -29,7 +33,7 @@ def open_engine(url: str) -> Engine:
         engine = _sqlite_engine(Path(parsed.database))
     else:
         raise ValueError(f"not a store: {parsed!r}; give sqlite:///path/store.db or postgresql://user@host/database")
-    with writing(engine) as connection:
+    with MIGRATING, writing(engine) as connection:
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection

@@ -39,7 +39,7 @@ def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: Feed
                 log.info("ingest: the bus and the store are up")
                 up_since = time.monotonic()
                 while not stop.is_set():
-                    _follow(bus, ledger, stop)
+                    _follow(bus, ledger, stop, config.bus_check_s)
         except (BusError, SQLAlchemyError, OSError) as error:
             failures = 1 if time.monotonic() - up_since > config.retry_max_s else failures + 1
             if failures == 1:
@@ -47,7 +47,7 @@ def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: Feed
             stop.wait(backoff_s(failures, config.retry_max_s))
 
 
-def _follow(bus: Bus, ledger: Ledger, stop: threading.Event) -> None:
+def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> None:
     """Reads on from the offsets in the store, until stopped or overtaken by another ingest."""
     log_ids = {topic: bus.log_id(topic) for topic in FEEDBACK_TOPICS}
     before = ledger.offsets()
@@ -56,13 +56,14 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event) -> None:
     }
     start = {partition: offset.next_offset for partition, offset in reached.items()}
     with closing(bus.consume(FEEDBACK_TOPICS, start)) as consumer:
+        next_check = time.monotonic() + check_s
         while not stop.is_set():
             batch = consumer.poll(POLL_S)
+            if batch or time.monotonic() >= next_check:
+                # Asked after the poll: what was read is then surely of this log, and not of one created anew.
+                _check_logs(bus, log_ids)
+                next_check = time.monotonic() + check_s
             if batch:
-                # Asked after the poll, so what was read is surely of this log and no older or newer one.
-                for topic in {each.position.topic for each in batch}:
-                    if bus.log_id(topic) != log_ids[topic]:
-                        raise BusError(f"topic {topic} was created anew")
                 after = _after(batch, log_ids)
                 try:
                     num_dead_letters = ledger.write(batch, before, after)
@@ -74,6 +75,12 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event) -> None:
                 if num_dead_letters:
                     log.warning("ingest: %d records became dead letters", num_dead_letters)
             _publish_dead_letters(bus, ledger)
+
+
+def _check_logs(bus: Bus, log_ids: Mapping[str, str]) -> None:
+    for topic, log_id in log_ids.items():
+        if bus.log_id(topic) != log_id:
+            raise BusError(f"topic {topic} was created anew")
 
 
 def _is_still_there(bus: Bus, log_ids: Mapping[str, str], partition: Partition, offset: Offset) -> bool:

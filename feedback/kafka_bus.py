@@ -1,5 +1,6 @@
 """The bus of many machines: Apache Kafka, or what speaks its protocol, by kafka-python."""
 
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from feedback.bus import MAX_RECORD_BYTES, BusError, Consumer, Delivered, Positi
 EVENT_ID_HEADER = "event_id"
 REQUEST_TIMEOUT_MS = 10_000
 DELIVERY_TIMEOUT_MS = 20_000
+CONNECT_TIMEOUT_S = 3.0
 # What Kafka adds to a record: headers, lengths, checksums.
 OVERHEAD_BYTES = 64 * 1024
 
@@ -70,7 +72,7 @@ class KafkaBus:
                 # flush() says nothing about batches that expired or were refused; the futures do.
                 for future in futures:
                     future.get(timeout=_DELIVERY_WAIT_S)
-            except (KafkaError, ValueError) as error:
+            except (KafkaError, ValueError, OSError) as error:
                 # After a failed batch an idempotent producer may be out of sequence for good.
                 self._close_producer()
                 raise BusError(f"cannot publish: {error!r}") from error
@@ -114,9 +116,10 @@ class KafkaBus:
     def _call_admin(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:
             if self._admin is None:
+                _check_reachable(self._servers)
                 self._admin = KafkaAdminClient(bootstrap_servers=self._servers, **CONNECTION)
             return getattr(self._admin, method)(*arguments, **options)
-        except KafkaError as error:
+        except (KafkaError, OSError) as error:
             self._close_admin()
             raise BusError(f"{method} failed: {error!r}") from error
 
@@ -140,6 +143,7 @@ class KafkaLogConsumer:
     def __init__(self, servers: Sequence[str], start: Mapping[TopicPartition, int | None]) -> None:
         self._consumer: KafkaConsumer | None = None
         try:
+            _check_reachable(servers)
             self._consumer = KafkaConsumer(
                 bootstrap_servers=servers,
                 group_id=None,
@@ -155,7 +159,7 @@ class KafkaLogConsumer:
             for partition, offset in start.items():
                 # Below the beginning is what retention has removed.
                 self._consumer.seek(partition, max(offset or 0, beginnings[partition]))
-        except KafkaError as error:
+        except (KafkaError, OSError) as error:
             self.close()
             raise BusError(f"cannot consume: {error!r}") from error
 
@@ -179,7 +183,24 @@ class KafkaLogConsumer:
 _DELIVERY_WAIT_S = DELIVERY_TIMEOUT_MS / 1000 + 5
 
 
+def _check_reachable(servers: Sequence[str]) -> None:
+    """Raises OSError if no server takes a connection.
+
+    kafka-python's clients take long to say so, and leave their sockets open when they do.
+    """
+    for index, server in enumerate(servers):
+        host, _, port = server.strip().rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError:
+            if index == len(servers) - 1:
+                raise
+        else:
+            return
+
+
 def _connect_producer(servers: Sequence[str]) -> KafkaProducer:
+    _check_reachable(servers)
     return KafkaProducer(
         bootstrap_servers=servers,
         acks="all",

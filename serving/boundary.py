@@ -138,7 +138,7 @@ def find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
             try:
                 item.data.decode("utf-8")
             except UnicodeDecodeError:
-                return field.name
+                return str(field.name)
         if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
             inner = find_invalid_utf8(item.data, field.message_type)
             if inner:

@@ -36,7 +36,10 @@ FRESH_WEIGHT = 0.15  # so does saying it twice
 PREAMBLES = (
     (re.compile(r"\bas an? (?:\w+ )?(?:ai|language model|assistant)\b|\bi(?:'m| am) (?:just )?an? (?:\w+ )?ai\b"), 0.0),
     (re.compile(r"^(?:i(?:'m| am) (?:so |really |very )?sorry|i apologi[sz]e|unfortunately)\b"), 0.3),
-    (re.compile(r"^(?:i(?:'d| would)|i(?:'m| am)) (?:be )?(?:happy|glad|here|delighted|excited|pleased)\b"), 0.4),
+    (
+        re.compile(r"^(?:i(?:'d| would)|i(?:'m| am)) (?:be )?(?:happy|glad|here|delighted|excited|pleased|thrilled)\b"),
+        0.4,
+    ),
     (re.compile(r"^(?:sure|certainly|of course|absolutely|great question|good question|thank(?:s| you))\b"), 0.5),
 )
 PREAMBLE_REACH = 120  # characters in which an opening counts as one

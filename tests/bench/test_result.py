@@ -15,11 +15,11 @@ from bench.result import (
     at_least,
     at_most,
     bench_result,
-    cpu_model,
     number,
     print_table,
     write_json,
 )
+from deploy.machine import cpu_model
 
 SWAP = Figure("swap", 0.41, "s", low=0.38, high=0.5, peer=3.0)
 

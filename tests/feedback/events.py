@@ -73,6 +73,4 @@ def record(event: Message) -> Record:
 def delivered(event: Message, offset: int, partition: int = 0) -> Delivered:
     """The event as it is read."""
     published = record(event)
-    return Delivered(
-        Position(published.topic, partition, offset), published.key, published.value, published.event_id
-    )
+    return Delivered(Position(published.topic, partition, offset), published.key, published.value, published.event_id)

@@ -15,7 +15,7 @@ from feedback.outbox import Outbox
 from feedback.relay import run_relay
 
 REPOSITORY = Path(__file__).parents[2]
-QUICK = FeedbackConfig(relay_batch_size=20, relay_check_s=0.2, retry_max_s=0.5)
+QUICK = FeedbackConfig(relay_batch_size=20, bus_check_s=0.2, retry_max_s=0.5)
 
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:

@@ -35,9 +35,7 @@ def store(ledger: Ledger, store_url: str) -> Iterator[Store]:
 
 def write(ledger: Ledger, batch: Sequence[Delivered], log_id: str = "log") -> int:
     """Writes a batch as an ingest does that has just read the offsets."""
-    after = {
-        (each.position.topic, each.position.partition): Offset(log_id, each.position.offset + 1) for each in batch
-    }
+    after = {(each.position.topic, each.position.partition): Offset(log_id, each.position.offset + 1) for each in batch}
     return ledger.write(batch, ledger.offsets(), after)
 
 
