@@ -78,10 +78,12 @@ class PolicyLog:
         """Yields every change after `after_revision`, and then each as it happens."""
         revision = after_revision
         while True:
-            for change in self.changes[revision:]:
-                yield change
-            revision = max(revision, len(self.changes))
-            await self.changed()
+            # One at a time: more may come while a change is being sent.
+            if revision < len(self.changes):
+                revision += 1
+                yield self.changes[revision - 1]
+            else:
+                await self.changed()
 
     def _end_offsets(self) -> dict[int, int]:
         while not self._stop.is_set():

@@ -82,6 +82,8 @@ def apply(state: PolicyState, event: events_pb2.PolicyEvent) -> Outcome:
 def register(state: PolicyState, event: events_pb2.PolicyRegistered) -> Outcome:
     """Adds a CANDIDATE. The same weights again change nothing; other weights under the same version are refused."""
     version = event.manifest.version
+    if version < 1:
+        return Outcome(state, refusal=f"{version} is no version")
     present = state.policies.get(version)
     if present and present.manifest.weight_digest == event.manifest.weight_digest:
         return Outcome(state)
@@ -105,9 +107,9 @@ def change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> Ou
     if event.expected_live_version not in (0, state.live_version):
         return Outcome(state, refusal=f"version {state.live_version} is live, not {event.expected_live_version}")
     if record.stage != change.from_stage:
-        return Outcome(state, refusal=f"version {change.version} is {Stage.Name(record.stage)} by now")
+        return Outcome(state, refusal=f"version {change.version} is {stage_name(record.stage)} by now")
     if change.to_stage not in ALLOWED[record.stage]:
-        return Outcome(state, refusal=f"{Stage.Name(record.stage)} → {Stage.Name(change.to_stage)} is not allowed")
+        return Outcome(state, refusal=f"{stage_name(record.stage)} → {stage_name(change.to_stage)} is not allowed")
     if change.to_stage == STAGE_LIVE:
         return make_live(state, change)
     if record.stage == STAGE_LIVE:
@@ -155,6 +157,12 @@ def moved(cause: StageChange, version: int, from_stage: Stage, to_stage: Stage) 
     change.reason = cause.reason
     change.change_time.CopyFrom(cause.change_time)
     return change
+
+
+def stage_name(stage: Stage) -> str:
+    """Returns a stage's name, or its number where a later release has named one that this one does not know."""
+    known = policy_service_pb2.Stage.DESCRIPTOR.values_by_number.get(stage)
+    return known.name if known else str(stage)
 
 
 def new_change(version: int, from_stage: Stage, to_stage: Stage, actor: str, reason: str) -> StageChange:

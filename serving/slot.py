@@ -42,7 +42,9 @@ class Slot:
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Hold]:
         """Admits a request, after an exchange under way has ended."""
-        await self._open.wait()
+        # Asked again after the wait: another exchange may have begun before this request got its turn.
+        while not self._open.is_set():
+            await self._open.wait()
         assert self.policy is not None
         hold = Hold(self.policy)
         self._holds.add(hold)

@@ -159,6 +159,9 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         enforce_eager=not config.compile,
         gpu_memory_utilization=config.gpu_memory_utilization,
         distributed_executor_backend="uni" if on_cpu else None,
+        # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(4096, config.max_model_len) if on_cpu else None,
         enable_prefix_caching=True,
         generation_config="vllm",
         disable_log_stats=True,

@@ -67,8 +67,13 @@ class TrainingConfig(BaseModel):
     poll_seconds: float = Field(1.0, gt=0, description="Seconds between two looks at the store.")
     seed: int = Field(0, ge=0, description="Seed of all that is drawn at random.")
     promote: bool = Field(True, description="Ask for the new version to go live once it is registered.")
-    min_win_rate: float = Field(0.5, ge=0, le=1, description="Win rate over the reference, by the reward model, "
-                                "that the lower end of the interval must pass before a version is promoted.")
+    min_win_rate: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Win rate over the reference, by the reward model, "
+        "that the lower end of the interval must pass before a version is promoted.",
+    )
     num_evaluation_prompts: int = Field(64, ge=1, description="Most held-out prompts that a new policy is judged on.")
     num_probes: int = Field(4, ge=1, le=64, description="Probes in the manifest.")
     max_num_seqs: int = Field(64, ge=1, description="Most rollouts that the engine draws at once.")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from alignd.v1 import policy_manifest_pb2, types_pb2
 from feedback.rendering import prompt_token_ids
 from feedback.store import RankedCompletion, RankedGroup, StoredPrompt
-
 from training.groups import Group
 from training.reward_model import RankedExample
 
@@ -44,8 +43,12 @@ class Dataset:
 
 
 def make_dataset(
-    tokenizer: PreTrainedTokenizerBase, groups: Sequence[RankedGroup], prompts: Sequence[StoredPrompt],
-    *, held_out_share: float, max_prompt_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[RankedGroup],
+    prompts: Sequence[StoredPrompt],
+    *,
+    held_out_share: float,
+    max_prompt_tokens: int,
 ) -> Dataset:
     """Splits rankings and prompts by user and tokenizes them. Prompts longer than `max_prompt_tokens` are left out."""
     held_out_texts = {_text(p.prompt) for p in prompts if is_held_out(p.user_id, held_out_share)}
@@ -108,9 +111,7 @@ def _distinct(prompts: Sequence[StoredPrompt]) -> list[StoredPrompt]:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: StoredPrompt) -> TokenizedPrompt:
-    return TokenizedPrompt(
-        prompt.sample_id, _text(prompt.prompt), tuple(prompt_token_ids(tokenizer, prompt.prompt))
-    )
+    return TokenizedPrompt(prompt.sample_id, _text(prompt.prompt), tuple(prompt_token_ids(tokenizer, prompt.prompt)))
 
 
 def _text(prompt: types_pb2.Prompt) -> str:

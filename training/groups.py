@@ -38,8 +38,8 @@ class PackedGroups:
 
     tokens_GT: Tensor
     positions_GT: Tensor
-    attends_G1TT: Tensor
-    """True where the token of the third axis sees that of the fourth."""
+    attends_GTT: Tensor
+    """True where the token of the second axis sees that of the third."""
     labels_NC: Tensor
     """The completions' tokens; 0 beyond their ends."""
     mask_NC: Tensor
@@ -67,7 +67,7 @@ def pack(groups: Sequence[Group]) -> PackedGroups:
     return PackedGroups(
         tokens_GT=tokens_GT,
         positions_GT=positions_GT,
-        attends_G1TT=_attends(segments_GT).unsqueeze(1),
+        attends_GTT=_attends(segments_GT),
         labels_NC=labels_NC,
         mask_NC=mask_NC,
         before_NC=before_NC,
@@ -88,7 +88,7 @@ def _row(group: Group) -> tuple[list[int], list[int], list[int]]:
 
 
 def _attends(segments_GT: Tensor) -> Tensor:
-    """Causal, and within the prompt or one's own completion. Padding sees itself, since a softmax over nothing is NaN."""
+    """Causal, within the prompt or one's own completion. Padding sees padding: a softmax over nothing is NaN."""
     num_tokens = segments_GT.shape[1]
     causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
     same_GTT = segments_GT[:, :, None] == segments_GT[:, None, :]

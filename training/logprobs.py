@@ -19,7 +19,7 @@ def label_logprobs(hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor) -> tupl
 
     Gradients flow from the log-probabilities to `hidden_MD`; the entropy is for the record and carries none.
     """
-    logprobs_M, entropy_M = _LabelLogprobs.apply(hidden_MD, head_VD, labels_M)
+    logprobs_M, entropy_M = _LabelLogprobs.apply(hidden_MD, head_VD, labels_M)  # type: ignore[no-untyped-call]
     return logprobs_M, entropy_M
 
 
@@ -39,7 +39,7 @@ class _LabelLogprobs(torch.autograd.Function):
         return logprobs_M, entropy_M
 
     @staticmethod
-    def backward(ctx: Any, grad_M: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_M: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         """d logprob / d logits = onehot(label) - softmax."""
         hidden_MD, head_VD, labels_M, norm_M = ctx.saved_tensors
         grads = []

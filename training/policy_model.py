@@ -35,7 +35,9 @@ def load_model(path: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
     )
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    model.eval()
+    return model
 
 
 class UpperLayers(nn.Module):
@@ -62,7 +64,7 @@ class UpperLayers(nn.Module):
 def run_layers(layers: Any, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Runs decoder layers, in order."""
     for layer in layers:
-        hidden_GTD = layer(hidden_GTD, attention_mask=packed.attends_G1TT, position_embeddings=angles)
+        hidden_GTD = layer(hidden_GTD, attention_mask=packed.attends_GTT.unsqueeze(1), position_embeddings=angles)
     return hidden_GTD
 
 

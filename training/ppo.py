@@ -67,10 +67,16 @@ def make_learner(shared: SharedLayers, policy: UpperLayers, reward_model: Reward
 
 
 def train(
-    learner: Learner, config: PpoConfig, prompts: Sequence[tuple[int, ...]], sample: Sample, load_weights: LoadWeights,
-    *, seed: int, log: Log,
+    learner: Learner,
+    config: PpoConfig,
+    prompts: Sequence[tuple[int, ...]],
+    sample: Sample,
+    load_weights: LoadWeights,
+    *,
+    seed: int,
+    log: Log,
 ) -> None:
-    """Runs `num_steps` rounds, or fewer where KL reaches `max_kl`: then the policy is left as the last good round had it.
+    """Runs `num_steps` rounds; where KL passes `max_kl` it stops, and leaves the policy as the last good round had it.
 
     Leaves the trained weights in `learner.policy` and in the engine. Raises TrainingError if something is not finite.
     """
@@ -105,7 +111,9 @@ def _prepare(
     learner: Learner, config: PpoConfig, prompts: Sequence[tuple[int, ...]], rollouts: list[list[Rollout]]
 ) -> list[Batch]:
     """Scores rollouts and spreads the scores over tokens: one batch for each optimizer step, of rows of like length."""
-    rows = sorted(zip(prompts, rollouts, strict=True), key=lambda row: len(row[0]) + sum(len(r.token_ids) for r in row[1]))
+    rows = sorted(
+        zip(prompts, rollouts, strict=True), key=lambda row: len(row[0]) + sum(len(r.token_ids) for r in row[1])
+    )
     size = len(rows) // config.num_minibatches
     batches = [_encode(learner, config, rows[start : start + size]) for start in range(0, len(rows), size)]
     return [_with_advantages(batch, config) for batch in batches]
@@ -146,9 +154,7 @@ def _with_advantages(batch: Batch, config: PpoConfig) -> Batch:
     mask_NC = batch.packed.mask_NC
     # 5. Missing-end penalty, KL at each token, score at the last: the rewards.
     scores_N = batch.scores_N - config.missing_eos_penalty * (~batch.finished_N).float()
-    rewards_NC = ppo_math.rewards(
-        scores_N, batch.old_logprobs_NC, batch.ref_logprobs_NC, mask_NC, config.kl_coef
-    )
+    rewards_NC = ppo_math.rewards(scores_N, batch.old_logprobs_NC, batch.ref_logprobs_NC, mask_NC, config.kl_coef)
     # 6. GAE, returns, and whitening of the advantages last, since the returns need them as they are.
     advantages_NC = ppo_math.advantages(rewards_NC, batch.old_values_NC, mask_NC, config.gamma, config.gae_lambda)
     returns_NC = advantages_NC + batch.old_values_NC
@@ -232,7 +238,8 @@ def _optimizer(learner: Learner, config: PpoConfig) -> torch.optim.Optimizer:
 
 def _turns(prompts: Sequence[tuple[int, ...]], size: int, seed: int) -> Iterator[list[tuple[int, ...]]]:
     """Prompts for each round, all of them once in random order before any comes again."""
-    drawn, waiting = random.Random(seed), []
+    drawn = random.Random(seed)
+    waiting: list[tuple[int, ...]] = []
     while True:
         while len(waiting) < size:
             waiting += drawn.sample(list(prompts), len(prompts))

@@ -34,8 +34,8 @@ def whiten(values_NC: Tensor, mask_NC: Tensor) -> Tensor:
 def rewards(scores_N: Tensor, logprobs_NC: Tensor, ref_logprobs_NC: Tensor, mask_NC: Tensor, kl_coef: float) -> Tensor:
     """Reward of each token, [N, C]: -kl_coef (log π - log π_ref), and the score besides at the last real token."""
     rewards_NC = torch.where(mask_NC, -kl_coef * (logprobs_NC - ref_logprobs_NC), 0.0)
-    last_N1 = mask_NC.sum(-1, keepdim=True) - 1
-    return rewards_NC.scatter_add(-1, last_N1, scores_N[:, None].to(rewards_NC.dtype))
+    last_N = mask_NC.sum(-1) - 1
+    return rewards_NC.scatter_add(-1, last_N[:, None], scores_N[:, None].to(rewards_NC.dtype))
 
 
 def advantages(rewards_NC: Tensor, values_NC: Tensor, mask_NC: Tensor, gamma: float, gae_lambda: float) -> Tensor:
@@ -66,7 +66,9 @@ def policy_loss(
     return _worse_of(plain_NC, clipped_NC, mask_NC)
 
 
-def value_loss(values_NC: Tensor, old_values_NC: Tensor, returns_NC: Tensor, mask_NC: Tensor, clip_range: float) -> Loss:
+def value_loss(
+    values_NC: Tensor, old_values_NC: Tensor, returns_NC: Tensor, mask_NC: Tensor, clip_range: float
+) -> Loss:
     """½ E[max((V - R)², (clip(V, V_old ± clip_range) - R)²)]."""
     clipped_values_NC = torch.clamp(values_NC, old_values_NC - clip_range, old_values_NC + clip_range)
     plain_NC = 0.5 * (values_NC - returns_NC) ** 2

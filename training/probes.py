@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from alignd.v1 import policy_manifest_pb2
 
+from alignd.v1 import policy_manifest_pb2
 from training.logprobs import label_logprobs
 from training.policy_model import load_model
 
@@ -21,11 +21,11 @@ MAX_PROBE_TOKENS = 64
 def probes_of(policy_folder: Path, sequences: Sequence[Sequence[int]]) -> list[policy_manifest_pb2.Probe]:
     """Log-probability of each token but the first of each sequence, cut to MAX_PROBE_TOKENS, under the saved policy."""
     model = load_model(policy_folder)
-    head_VD = model.get_output_embeddings().weight  # type: ignore[union-attr]
+    head_VD = model.get_output_embeddings().weight
     probes = []
     for sequence in sequences:
         token_ids = list(sequence[:MAX_PROBE_TOKENS])
-        hidden_TD = model.model(torch.tensor([token_ids])).last_hidden_state[0]  # type: ignore[operator, union-attr]
+        hidden_TD = model.model(torch.tensor([token_ids])).last_hidden_state[0]
         logprobs_T, _ = label_logprobs(hidden_TD[:-1], head_VD, torch.tensor(token_ids[1:]))
         probes.append(policy_manifest_pb2.Probe(token_ids=token_ids, logprobs=logprobs_T.tolist()))
     return probes

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import grpc
+
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
 
 ACTOR = "trainer"
@@ -53,7 +54,10 @@ class PolicyClient:
     def get(self, policy: str, timeout_seconds: float = CALL_SECONDS) -> policy_service_pb2.Policy:
         """Returns the policy called "live" or "v7"."""
         request = policy_service_pb2.GetPolicyRequest(policy=policy)
-        return self._service.GetPolicy(request, timeout=timeout_seconds, wait_for_ready=True).policy
+        policy: policy_service_pb2.Policy = self._service.GetPolicy(
+            request, timeout=timeout_seconds, wait_for_ready=True
+        ).policy
+        return policy
 
     def newest_version(self) -> int:
         """Returns the greatest version that is registered, 0 if none is."""

@@ -40,6 +40,9 @@ class RankedExample:
 class RewardModel(nn.Module):
     """Upper layers and a scalar head; what lies below is the reference policy's."""
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, shared: SharedLayers, config: RewardModelConfig) -> None:
         super().__init__()
         last = min(config.num_layers, shared.num_layers)
@@ -65,7 +68,9 @@ class RewardModel(nn.Module):
 
 
 @torch.no_grad()
-def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Group], batch_size: int = 8) -> list[Tensor]:
+def score_groups(
+    model: RewardModel, shared: SharedLayers, groups: Sequence[Group], batch_size: int = 8
+) -> list[Tensor]:
     """Scores [K] of each group's completions."""
     scores: list[Tensor] = []
     for start in range(0, len(groups), batch_size):
@@ -74,7 +79,11 @@ def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Grou
 
 
 def fit(
-    model: RewardModel, shared: SharedLayers, examples: Sequence[RankedExample], config: RewardModelConfig, seed: int,
+    model: RewardModel,
+    shared: SharedLayers,
+    examples: Sequence[RankedExample],
+    config: RewardModelConfig,
+    seed: int,
     log: Log,
 ) -> None:
     """Trains for one epoch, a ranking being one batch element. Raises TrainingError if the loss is not finite."""

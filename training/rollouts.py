@@ -32,7 +32,9 @@ class Rollout:
 class RolloutEngine:
     """A vLLM engine whose weights can be replaced."""
 
-    def __init__(self, model_path: Path, *, max_model_len: int, max_num_seqs: int, kv_cache_mib: int, seed: int) -> None:
+    def __init__(
+        self, model_path: Path, *, max_model_len: int, max_num_seqs: int, kv_cache_mib: int, seed: int
+    ) -> None:
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
@@ -61,6 +63,7 @@ class RolloutEngine:
     ) -> list[list[Rollout]]:
         """Draws completions of each prompt at temperature 1. The same seed and weights draw the same."""
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
         parameters = [
             SamplingParams(
@@ -74,7 +77,7 @@ class RolloutEngine:
             )
             for index in range(len(prompts))
         ]
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         return [[_rollout(completion) for completion in output.outputs] for output in outputs]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from alignd.v1 import policy_manifest_pb2
 from feedback.artifact import write_artifact
-
 from training import ppo, reward_model
 from training.config import TrainingConfig
 from training.dataset import Dataset, TokenizedPrompt, make_dataset
@@ -35,8 +35,9 @@ from training.rollouts import Rollout, RolloutEngine
 from training.run_folder import RunFolder, SamplePair
 
 if TYPE_CHECKING:
-    from feedback.store import Store
     from transformers import PreTrainedTokenizerBase
+
+    from feedback.store import Store
 
 REWARD_MODEL_FILE = "reward_model.safetensors"
 WIN_RATE = "reward_model/win_rate_over_reference"
@@ -156,7 +157,10 @@ def _groups(prompts: Sequence[TokenizedPrompt], rollouts: Sequence[Rollout]) -> 
 
 
 def _normalise(
-    folder: RunFolder, rewards: RewardModel, shared: SharedLayers, prompts: Sequence[TokenizedPrompt],
+    folder: RunFolder,
+    rewards: RewardModel,
+    shared: SharedLayers,
+    prompts: Sequence[TokenizedPrompt],
     references: Sequence[Rollout],
 ) -> None:
     deviation = reward_model.normalise(rewards, shared, _groups(prompts, references))
@@ -183,8 +187,13 @@ def _optimise(
 
 
 def _judge(
-    place: Workplace, folder: RunFolder, rewards: RewardModel, shared: SharedLayers,
-    prompts: Sequence[TokenizedPrompt], before: Sequence[Rollout], after: Sequence[Rollout],
+    place: Workplace,
+    folder: RunFolder,
+    rewards: RewardModel,
+    shared: SharedLayers,
+    prompts: Sequence[TokenizedPrompt],
+    before: Sequence[Rollout],
+    after: Sequence[Rollout],
 ) -> WinRate:
     """The new policy against the reference on held-out prompts, by the reward model; writes samples of both."""
     scores, reference_scores = (
@@ -193,14 +202,13 @@ def _judge(
     )
     won = win_rate(scores, reference_scores)
     folder.log("evaluate", 0, 1, {WIN_RATE: won.value, "low": won.low, "high": won.high, "count": won.count})
-    decode = place.tokenizer.decode
-    folder.write_samples(
-        [
-            SamplePair(p.text, decode(b.token_ids, skip_special_tokens=True), decode(a.token_ids, skip_special_tokens=True))
-            for p, b, a in list(zip(prompts, before, after, strict=True))[:NUM_SAMPLE_PAIRS]
-        ]
-    )
+    rows = list(zip(prompts, before, after, strict=True))[:NUM_SAMPLE_PAIRS]
+    folder.write_samples([SamplePair(prompt.text, _decode(place, b), _decode(place, a)) for prompt, b, a in rows])
     return won
+
+
+def _decode(place: Workplace, rollout: Rollout) -> str:
+    return str(place.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
 
 
 def _manifest(
@@ -232,8 +240,14 @@ def _manifest(
 
 
 def _publish(
-    place: Workplace, folder: RunFolder, shared: SharedLayers, policy: UpperLayers, parents: Parents,
-    manifest: policy_manifest_pb2.PolicyManifest, won: WinRate, probed: Sequence[TokenizedPrompt],
+    place: Workplace,
+    folder: RunFolder,
+    shared: SharedLayers,
+    policy: UpperLayers,
+    parents: Parents,
+    manifest: policy_manifest_pb2.PolicyManifest,
+    won: WinRate,
+    probed: Sequence[TokenizedPrompt],
 ) -> int:
     """Writes and registers the version; asks for it to go live if its win rate lets it."""
     sequences = [prompt.token_ids for prompt in probed[: place.config.num_probes]]

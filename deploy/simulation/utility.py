@@ -37,7 +37,7 @@ PREAMBLES = (
     (re.compile(r"\bas an? (?:\w+ )?(?:ai|language model|assistant)\b|\bi(?:'m| am) (?:just )?an? (?:\w+ )?ai\b"), 0.0),
     (re.compile(r"^(?:i(?:'m| am) (?:so |really |very )?sorry|i apologi[sz]e|unfortunately)\b"), 0.3),
     (
-        re.compile(r"^(?:i(?:'d| would)|i(?:'m| am)) (?:be )?(?:happy|glad|here|delighted|excited|pleased|thrilled)\b"),
+        re.compile(r"^(?:i(?:'d| would)|i(?:'m| am)) (?:be )?(?:happy|glad|here|excited|pleased|thrilled)\b"),
         0.4,
     ),
     (re.compile(r"^(?:sure|certainly|of course|absolutely|great question|good question|thank(?:s| you))\b"), 0.5),

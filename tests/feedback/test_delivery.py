@@ -97,11 +97,14 @@ def test_all_arrives_once_while_relay_and_ingest_are_killed(bus_url: str, store_
     killing.set()
     for killer in killers:
         killer.join()
-    with thread(run_relay, outbox, bus_url), thread(run_ingest, bus_url, store_url_for):
-        with closing(Store(store_url_for)) as store:
-            wait_until(lambda: store.num_rankings() >= NUM_RANKINGS and len(store.ranked_groups()) >= NUM_RANKINGS)
-            groups = store.ranked_groups()
-            num_dead_letters = store.num_dead_letters()
+    with (
+        thread(run_relay, outbox, bus_url),
+        thread(run_ingest, bus_url, store_url_for),
+        closing(Store(store_url_for)) as store,
+    ):
+        wait_until(lambda: store.num_rankings() >= NUM_RANKINGS and len(store.ranked_groups()) >= NUM_RANKINGS)
+        groups = store.ranked_groups()
+        num_dead_letters = store.num_dead_letters()
     assert sorted(group.ranking_id for group in groups) == sorted(f"r{i}" for i in range(NUM_RANKINGS))
     assert num_dead_letters == 0
     assert len(kills) >= 4

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def contents(store: Store, ledger: Ledger) -> tuple[object, ...]:
 
 def write_in_batches(ledger: Ledger, log: Sequence[Delivered], cuts: Sequence[int]) -> None:
     bounds = [0, *sorted(cuts), len(log)]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         if begin < end:
             write(ledger, log[begin:end])
 

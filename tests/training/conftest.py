@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from deploy.models import make_tiny_llama
 from training.policy_model import SharedLayers, load_model
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
 from training.policy_model import load_model
 from training.rollouts import Rollout
 

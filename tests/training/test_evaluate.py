@@ -1,6 +1,7 @@
 """Win rates and their intervals."""
 
 import pytest
+
 from training.evaluate import wilson_interval, win_rate
 
 

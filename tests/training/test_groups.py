@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from training.groups import Group, pack
 from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
 

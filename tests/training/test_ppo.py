@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.training.sampling import PlainSampler
 from training import ppo, reward_model
 from training.config import PpoConfig, RewardModelConfig
 from training.errors import TrainingError
@@ -12,8 +14,6 @@ from training.groups import Group
 from training.policy_model import SharedLayers, merged_weights, upper_layers_of
 from training.reward_model import RankedExample, RewardModel
 from training.rollouts import Rollout
-
-from tests.training.sampling import PlainSampler
 
 EOS = 2
 PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]

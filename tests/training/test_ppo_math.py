@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
 from training import ppo_math
 
 CLIP_RANGE = 0.2
@@ -29,7 +30,9 @@ def test_advantages_are_the_weighted_sum_of_temporal_differences(seed: int, gamm
     found_NC = ppo_math.advantages(rewards_NC, values_NC, mask_NC, gamma, gae_lambda)
     for n, length in enumerate(batch["lengths"].tolist()):
         deltas = [
-            float(rewards_NC[n, t]) + gamma * (float(values_NC[n, t + 1]) if t + 1 < length else 0.0) - float(values_NC[n, t])
+            float(rewards_NC[n, t])
+            + gamma * (float(values_NC[n, t + 1]) if t + 1 < length else 0.0)
+            - float(values_NC[n, t])
             for t in range(length)
         ]
         for t in range(6):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+
 from training.policy_model import ModelMismatchError, SharedLayers, load_model, save_policy, upper_layers_of
 from training.probes import MAX_PROBE_TOKENS, probes_of
-from transformers import AutoTokenizer
 
 SEQUENCES = [tuple(range(3, 3 + 100)), (1, 7, 7, 2)]
 
@@ -34,7 +35,9 @@ def test_probes_equal_a_recomputation_from_the_saved_weights(saved: Path, tiny_f
     assert [len(probe.token_ids) for probe in own] == [MAX_PROBE_TOKENS, 4]
 
 
-def test_a_saved_policy_has_its_tokenizer_and_can_be_trained_on(saved: Path, tiny_folder: Path, shared: SharedLayers) -> None:
+def test_a_saved_policy_has_its_tokenizer_and_can_be_trained_on(
+    saved: Path, tiny_folder: Path, shared: SharedLayers
+) -> None:
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (saved, tiny_folder)]
     assert tokenizers[0].encode("the garden") == tokenizers[1].encode("the garden")
     assert {file.name for file in saved.iterdir()} == {file.name for file in tiny_folder.iterdir()}

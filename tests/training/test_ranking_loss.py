@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from feedback.comparisons import comparisons
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from feedback.comparisons import comparisons
 from training.ranking_loss import num_correct, ranking_loss
 
 RANKED = st.lists(st.tuples(st.floats(-20, 20), st.integers(0, 4)), min_size=2, max_size=9)

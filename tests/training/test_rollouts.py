@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
 from training.groups import Group, pack
 from training.policy_model import (
     SharedLayers,
