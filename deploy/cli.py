@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from deploy import policies_cli
 from deploy.client import CallError
@@ -144,7 +145,7 @@ def main(run: Callable[[], None] = app) -> None:
     try:
         run()
     except ConfigError as error:
-        Console(stderr=True).print(f"[red]configuration[/]\n{error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]configuration[/]\n{escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_CONFIG)
     except CallError as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)

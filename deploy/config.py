@@ -130,16 +130,19 @@ def load_config() -> AligndConfig:
     except ValidationError as error:
         lines = [f"{'.'.join(str(step) for step in each['loc'])}: {each['msg']}" for each in error.errors()]
         raise ConfigError("\n".join(lines)) from error
-    except (SettingsError, tomllib.TOMLDecodeError) as error:
+    except (SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{configured_file() or 'environment'}: {error}") from error
 
 
 def refuse_unknown_variables() -> None:
-    known = {f"{PREFIX}{name}".upper() for name in AligndConfig.model_fields}
+    """Raises ConfigError for a variable that looks like ours, in whatever case, but sets nothing."""
     for variable in os.environ:
-        if not variable.startswith(PREFIX) or variable.startswith(OTHER_VARIABLES):
+        if not variable.upper().startswith(PREFIX) or variable.upper().startswith(OTHER_VARIABLES):
             continue
-        if variable.split("__")[0] not in known:
+        name, _, below = variable.upper().removeprefix(PREFIX).lower().partition("__")
+        field = AligndConfig.model_fields.get(name)
+        # What is unknown inside a section is refused with the section.
+        if field is None or (below and not isinstance(field.default, BaseModel)):
             raise ConfigError(f"{variable}: there is no such setting; `alignd config` lists all")
 
 
@@ -159,6 +162,12 @@ def toml_lines(model: BaseModel, section: str) -> list[str]:
             kind = next((each.__name__ for each in get_args(field.annotation) if each is not type(None)), "")
             lines.append(f"# {name} = ({kind}, not set)  # {field.description}")
         else:
-            plain = str(value) if isinstance(value, Path) else value
-            lines.append(f"{name} = {json.dumps(plain, ensure_ascii=False)}  # {field.description}")
+            lines.append(f"{name} = {toml_value(value)}  # {field.description}")
     return lines + sections
+
+
+def toml_value(value: object) -> str:
+    # JSON writes strings, integers, booleans and lists as TOML does, but not infinity.
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

@@ -30,7 +30,9 @@ def list_policies(as_json: Json = False) -> None:
     with connect(load_config().server_address) as operator:
         policies, response = all_policies(operator)
     if as_json:
-        print_json(pb.ListPoliciesResponse(policies=policies, replicas=response.replicas))
+        found = pb.ListPoliciesResponse(policies=policies, replicas=response.replicas)
+        found.live_version = response.live_version
+        print_json(found)
         return
     table = Table("version", "stage", "parent", "rankings", "made", "weights", "served by")
     for policy in policies:
@@ -56,13 +58,14 @@ def show(version: Version, as_json: Json = False) -> None:
         print_json(policy)
         return
     console.print(f"[bold]v{policy.version}[/] {pb.Stage.Name(policy.stage).removeprefix('STAGE_')}")
-    console.print(f"files    {policy.artifact_uri}", soft_wrap=True)
+    console.print(f"files    {policy.artifact_uri}", soft_wrap=True, markup=False)
     console.print(f"weights  {policy.manifest.weight_digest}")
     for change in policy.history:
         console.print(
             f"  {change.change_time.ToDatetime().isoformat(' ', 'seconds')}  "
             f"{pb.Stage.Name(change.to_stage).removeprefix('STAGE_'):<10}{change.actor}: {change.reason}",
             soft_wrap=True,
+            markup=False,
         )
     for each in policy.manifest.evaluations:
         interval = f" [{each.low:.3f}, {each.high:.3f}]" if each.HasField("low") else ""

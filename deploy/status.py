@@ -56,7 +56,7 @@ def print_policies(response: Any) -> None:
     console.print(f"policies  {len(response.policies)}, live: {live}")
     for replica in response.replicas:
         served = f"serves v{replica.policy.version} {replica.error_message}".rstrip()
-        console.print(f"replica   {replica.replica_id} {served}")
+        console.print(f"replica   {replica.replica_id} {served}", markup=False, soft_wrap=True)
 
 
 def print_rankings(config: AligndConfig) -> None:

@@ -28,7 +28,7 @@ class ArtifactError(Exception):
 
 
 def write_artifact(
-    root: Path, manifest: PolicyManifest, write_files: Callable[[Path], None]
+    root: Path, manifest: PolicyManifest, write_files: Callable[[Path], object]
 ) -> tuple[Path, PolicyManifest]:
     """Makes the folder root/v{version}, durable and complete, and returns it with its manifest.
 

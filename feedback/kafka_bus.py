@@ -15,7 +15,7 @@ EVENT_ID_HEADER = "event_id"
 REQUEST_TIMEOUT_MS = 10_000
 DELIVERY_TIMEOUT_MS = 20_000
 CONNECT_TIMEOUT_S = 3.0
-BATCH_BYTES = 1024 * 1024
+METADATA_TIMEOUT_MS = 5_000
 # What Kafka adds to a record: headers, lengths, checksums.
 OVERHEAD_BYTES = 64 * 1024
 
@@ -74,7 +74,7 @@ class KafkaBus:
                 for future in futures:
                     future.get(timeout=_DELIVERY_WAIT_S)
             except (KafkaError, ValueError, OSError) as error:
-                # What is still under way then fails with its producer, and cannot overtake the next attempt.
+                # After a failed batch an idempotent producer may be out of sequence for good.
                 self._close_producer()
                 raise BusError(f"cannot publish: {error!r}") from error
 
@@ -205,15 +205,9 @@ def _connect_producer(servers: Sequence[str]) -> KafkaProducer:
     return KafkaProducer(
         bootstrap_servers=servers,
         acks="all",
-        # Kafka tells a retry from a new batch by the producer's id and a count. A cluster that was set up anew gives
-        # out the same ids again, takes new batches for retries, acknowledges them and drops them (seen in the tests).
-        # Our events have ids of their own, so a retry that is stored twice is harmless, and one request at a time
-        # keeps the order.
-        enable_idempotence=False,
-        max_in_flight_requests_per_connection=1,
-        batch_size=BATCH_BYTES,
+        enable_idempotence=True,
         delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
-        max_block_ms=REQUEST_TIMEOUT_MS,
+        max_block_ms=METADATA_TIMEOUT_MS,
         max_request_size=MAX_RECORD_BYTES + OVERHEAD_BYTES,
         linger_ms=0,
         allow_auto_create_topics=False,

@@ -36,6 +36,7 @@ class PolicyLog:
         self._read_to: dict[int, int] = {}
         self._changed = asyncio.Event()
         self._stop = threading.Event()
+        self._watchable = True
         self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
@@ -75,15 +76,25 @@ class PolicyLog:
         return self._outcomes[event.event_id]
 
     async def watch(self, after_revision: int) -> AsyncIterator[policy_service_pb2.WatchResponse]:
-        """Yields every change after `after_revision`, and then each as it happens."""
+        """Yields every change after `after_revision`, and then each as it happens.
+
+        Raises:
+            Refusal: UNAVAILABLE when this replica stops; another one has the same revisions.
+        """
         revision = after_revision
-        while True:
+        while self._watchable:
             # One at a time: more may come while a change is being sent.
             if revision < len(self.changes):
                 revision += 1
                 yield self.changes[revision - 1]
             else:
                 await self.changed()
+        raise unavailable("STOPPING", f"the server is stopping; watch again, after revision {revision}")
+
+    def end_watches(self) -> None:
+        """Ends every watch, which would otherwise hold a stop up for as long as it may."""
+        self._watchable = False
+        self._wake()
 
     def _end_offsets(self) -> dict[int, int]:
         while not self._stop.is_set():
@@ -117,6 +128,10 @@ class PolicyLog:
         else:
             if event.event_id not in self._outcomes:
                 self._record(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Lets all go on that wait for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 

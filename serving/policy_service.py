@@ -158,9 +158,12 @@ def artifact_path(uri: str) -> Path:
     Raises:
         Refusal: INVALID_ARGUMENT if it is neither an absolute path nor a file:// URL.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        parts = urlsplit("unreadable:")
     path = Path(url2pathname(parts.path) if parts.scheme == "file" else uri)
-    if (parts.scheme not in ("", "file")) or not path.is_absolute():
+    if parts.scheme not in ("", "file") or not path.is_absolute():
         raise bad_field("artifact_uri", "must be an absolute path or a file:// URL")
     return path
 

@@ -7,6 +7,7 @@ throughout, since it needs no engine.
 
 import asyncio
 import logging
+import multiprocessing
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
 OTHER_SERVICES = ("alignd.v1.FeedbackService", "alignd.v1.PolicyService")
 HEALTH_CHECK_S = 2.0
+KILL_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ async def serve(
     finally:
         serving.accepting = False
         await health.enter_graceful_shutdown()
+        policies.end_watches()
         await server.stop(config.shutdown_grace_s)
         if serving.engine:
             serving.engine.shutdown()
@@ -168,12 +171,18 @@ async def run_engine(
 
 
 async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:
-    """Starts the engine while the port answers; a stop that comes meanwhile still ends the engine's processes."""
+    """Starts the engine while the port answers. A stop that comes meanwhile does not wait for it to come up."""
     starting = asyncio.ensure_future(asyncio.to_thread(start_engine, folder, config))
     try:
         return await asyncio.shield(starting)
     except asyncio.CancelledError:
-        (await starting).shutdown()
+        while not starting.done():
+            # The start fails as soon as the process in which vLLM runs is gone.
+            for process in multiprocessing.active_children():
+                process.kill()
+            await asyncio.wait({starting}, timeout=KILL_AGAIN_S)
+        if starting.exception() is None:
+            starting.result().shutdown()
         raise
 
 

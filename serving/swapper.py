@@ -52,6 +52,8 @@ async def prove(
     Raises:
         ProofError: the probes differ from the trainer's, or do not differ from the version before.
     """
+    if any(len(probe.logprobs) != len(probe.token_ids) - 1 for probe in manifest.probes):
+        raise ProofError("a probe must have one log-probability for each of its tokens but the first")
     served = await measure(engine, manifest)
     trained = [logprob for probe in manifest.probes for logprob in probe.logprobs]
     flat = [logprob for row in served for logprob in row]

@@ -63,8 +63,10 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        # Greedy completions of one prompt are all the same: one is written, and given as often as was asked.
+        copies = draw.num_completions if draw.temperature == 0 else 1
         params = SamplingParams(
-            n=draw.num_completions,
+            n=draw.num_completions // copies,
             temperature=draw.temperature,
             top_p=draw.top_p,
             max_tokens=draw.max_tokens,
@@ -76,8 +78,9 @@ class Engine:
         try:
             async for output in self._llm.generate(prompt, params, request_id):
                 yield [
-                    Delta(each.index, each.text, len(each.token_ids), FINISH_REASONS[each.finish_reason])
+                    Delta(each.index + copy, each.text, len(each.token_ids), FINISH_REASONS[each.finish_reason])
                     for each in output.outputs
+                    for copy in range(copies)
                 ]
         except KeyError as error:
             raise EngineError(f"vLLM ended a completion with {error}") from error
@@ -159,6 +162,7 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         enforce_eager=not config.compile,
         gpu_memory_utilization=config.gpu_memory_utilization,
         distributed_executor_backend="uni" if on_cpu else None,
+        worker_extension_cls="serving.vllm_worker.EndsWithServer",
         # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
         enable_chunked_prefill=not on_cpu,
         max_num_batched_tokens=max(4096, config.max_model_len) if on_cpu else None,

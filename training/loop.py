@@ -20,7 +20,7 @@ from training.publish import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
     from feedback.store import Store
-    from training.run import Workplace
+    from training.run import Parents, Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,10 @@ def _open_workplace(config: TrainingConfig, store: Store, client: PolicyClient, 
     from transformers import AutoTokenizer
 
     from training.rollouts import RolloutEngine
-    from training.run import Workplace, find_parents
+    from training.run import Workplace
 
-    parents = find_parents(client, START_SECONDS)
+    while (parents := _live_parents(client)) is None:
+        time.sleep(config.poll_seconds)
     engine = RolloutEngine(
         parents.live_folder,
         max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
@@ -87,6 +88,18 @@ def _open_workplace(config: TrainingConfig, store: Store, client: PolicyClient, 
     )
     tokenizer = AutoTokenizer.from_pretrained(parents.reference_folder, local_files_only=True)
     return Workplace(config, store, engine, client, policies_dir, tokenizer)
+
+
+def _live_parents(client: PolicyClient) -> Parents | None:
+    """None while the server has no policy yet: all processes are started at once."""
+    from training.run import find_parents
+
+    try:
+        return find_parents(client, START_SECONDS)
+    except grpc.RpcError as error:
+        if error.code() in {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE}:
+            return None
+        raise
 
 
 def _wait_for_rankings(config: TrainingConfig, store: Store, seen: int) -> None:

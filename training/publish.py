@@ -54,10 +54,10 @@ class PolicyClient:
     def get(self, policy: str, timeout_seconds: float = CALL_SECONDS) -> policy_service_pb2.Policy:
         """Returns the policy called "live" or "v7"."""
         request = policy_service_pb2.GetPolicyRequest(policy=policy)
-        policy: policy_service_pb2.Policy = self._service.GetPolicy(
+        found: policy_service_pb2.Policy = self._service.GetPolicy(
             request, timeout=timeout_seconds, wait_for_ready=True
         ).policy
-        return policy
+        return found
 
     def newest_version(self) -> int:
         """Returns the greatest version that is registered, 0 if none is."""

@@ -18,9 +18,9 @@ REPOSITORY = Path(__file__).parents[2]
 QUICK = FeedbackConfig(relay_batch_size=20, bus_check_s=0.2, retry_max_s=0.5)
 
 
-def start(name: str, *arguments: object) -> subprocess.Popen[str]:
+def start(*name_and_arguments: object) -> subprocess.Popen[str]:
     """Starts one of the processes below; it reports on its stdout."""
-    command = [sys.executable, "-m", "tests.feedback.processes", name, *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.feedback.processes", *map(str, name_and_arguments)]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 

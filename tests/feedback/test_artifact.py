@@ -1,5 +1,6 @@
 """A policy version is complete and as it was written, or it is refused."""
 
+import json
 import os
 import random
 import shutil
@@ -40,7 +41,7 @@ def make_writer(seed: int = 0, shape: tuple[int, ...] = (4, 6), value: float | N
         (path / "deep").mkdir()
         save_file({"a": numbers, "empty": np.zeros((0, 3), np.float32)}, path / "model-1.safetensors")
         save_file({"b": numbers.astype(np.float16)}, path / "deep" / "model-2.safetensors")
-        (path / "config.json").write_text('{"seed": %d}' % seed)
+        (path / "config.json").write_text(json.dumps({"seed": seed}))
 
     return write_files
 
@@ -222,7 +223,7 @@ def test_missing_tensors_are_refused(version: Path, tmp_path: Path) -> None:
 
 
 def test_no_weights_are_refused(tmp_path: Path) -> None:
-    path, _ = write_artifact(tmp_path, make_manifest(), lambda path: (path / "config.json").write_text("{}") and None)
+    path, _ = write_artifact(tmp_path, make_manifest(), lambda path: (path / "config.json").write_text("{}"))
     with pytest.raises(ArtifactError, match="no weights"):
         verify_artifact(path)
 
@@ -230,7 +231,7 @@ def test_no_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "run.py", ".hidden.json", "a b.json"])
 def test_a_file_that_is_not_allowed_is_not_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError):
-        write_artifact(tmp_path, make_manifest(), lambda path: (path / name).write_text("x") and None)
+        write_artifact(tmp_path, make_manifest(), lambda path: (path / name).write_text("x"))
     assert list(tmp_path.iterdir()) == []
 
 

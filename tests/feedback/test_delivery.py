@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,18 @@ def thread(target: Callable[..., None], *arguments: object) -> Iterator[None]:
         assert not runner.is_alive()
 
 
+@contextmanager
+def running(commands: Sequence[tuple[object, ...]]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Runs processes for as long as the block runs, or until it ends them."""
+    started = [processes.start(*command) for command in commands]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
 def wait_until(is_done: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_done():
@@ -72,7 +84,7 @@ def kill_now_and_then(command: tuple[object, ...], stop: threading.Event, seed: 
     """Keeps a process running, but kills it with SIGKILL after a random while, again and again."""
     chance = random.Random(seed)
     while not stop.is_set():
-        process = processes.start(*command)  # type: ignore[arg-type]
+        process = processes.start(*command)
         assert process.stdout is not None
         process.stdout.readline()
         stop.wait(chance.uniform(0.05, 1.0))
@@ -153,7 +165,9 @@ def test_the_relay_waits_for_a_bus_that_is_down(tmp_path: Path, outbox: Path) ->
 def test_a_broker_that_comes_back_empty_gets_all_again(tmp_path: Path, outbox: Path) -> None:
     port = free_port()
     bus_url, store_url = f"kafka://127.0.0.1:{port}", f"sqlite:///{tmp_path}/store.db"
-    with thread(run_relay, outbox, bus_url), thread(run_ingest, bus_url, store_url), closing(Store(store_url)) as store:
+    # Processes of their own, since kafka-python leaves sockets to the garbage collector when a server does not answer.
+    commands = [("relay", outbox, bus_url), ("ingest", bus_url, store_url)]
+    with running(commands), closing(Store(store_url)) as store:
         for life in range(2):
             with running_tansu(tmp_path, port):
                 acknowledge(outbox, life * 50, life * 50 + 50)
@@ -162,21 +176,26 @@ def test_a_broker_that_comes_back_empty_gets_all_again(tmp_path: Path, outbox: P
             # All that the broker lost is published again, for other consumers than the store.
             with closing(open_bus(bus_url)) as bus:
                 bus.create_topics(TOPICS)
-                wait_until(lambda: sum(bus.end_offsets(RANKINGS).values()) >= 100)
+                found: set[str] = set()
+                with closing(bus.consume([RANKINGS], {})) as consumer:
+                    deadline = time.monotonic() + 60
+                    while len(found) < 100 and time.monotonic() < deadline:
+                        found |= {each.event_id for each in consumer.poll(0.1)}
+                assert len(found) == 100
             wait_until(lambda: file.pending(1) == [])
         assert store.num_rankings() == 100
 
 
 def test_sigterm_ends_relay_and_ingest(tmp_path: Path, outbox: Path) -> None:
     bus_url = f"sqlite:///{tmp_path}/bus.db"
-    commands: list[tuple[object, ...]] = [("relay", outbox, bus_url), ("ingest", bus_url, f"sqlite:///{tmp_path}/s.db")]
-    running: list[subprocess.Popen[str]] = [processes.start(*command) for command in commands]  # type: ignore[arg-type]
-    for process in running:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "started\n"
-        process.terminate()
-        process.communicate(timeout=20)
-        assert process.returncode == 0
+    commands = [("relay", outbox, bus_url), ("ingest", bus_url, f"sqlite:///{tmp_path}/s.db")]
+    with running(commands) as started:
+        for process in started:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            process.terminate()
+            process.communicate(timeout=20)
+            assert process.returncode == 0
 
 
 def test_retries_wait_longer_and_longer_up_to_the_limit() -> None:

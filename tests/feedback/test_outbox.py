@@ -1,6 +1,7 @@
 """What the outbox acknowledged is on disk, once, whatever happens next."""
 
 import asyncio
+import resource
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from feedback.bus import MAX_RECORD_BYTES, Record
-from feedback.outbox import Outbox, OutboxConflict, OutboxError, OutboxFull
+from feedback.outbox import Outbox, OutboxConflict, OutboxError, OutboxFull, Receipt
 from feedback.outbox_file import Entry, LogEnd, OutboxFile
 from tests.feedback import processes
 
@@ -132,6 +133,31 @@ async def test_a_full_outbox_refuses_and_recovers(path: Path) -> None:
     outbox.close()
 
 
+async def test_a_disk_that_cannot_be_written_is_reported_and_recovers(outbox: Outbox, path: Path) -> None:
+    await outbox.append(make_record(1), b"d", NOW)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name(path.name + "-wal").stat().st_size, limit[1]))
+    try:
+        with pytest.raises(OutboxError):
+            await outbox.append(make_record(2, 100_000), b"d", NOW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (await outbox.append(make_record(2, 100_000), b"d", NOW)).is_new
+    assert stored_ids(path) == ["e1", "e2"]
+
+
+async def test_a_full_disk_is_reported_as_full_and_recovers(outbox: Outbox, path: Path) -> None:
+    await outbox.append(make_record(1), b"d", NOW)
+    connection = outbox._file._file._connection
+    assert connection is not None
+    # What SQLite says is the same as on a full disk.
+    connection.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(OutboxFull):
+        await outbox.append(make_record(2, 100_000), b"d", NOW)
+    assert stored_ids(path) == ["e1"]
+    assert (await outbox.append(make_record(2, 100_000), b"d", NOW)).is_new
+
+
 async def test_a_file_that_breaks_is_reported_and_recovers(outbox: Outbox, path: Path) -> None:
     await outbox.append(make_record(1), b"d", NOW)
     file = OutboxFile(path, MAX_BYTES)
@@ -175,8 +201,7 @@ def test_an_event_that_is_published_is_still_recognised(file: OutboxFile) -> Non
     fill(file, 1)
     file.mark_published([seq for seq, _ in file.pending(1)])
     (receipt,) = file.append([Entry(make_record(0), b"d", NOW + timedelta(days=1))])
-    assert not isinstance(receipt, OutboxConflict)
-    assert (receipt.is_new, receipt.acknowledge_time) == (False, NOW)
+    assert receipt == Receipt(NOW, is_new=False)
 
 
 @pytest.mark.parametrize(("log_id", "end_offset", "again"), [("a", 6, 0), ("a", 4, 3), ("b", 9, 3)])

@@ -1,5 +1,7 @@
 """A prompt's tokens: the template's own for ordinary text, and no control token out of anybody's text."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,8 +49,12 @@ def chat(*contents: str) -> types_pb2.Prompt:
 
 def plain(*contents: str) -> list[int]:
     messages = [{"role": ["user", "assistant"][index % 2], "content": text} for index, text in enumerate(contents)]
-    encoded = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    encoded: Any = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def decode(token_ids: list[int]) -> str:
+    return str(TOKENIZER.decode(token_ids))
 
 
 def num_control_tokens(token_ids: list[int]) -> int:
@@ -87,7 +93,7 @@ def test_a_system_message_replaces_the_templates_own() -> None:
 def test_a_control_token_in_a_message_is_plain_text(content: str) -> None:
     token_ids = prompt_token_ids(TOKENIZER, chat(content, "yes", "go on"))
     assert num_control_tokens(token_ids) == num_control_tokens(plain("x", "yes", "go on"))
-    assert TOKENIZER.decode(token_ids) == TOKENIZER.decode(plain("@", "yes", "go on")).replace("@", content)
+    assert TOKENIZER.decode(token_ids) == decode(plain("@", "yes", "go on")).replace("@", content)
 
 
 @given(st.lists(st.sampled_from([*SPECIALS, "<", "|", ">", "im_end", " ", "é", "\ue000", "a"]), min_size=1, max_size=8))
@@ -95,7 +101,7 @@ def test_no_mixture_makes_a_control_token(parts: list[str]) -> None:
     content = "".join(parts)
     token_ids = prompt_token_ids(TOKENIZER, chat(content))
     assert num_control_tokens(token_ids) == num_control_tokens(plain("x"))
-    assert TOKENIZER.decode(token_ids) == TOKENIZER.decode(plain("@")).replace("@", content.strip())
+    assert TOKENIZER.decode(token_ids) == decode(plain("@")).replace("@", content.strip())
 
 
 def test_ordinary_text_after_an_attack_is_rendered_as_ever() -> None:

@@ -19,6 +19,9 @@ from training.policy_model import (
 )
 from training.rollouts import Rollout, RolloutEngine
 
+# vLLM walks over all of torch's modules as it starts, deprecated names and all.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
 EOS = 2
 PROMPTS = [(1, 50 + i, 90, 17, 33 + i) for i in range(6)]
 # A bf16 logit of size 4 is known to 2^-7; two engines add up what differs on the way.

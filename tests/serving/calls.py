@@ -1,0 +1,113 @@
+"""What an application sends and reads, as the tests of the API need it."""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from alignd.v1 import (
+    feedback_service_pb2,
+    feedback_service_pb2_grpc,
+    inference_service_pb2,
+    inference_service_pb2_grpc,
+    policy_service_pb2_grpc,
+    types_pb2,
+)
+
+TIMEOUT_S = 60.0
+
+
+class Stubs:
+    """The three services on one channel."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.inference: Any = inference_service_pb2_grpc.InferenceServiceStub(channel)
+        self.feedback: Any = feedback_service_pb2_grpc.FeedbackServiceStub(channel)
+        self.policies: Any = policy_service_pb2_grpc.PolicyServiceStub(channel)
+
+
+def chat(content: str = "Why is the sky blue?") -> types_pb2.Prompt:
+    """A conversation of one turn."""
+    message = types_pb2.Message(role=types_pb2.ROLE_USER, content=content)
+    return types_pb2.Prompt(chat=types_pb2.Chat(messages=[message]))
+
+
+def sample_request(**fields: Any) -> inference_service_pb2.SampleRequest:
+    """A request that is in order but for what is given."""
+    sampling = types_pb2.SamplingParams(max_tokens=8)
+    return inference_service_pb2.SampleRequest(
+        **{"user_id": "ada", "prompt": chat(), "num_completions": 4, "sampling": sampling, **fields}
+    )
+
+
+def sampling(**fields: Any) -> types_pb2.SamplingParams:
+    """At most 16 tokens, unless it is given otherwise."""
+    return types_pb2.SamplingParams(**{"max_tokens": 16, **fields})
+
+
+def long_request(**fields: Any) -> inference_service_pb2.StreamSampleRequest:
+    """A stream that takes a while."""
+    request = sample_request(sampling=sampling(max_tokens=400), **fields)
+    return inference_service_pb2.StreamSampleRequest.FromString(request.SerializeToString())
+
+
+def draw(stubs: Stubs, **fields: Any) -> inference_service_pb2.SampleResponse:
+    """What Sample returns."""
+    return stubs.inference.Sample(sample_request(**fields), timeout=TIMEOUT_S)  # type: ignore[no-any-return]
+
+
+def texts(sample: inference_service_pb2.SampleResponse) -> list[str]:
+    """The completions' texts, by index."""
+    return [completion.text for completion in sample.completions]
+
+
+def ranking_request(
+    sample: inference_service_pb2.SampleResponse, **fields: Any
+) -> feedback_service_pb2.SubmitRankingRequest:
+    """A ranking of the sample by index, that is in order but for what is given."""
+    ids = [each.completion_id for each in sample.completions]
+    given = {
+        "request_id": str(uuid.uuid4()),
+        "feedback_token": sample.feedback_token,
+        "user_id": "ada",
+        "groups": groups(*([each] for each in ids)),
+        **fields,
+    }
+    return feedback_service_pb2.SubmitRankingRequest(**given)
+
+
+def groups(*ids: Sequence[str]) -> list[types_pb2.RankingGroup]:
+    """Groups of completion ids, best first."""
+    return [types_pb2.RankingGroup(completion_ids=each) for each in ids]
+
+
+def refused(method: Any, request: Message | bytes, code: grpc.StatusCode, field: str = "") -> Any:
+    """Calls, and returns the error, which must be of this code and, if one is given, name this field and no other."""
+    with pytest.raises(grpc.RpcError) as raised:
+        answer = method(request, timeout=TIMEOUT_S)
+        list(answer if hasattr(answer, "__next__") else ())
+    error: Any = raised.value
+    assert error.code() is code, f"{error.code()}: {error.details()}"
+    if field:
+        assert fields_of(error) == [field], error.details()
+    return error
+
+
+def fields_of(error: Any) -> list[str]:
+    """The fields that the error's BadRequest names."""
+    return [each.field for each in detail(error, error_details_pb2.BadRequest).field_violations]
+
+
+def detail(error: Any, kind: type[Message]) -> Any:
+    """The error's detail of a kind, such as ErrorInfo; an empty one if it has none."""
+    found = kind()
+    status = rpc_status.from_call(error)
+    for packed in status.details if status else ():
+        packed.Unpack(found)
+    return found

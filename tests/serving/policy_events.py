@@ -1,0 +1,40 @@
+"""Events of the policies topic, made up for tests."""
+
+from alignd.v1 import events_pb2, policy_manifest_pb2
+from alignd.v1.policy_service_pb2 import (
+    STAGE_CANDIDATE,
+    STAGE_LIVE,
+    STAGE_REJECTED,
+    STAGE_RETIRED,
+    STAGE_UNSPECIFIED,
+    ReplicaStatus,
+    Stage,
+)
+from serving.policy_state import new_change
+
+__all__ = ["STAGE_CANDIDATE", "STAGE_LIVE", "STAGE_REJECTED", "STAGE_RETIRED", "moved", "registered", "reported"]
+
+
+def registered(version: int, weights: str = "a", parent: int = 0, reference: int = 0) -> events_pb2.PolicyEvent:
+    """A registration; `weights` is one character, and makes up the digest."""
+    manifest = policy_manifest_pb2.PolicyManifest(
+        version=version, parent_version=parent, reference_version=reference or version, weight_digest=weights * 64
+    )
+    change = new_change(version, STAGE_UNSPECIFIED, STAGE_CANDIDATE, "trainer", "learned")
+    event = events_pb2.PolicyRegistered(manifest=manifest, artifact_uri=f"/policies/v{version}", change=change)
+    return events_pb2.PolicyEvent(registered=event)
+
+
+def moved(version: int, from_stage: Stage, to_stage: Stage, expected_live: int = 0) -> events_pb2.PolicyEvent:
+    """A change of stage."""
+    change = new_change(version, from_stage, to_stage, "operator", "why not")
+    return events_pb2.PolicyEvent(
+        stage_changed=events_pb2.PolicyStageChanged(change=change, expected_live_version=expected_live)
+    )
+
+
+def reported(replica_id: str, version: int) -> events_pb2.PolicyEvent:
+    """What a replica serves."""
+    status = ReplicaStatus(replica_id=replica_id)
+    status.policy.version = version
+    return events_pb2.PolicyEvent(replica_status=status)

@@ -1,0 +1,158 @@
+"""The real processes of the loop, for tests: started by their verbs, awaited until they serve, all ended at the end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from alignd.v1 import policy_service_pb2, policy_service_pb2_grpc
+from deploy.models import make_tiny_llama
+from serving.config import ServingConfig
+from tests.kafka_broker import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+# vLLM starts in 25 s on an idle machine, and in several times that on a busy one.
+START_S = 240.0
+MAX_MODEL_LEN = 512
+
+
+@dataclass(frozen=True)
+class Server:
+    """A replica that serves, with the processes that carry its events to the store."""
+
+    address: str
+    data_dir: Path
+    environment: Mapping[str, str]
+    pids: Mapping[str, int]
+
+    @property
+    def store_url(self) -> str:
+        """Where ingest writes."""
+        return f"sqlite:///{self.data_dir}/store.db"
+
+
+def environment(folder: Path, **settings: object) -> dict[str, str]:
+    """The environment of processes that keep all in `folder`; settings are named as in ALIGND_..., in lower case."""
+    chosen = {
+        "data_dir": folder / "var",
+        "serving__port": free_port(),
+        "serving__initial_model": make_tiny_llama(folder / "tiny"),
+        "serving__max_model_len": MAX_MODEL_LEN,
+        **settings,
+    }
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ALIGND_")}
+    ours = {f"ALIGND_{name.upper()}": str(value) for name, value in chosen.items()}
+    return {**inherited, **ours, "HF_HUB_OFFLINE": "1"}
+
+
+def address_of(settings: Mapping[str, str]) -> str:
+    """Where the server of this environment listens."""
+    return f"127.0.0.1:{settings['ALIGND_SERVING__PORT']}"
+
+
+def start(verb: str, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Starts `alignd VERB`; it logs to VERB.log beside the folder of its data."""
+    log = log_of(verb, settings)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        command = [sys.executable, "-m", "deploy.cli", verb]
+        return subprocess.Popen(command, cwd=REPOSITORY, env=dict(settings), stdout=output, stderr=output)
+
+
+def log_of(verb: str, settings: Mapping[str, str]) -> Path:
+    return Path(settings["ALIGND_DATA_DIR"]).parent / f"{verb}.log"
+
+
+def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Returns when `is_done`. Raises AssertionError, which says what did not come about."""
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
+        time.sleep(0.05)
+
+
+def is_serving(address: str, service: str = "") -> bool:
+    """Whether the health service says so; False too where nobody answers."""
+    with grpc.insecure_channel(address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = health.Check(health_pb2.HealthCheckRequest(service=service), timeout=2.0)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def wait_serving(process: subprocess.Popen[bytes], settings: Mapping[str, str]) -> None:
+    """Returns when the engine of `alignd serve` serves. Raises AssertionError with its log if it ends instead."""
+
+    def serves() -> bool:
+        assert process.poll() is None, log_of("serve", settings).read_text(errors="replace")[-4000:]
+        return is_serving(address_of(settings))
+
+    wait_until(serves, START_S, "health SERVING")
+
+
+def engine_processes(pid: int) -> list[int]:
+    """The processes in which the server `pid` runs vLLM."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (folder / "cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == pid and b"resource_tracker" not in command:
+            found.append(int(folder.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and waits for its parent does not."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    """Server, relay and ingest on the embedded bus; they end by SIGTERM, cleanly, and leave nothing running."""
+    settings = environment(folder)
+    processes = {verb: start(verb, settings) for verb in ("serve", "relay", "ingest")}
+    try:
+        wait_serving(processes["serve"], settings)
+        engines = engine_processes(processes["serve"].pid)
+        pids = {verb: process.pid for verb, process in processes.items()}
+        yield Server(address_of(settings), folder / "var", settings, pids)
+    finally:
+        # Somebody watches to the end, and must not hold it up.
+        with grpc.insecure_channel(address_of(settings)) as channel:
+            watch = policy_service_pb2_grpc.PolicyServiceStub(channel).Watch(policy_service_pb2.WatchRequest())
+            began = time.monotonic()
+            for process in processes.values():
+                process.send_signal(signal.SIGTERM)
+            codes = {verb: end(process) for verb, process in processes.items()}
+            lasted = time.monotonic() - began
+            watch.cancel()
+    assert lasted < ServingConfig().shutdown_grace_s
+    assert codes == {"serve": 0, "relay": 0, "ingest": 0}
+    assert engines
+    assert [pid for pid in engines if is_alive(pid)] == []
+
+
+def end(process: subprocess.Popen[bytes], timeout_s: float = 60.0) -> int:
+    """The exit code of a process that was asked to end; it is killed if it does not."""
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

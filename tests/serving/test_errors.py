@@ -1,0 +1,58 @@
+"""What a refusal looks like on the wire."""
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from serving.errors import DOMAIN, Refusal, Violation, bad_fields, exhausted, not_permitted, to_status, unavailable
+
+
+def unpacked(refusal: Refusal, kind: type[Message]) -> Any:
+    """The detail of a kind in the refusal's google.rpc.Status, or None."""
+    ((key, value),) = to_status(refusal).trailing_metadata
+    assert key == "grpc-status-details-bin"
+    for packed in status_pb2.Status.FromString(value).details:
+        found = kind()
+        if packed.Unpack(found):
+            return found
+    return None
+
+
+def test_each_field_at_fault_is_in_the_bad_request() -> None:
+    refusal = bad_fields([Violation("user_id", "is empty"), Violation("groups[2]", "is empty too")])
+    found = unpacked(refusal, error_details_pb2.BadRequest)
+    assert [(each.field, each.description) for each in found.field_violations] == [
+        ("user_id", "is empty"),
+        ("groups[2]", "is empty too"),
+    ]
+    assert refusal.message == "user_id: is empty; groups[2]: is empty too"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "retry_s"),
+    [
+        (bad_fields([Violation("a", "b")]), grpc.StatusCode.INVALID_ARGUMENT, None),
+        (not_permitted("TOKEN_EXPIRED", "feedback_token", "expired"), grpc.StatusCode.PERMISSION_DENIED, None),
+        (unavailable("NOT_SERVING", "the server starts"), grpc.StatusCode.UNAVAILABLE, 1.0),
+        (exhausted("OUTBOX_FULL", "no room", 30.5), grpc.StatusCode.RESOURCE_EXHAUSTED, 30.5),
+    ],
+)
+def test_code_reason_and_retry_delay(refusal: Refusal, code: grpc.StatusCode, retry_s: float | None) -> None:
+    status = to_status(refusal)
+    assert status.code is code
+    assert status.details == refusal.message
+    wire = status_pb2.Status.FromString(status.trailing_metadata[0][1])
+    assert (wire.code, wire.message) == (code_pb2.Code.Value(code.name), refusal.message)
+    info = unpacked(refusal, error_details_pb2.ErrorInfo)
+    assert (info.reason, info.domain) == (refusal.reason, DOMAIN)
+    retry = unpacked(refusal, error_details_pb2.RetryInfo)
+    assert (retry.retry_delay.ToMilliseconds() / 1000 if retry else None) == retry_s
+
+
+def test_values_that_the_message_mentions_are_in_its_metadata() -> None:
+    refusal = Refusal(grpc.StatusCode.NOT_FOUND, "NO_SUCH_POLICY", "there is no v9", metadata={"policy": "v9"})
+    assert dict(unpacked(refusal, error_details_pb2.ErrorInfo).metadata) == {"policy": "v9"}
+    assert unpacked(refusal, error_details_pb2.BadRequest) is None

@@ -1,0 +1,201 @@
+"""The rollout state machine keeps its word whatever events arrive."""
+
+import functools
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from alignd.v1 import events_pb2
+from alignd.v1.policy_service_pb2 import STAGE_CANARY, STAGE_UNSPECIFIED, Stage
+from serving.policy_state import ALLOWED, Outcome, PolicyState, apply, as_policy, previous_live
+from tests.serving.policy_events import (
+    STAGE_CANDIDATE,
+    STAGE_LIVE,
+    STAGE_REJECTED,
+    STAGE_RETIRED,
+    moved,
+    registered,
+    reported,
+)
+
+VERSIONS = st.integers(0, 4)
+STAGES = st.sampled_from([STAGE_UNSPECIFIED, *ALLOWED, 99])
+EVENTS = st.one_of(
+    st.builds(registered, VERSIONS, st.sampled_from("ab"), parent=VERSIONS, reference=VERSIONS),
+    st.builds(moved, VERSIONS, STAGES, STAGES, expected_live=VERSIONS),
+    st.builds(reported, st.sampled_from(["one", "two"]), VERSIONS),
+    st.just(events_pb2.PolicyEvent()),
+)
+
+
+def replay(events: Iterable[events_pb2.PolicyEvent]) -> PolicyState:
+    return functools.reduce(lambda state, event: apply(state, event).state, events, PolicyState())
+
+
+def stages(state: PolicyState) -> dict[int, Stage]:
+    return {version: record.stage for version, record in state.policies.items()}
+
+
+class Rollout(RuleBasedStateMachine):
+    """Any events in any order; the ones that make sense are made likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = PolicyState()
+        self.events: list[events_pb2.PolicyEvent] = []
+
+    def take(self, event: events_pb2.PolicyEvent) -> Outcome:
+        before, self.events = self.state, [*self.events, event]
+        outcome = apply(before, event)
+        assert not (outcome.refusal and outcome.state != before), "a refused event changed something"
+        for version, record in before.policies.items():
+            after = outcome.state.policies[version]
+            assert after.manifest == record.manifest, "a version is immutable"
+            assert after.history[: len(record.history)] == record.history, "history only grows"
+            if record.stage == STAGE_REJECTED:
+                assert after.stage == STAGE_REJECTED
+        self.state = outcome.state
+        return outcome
+
+    @rule(event=EVENTS)
+    def anything(self, event: events_pb2.PolicyEvent) -> None:
+        self.take(event)
+
+    @rule(version=st.integers(1, 4), weights=st.sampled_from("ab"))
+    def register(self, version: int, weights: str) -> None:
+        self.take(registered(version, weights))
+        assert version in self.state.policies
+
+    @rule(version=st.integers(1, 4), to_stage=st.sampled_from(sorted(ALLOWED)))
+    def move(self, version: int, to_stage: Stage) -> None:
+        record = self.state.policies.get(version)
+        outcome = self.take(moved(version, record.stage if record else STAGE_CANDIDATE, to_stage))
+        if record is None or to_stage not in ALLOWED[record.stage]:
+            assert outcome.refusal
+        else:
+            assert self.state.policies[version].stage == to_stage
+
+    @rule()
+    def roll_back(self) -> None:
+        previous, live = previous_live(self.state), self.state.live_version
+        if previous:
+            assert not self.take(moved(previous, STAGE_RETIRED, STAGE_LIVE, expected_live=live)).refusal
+            assert (self.state.live_version, previous_live(self.state)) == (previous, live)
+            assert self.state.policies[live].stage == STAGE_RETIRED
+
+    @rule()
+    def reject_live(self) -> None:
+        live, before = self.state.live_version, previous_live(self.state)
+        if live:
+            assert not self.take(moved(live, STAGE_LIVE, STAGE_REJECTED)).refusal
+            assert self.state.live_version == before
+
+    @invariant()
+    def at_most_one_is_live(self) -> None:
+        live = [version for version, stage in stages(self.state).items() if stage == STAGE_LIVE]
+        assert live == ([self.state.live_version] if self.state.live_version else [])
+
+    @invariant()
+    def all_that_were_live_can_be_rolled_back_to(self) -> None:
+        order = self.state.live_order
+        assert len(set(order)) == len(order)
+        assert all(self.state.policies[version].stage == STAGE_RETIRED for version in order[:-1])
+
+    @invariant()
+    def histories_lead_to_the_stages(self) -> None:
+        for version, record in self.state.policies.items():
+            steps = [(change.from_stage, change.to_stage) for change in record.history]
+            assert steps[0] == (STAGE_UNSPECIFIED, STAGE_CANDIDATE)
+            assert [step[1] for step in steps[:-1]] == [step[0] for step in steps[1:]]
+            assert steps[-1][1] == record.stage
+            assert {change.version for change in record.history} == {version}
+
+    def teardown(self) -> None:
+        assert replay(self.events) == self.state, "another replica comes to another state"
+
+
+TestRollout = Rollout.TestCase
+
+
+@given(events=st.lists(EVENTS, max_size=20), at=st.integers(0, 20))
+def test_a_replica_that_stops_and_goes_on_comes_to_the_same(events: list[events_pb2.PolicyEvent], at: int) -> None:
+    wire = [event.SerializeToString() for event in events]
+    again = [events_pb2.PolicyEvent.FromString(raw) for raw in wire]
+    half = replay(again[:at])
+    assert functools.reduce(lambda state, event: apply(state, event).state, again[at:], half) == replay(events)
+
+
+@pytest.fixture
+def two() -> PolicyState:
+    """v1 was live, v2 is."""
+    return replay([
+        registered(1),
+        moved(1, STAGE_CANDIDATE, STAGE_LIVE),
+        registered(2, "b", parent=1, reference=1),
+        moved(2, STAGE_CANDIDATE, STAGE_LIVE),
+    ])  # fmt: skip
+
+
+def test_promotion_retires_the_one_before(two: PolicyState) -> None:
+    assert stages(two) == {1: STAGE_RETIRED, 2: STAGE_LIVE}
+    retired = two.policies[1].history[-1]
+    assert (retired.actor, retired.reason) == ("operator", "why not")
+
+
+def test_rejecting_the_live_version_restores_the_one_before(two: PolicyState) -> None:
+    outcome = apply(two, moved(2, STAGE_LIVE, STAGE_REJECTED))
+    assert stages(outcome.state) == {1: STAGE_LIVE, 2: STAGE_REJECTED}
+    assert [(each.version, each.to_stage) for each in outcome.changes] == [(2, STAGE_REJECTED), (1, STAGE_LIVE)]  # type: ignore[union-attr]
+    assert apply(outcome.state, moved(2, STAGE_REJECTED, STAGE_LIVE)).refusal
+
+
+def test_rejecting_the_only_version_leaves_none_live() -> None:
+    state = replay([registered(1), moved(1, STAGE_CANDIDATE, STAGE_LIVE), moved(1, STAGE_LIVE, STAGE_REJECTED)])
+    assert (state.live_version, state.live_order) == (0, ())
+
+
+def test_a_canary_goes_live_or_is_rejected(two: PolicyState) -> None:
+    canary = replay([registered(3), moved(3, STAGE_CANDIDATE, STAGE_CANARY)])
+    assert apply(canary, moved(3, STAGE_CANARY, STAGE_LIVE)).state.live_version == 3
+    assert stages(apply(canary, moved(3, STAGE_CANARY, STAGE_REJECTED)).state) == {3: STAGE_REJECTED}
+
+
+@pytest.mark.parametrize(
+    ("event", "why"),
+    [
+        (moved(1, STAGE_CANDIDATE, STAGE_LIVE), "version 1 is STAGE_RETIRED by now"),
+        (moved(1, STAGE_RETIRED, STAGE_LIVE, expected_live=1), "version 2 is live, not 1"),
+        (moved(1, STAGE_RETIRED, STAGE_REJECTED), "STAGE_RETIRED → STAGE_REJECTED is not allowed"),
+        (moved(1, STAGE_RETIRED, 99), "STAGE_RETIRED → 99 is not allowed"),  # type: ignore[arg-type]
+        (moved(2, STAGE_LIVE, STAGE_LIVE), "STAGE_LIVE → STAGE_LIVE is not allowed"),
+        (moved(3, STAGE_CANDIDATE, STAGE_LIVE), "version 3 is not registered"),
+        (registered(2, "c"), "version 2 is taken by other weights"),
+        (registered(3, parent=9), "parent_version 9 is not registered"),
+        (registered(3, reference=9), "reference_version 9 is not registered"),
+        (registered(0), "0 is no version"),
+        (registered(-1), "-1 is no version"),
+        (events_pb2.PolicyEvent(), "an event of a kind that this release does not know"),
+    ],
+)
+def test_what_is_stale_or_wrong_is_refused_without_change(
+    two: PolicyState, event: events_pb2.PolicyEvent, why: str
+) -> None:
+    assert apply(two, event) == Outcome(two, refusal=why)
+
+
+def test_the_same_registration_again_changes_nothing(two: PolicyState) -> None:
+    assert apply(two, registered(2, "b", parent=1, reference=1)) == Outcome(two)
+
+
+def test_a_replica_is_known_by_its_last_report(two: PolicyState) -> None:
+    state = apply(apply(two, reported("one", 1)).state, reported("one", 2)).state
+    assert {name: status.policy.version for name, status in state.replicas.items()} == {"one": 2}
+
+
+def test_the_api_shows_a_version_with_its_history(two: PolicyState) -> None:
+    shown = as_policy(two.policies[2])
+    assert (shown.version, shown.stage, shown.artifact_uri) == (2, STAGE_LIVE, "/policies/v2")
+    assert [change.to_stage for change in shown.history] == [STAGE_CANDIDATE, STAGE_LIVE]

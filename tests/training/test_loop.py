@@ -1,0 +1,158 @@
+"""The trainer as a process beside a real policy service and store: rankings in, a live policy version out."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from alignd.v1 import events_pb2, policy_service_pb2, policy_service_pb2_grpc, types_pb2
+from feedback.artifact import verify_artifact
+from feedback.bus import Delivered, Position, open_bus
+from feedback.ledger import Ledger, Offset
+from feedback.topics import RANKINGS, SAMPLES, TOPICS
+from serving.bootstrap import import_first
+from serving.config import ServingConfig
+from serving.policy_log import PolicyLog
+from serving.policy_service import PolicyService
+from training.config import PpoConfig, RewardModelConfig, TrainingConfig
+from training.dataset import is_held_out
+from training.loop import Cursor
+
+CONFIG = TrainingConfig(
+    min_new_rankings=12,
+    poll_seconds=0.1,
+    min_win_rate=0.0,
+    num_evaluation_prompts=8,
+    num_probes=2,
+    max_num_seqs=16,
+    kv_cache_mib=64,
+    reward_model=RewardModelConfig(num_layers=2, num_frozen_layers=0, held_out_share=0.4),
+    ppo=PpoConfig(num_steps=2, prompts_per_step=4, rollouts_per_prompt=2, max_tokens=8, num_frozen_layers=1),
+)
+TRAINER = (
+    "import sys; from pathlib import Path; from training.config import TrainingConfig; "
+    "from training.loop import run_trainer; "
+    "run_trainer(TrainingConfig.model_validate_json(sys.argv[1]), store_url=sys.argv[2], "
+    "policies_dir=Path(sys.argv[3]), runs_dir=Path(sys.argv[4]), serving_address=sys.argv[5])"
+)
+
+
+@dataclass(frozen=True)
+class Serving:
+    address: str
+    policies_dir: Path
+
+
+@pytest.fixture
+async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
+    """The policy service, with the tiny policy live as version 1."""
+    bus = open_bus(f"sqlite:///{tmp_path}/bus.db")
+    bus.create_topics(TOPICS)
+    log = PolicyLog(bus)
+    await log.start()
+    await import_first(ServingConfig(initial_model=tiny_folder), tmp_path / "policies", log)
+    server = grpc.aio.server()
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(log), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield Serving(f"127.0.0.1:{port}", tmp_path / "policies")
+    await server.stop(0)
+    await log.stop()
+    bus.close()
+
+
+def write_rankings(store_url: str, count: int) -> None:
+    """Rankings of four completions each, by four users, the longer the better."""
+    batch = []
+    for index in range(count):
+        user, sample_id = f"user-{index % 4}", f"s{index}"
+        texts = [" ".join(["in the garden"] * (n + 1)) for n in range(4)]
+        completions = [
+            types_pb2.Completion(
+                completion_id=f"{sample_id}-{n}", index=n, text=text, finish_reason=types_pb2.FINISH_REASON_STOP,
+                policy=types_pb2.PolicyRef(version=1, weight_digest="0" * 64),
+            )
+            for n, text in enumerate(texts)
+        ]  # fmt: skip
+        message = types_pb2.Message(role=types_pb2.ROLE_USER, content=f"What is number {index}?")
+        prompt = types_pb2.Prompt(chat=types_pb2.Chat(messages=[message]))
+        sample = events_pb2.SampleEvent(event_id=sample_id, user_id=user, prompt=prompt, completions=completions)
+        groups = [types_pb2.RankingGroup(completion_ids=[f"{sample_id}-{n}"]) for n in (3, 2, 1, 0)]
+        ranking = events_pb2.RankingEvent(event_id=f"r{index}", user_id=user, sample_id=sample_id, groups=groups)
+        for topic, event in ((SAMPLES, sample), (RANKINGS, ranking)):
+            event.event_time.FromSeconds(1_700_000_000 + index)
+            batch.append(
+                Delivered(Position(topic, 0, index), sample_id.encode(), event.SerializeToString(), event.event_id)
+            )
+    ledger = Ledger(store_url)
+    ledger.write(batch, ledger.offsets(), {(topic, 0): Offset("log", count) for topic in (SAMPLES, RANKINGS)})
+    ledger.close()
+
+
+@pytest.fixture
+def trainer(serving: Serving, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    store_url = f"sqlite:///{tmp_path}/store.db"
+    write_rankings(store_url, 16)
+    arguments = [
+        CONFIG.model_dump_json(),
+        store_url,
+        str(serving.policies_dir),
+        str(tmp_path / "runs"),
+        serving.address,
+    ]
+    process = subprocess.Popen([sys.executable, "-c", TRAINER, *arguments])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+async def finished_run(runs_dir: Path, process: "subprocess.Popen[bytes]") -> Path:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        for metrics in runs_dir.glob("*/metrics.jsonl"):
+            if lines(metrics)[-1]["phase"] in {"done", "stopped"}:
+                return metrics.parent
+        assert process.poll() is None, "the trainer died"
+        await asyncio.sleep(0.2)
+    raise AssertionError("the run did not end in time")
+
+
+async def test_rankings_become_a_live_policy(
+    serving: Serving, trainer: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    folder = await finished_run(tmp_path / "runs", trainer)
+    logged = lines(folder / "metrics.jsonl")
+    assert logged[-1] == logged[-1] | {"phase": "done", "version": 2}
+    steps = [line for line in logged if line["phase"] == "ppo"]
+    assert [line["step"] for line in steps] == [0, 1]
+    assert {"objective/kl", "objective/score", "policy/clipfrac", "completion/eos_rate"} <= steps[0].keys()
+    assert TrainingConfig.model_validate_json((folder / "recipe.json").read_text()) == CONFIG
+    assert set(lines(folder / "samples.jsonl")[0]) == {"prompt", "before", "after"}
+
+    async with grpc.aio.insecure_channel(serving.address) as channel:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
+        live = (await stub.GetPolicy(policy_service_pb2.GetPolicyRequest(policy="live"))).policy
+    assert (live.version, live.manifest.parent_version, live.manifest.reference_version) == (2, 1, 1)
+    manifest = verify_artifact(serving.policies_dir / "v2", serving.policies_dir / "v1")
+    assert manifest == live.manifest
+    learned = [index for index in range(16) if not is_held_out(f"user-{index % 4}", 0.4)]
+    assert manifest.training.num_rankings == len(learned) < 16
+    (ranges,) = manifest.training.rankings
+    assert (ranges.topic, ranges.first_offset, ranges.last_offset) == (RANKINGS, learned[0], learned[-1])
+    assert len(manifest.probes) == 2
+
+    trainer.send_signal(signal.SIGTERM)
+    assert trainer.wait(20) == 0
+    assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16
