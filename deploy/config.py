@@ -139,10 +139,10 @@ def refuse_unknown_variables() -> None:
     for variable in os.environ:
         if not variable.upper().startswith(PREFIX) or variable.upper().startswith(OTHER_VARIABLES):
             continue
-        name, _, below = variable.upper().removeprefix(PREFIX).lower().partition("__")
+        name, separator, _ = variable.upper().removeprefix(PREFIX).lower().partition("__")
         field = AligndConfig.model_fields.get(name)
         # What is unknown inside a section is refused with the section.
-        if field is None or (below and not isinstance(field.default, BaseModel)):
+        if field is None or (separator and not isinstance(field.default, BaseModel)):
             raise ConfigError(f"{variable}: there is no such setting; `alignd config` lists all")
 
 

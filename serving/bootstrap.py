@@ -40,12 +40,21 @@ async def startable_policy(config: ServingConfig, folder: Path, policies: Policy
         try:
             await asyncio.to_thread(verify_artifact, artifact_path(record.artifact_uri), None)
         except ArtifactError as error:
-            log.error("v%d cannot be used: %s", record.manifest.version, error)
-            if len(policies.state.live_order) < 2:
-                raise NoPolicyError(f"the only live policy, v{record.manifest.version}, is damaged: {error}") from error
-            await change_stage(policies, record, STAGE_REJECTED, f"its files are damaged: {error}"[:1024])
+            await reject(policies, record, f"its files are damaged: {error}")
         else:
             return record
+
+
+async def reject(policies: PolicyLog, record: PolicyRecord, why: str) -> None:
+    """Takes the live version out, so that the one before it is live again.
+
+    Raises:
+        NoPolicyError: there is none before it.
+    """
+    log.error("v%d cannot be used: %s", record.manifest.version, why)
+    if len(policies.state.live_order) < 2:
+        raise NoPolicyError(f"the only live policy, v{record.manifest.version}, cannot be used: {why}")
+    await change_stage(policies, record, STAGE_REJECTED, why[:1024])
 
 
 async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog) -> None:

@@ -10,6 +10,7 @@ from urllib.request import url2pathname
 import grpc
 
 from alignd.v1 import events_pb2, policy_service_pb2, policy_service_pb2_grpc
+from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from alignd.v1.policy_service_pb2 import (
     STAGE_CANDIDATE,
     STAGE_LIVE,
@@ -65,6 +66,10 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             raise precondition("BAD_ARTIFACT", str(error), request.manifest.version, field="artifact_uri") from error
         if found != request.manifest:
             raise bad_field("manifest", f"is not the one that lies in {request.artifact_uri}")
+        changed = changed_settings(found, reference.manifest) if reference else []
+        if changed:
+            why = f"{', '.join(changed)}: only weights may differ from the reference version's files"
+            raise precondition("BAD_ARTIFACT", why, found.version, field="artifact_uri")
 
     async def ListPolicies(
         self, request: policy_service_pb2.ListPoliciesRequest, context: Any
@@ -166,6 +171,18 @@ def artifact_path(uri: str) -> Path:
     if parts.scheme not in ("", "file") or not path.is_absolute():
         raise bad_field("artifact_uri", "must be an absolute path or a file:// URL")
     return path
+
+
+def changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:
+    """Returns the files besides the weights, such as tokenizer and configuration, that are not the reference's.
+
+    A swap in place exchanges weights and nothing else, so these would take effect at the next start, unproved.
+    """
+    ours, theirs = (
+        {(file.path, file.sha256) for file in each.files if not file.path.endswith(".safetensors")}
+        for each in (manifest, reference)
+    )
+    return sorted({path for path, _ in ours ^ theirs})
 
 
 def taken(version: int) -> Refusal:

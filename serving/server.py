@@ -31,17 +31,18 @@ from feedback.config import FeedbackConfig
 from feedback.outbox import Outbox
 from feedback.token import load_keyring
 from feedback.topics import TOPICS
-from serving.bootstrap import startable_policy
+from serving.bootstrap import reject, startable_policy
 from serving.boundary import Boundary
 from serving.config import ServingConfig
 from serving.feedback_service import FeedbackService
 from serving.inference_service import InferenceService, Serving
 from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService, artifact_path
+from serving.policy_state import PolicyRecord
 from serving.sampler import Quota
 from serving.slot import Slot
-from serving.swapper import Swapper
-from serving.vllm_engine import Engine, start_engine
+from serving.swapper import ProofError, Swapper
+from serving.vllm_engine import Engine, EngineError, start_engine
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ async def run_engine(
         drain_timeout_s=config.drain_timeout_s,
         tolerance=config.probe_tolerance,
     )
-    await swapper.begin(record)
+    record = await begin(swapper, record, config, places)
     serving.accepting = True
     for name in ENGINE_SERVICES:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -168,6 +169,25 @@ async def run_engine(
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(swapper.follow())
         tasks.create_task(watch_engine(engine))
+
+
+async def begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, places: Places) -> PolicyRecord:
+    """Opens the slot with `record`, on which the engine was started; if it cannot be proved, with the one before.
+
+    Without this a version that was promoted while no replica was there to try it would keep every replica from
+    starting, again and again.
+    """
+    while True:
+        try:
+            await swapper.begin(record)
+        except (ProofError, EngineError) as error:
+            # Raises if the engine is dead, which says nothing about the version.
+            await swapper.engine.check_health()
+            await reject(swapper.policies, record, str(error))
+            record = await startable_policy(config, places.policies, swapper.policies)
+            await swapper.engine.load_weights(artifact_path(record.artifact_uri))
+        else:
+            return record
 
 
 async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:

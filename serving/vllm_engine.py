@@ -182,5 +182,7 @@ def prepare_cpu(config: ServingConfig) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(config.kv_cache_gib))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads or os.cpu_count() or 1))
+    # Threads that wait give the core up, which trainer and server share on a small machine, instead of spinning.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Lets the executor stay inside the engine's own process, which it has either way.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

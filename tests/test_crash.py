@@ -119,11 +119,17 @@ def stored_rankings(store_url: str) -> list[str]:
         engine.dispose()
 
 
+def wait_for_more(store_url: str) -> None:
+    """Returns when rankings go all the way again."""
+    before = len(stored_rankings(store_url))
+    wait_until(lambda: len(stored_rankings(store_url)) > before, RESTART_S, "more rankings in the store")
+
+
 @pytest.mark.timeout(420)
 def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path) -> None:
     chance = random.Random(bus_url)
     settings = environment(tmp_path, bus=bus_url, training__min_new_rankings=10**9, feedback__bus_check_s=0.5)
-    address = address_of(settings)
+    address, store_url = address_of(settings), f"sqlite:///{tmp_path}/var/store.db"
     with running_up(tmp_path, settings) as supervisor:
         wait_serving(supervisor, settings)
         with grpc.insecure_channel(address) as channel:
@@ -133,17 +139,17 @@ def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path)
             client.start()
         try:
             for verb in ("relay", "ingest", "train", "relay", "ingest", "serve"):
-                time.sleep(chance.uniform(0.2, 2.0))
+                wait_for_more(store_url)
+                time.sleep(chance.uniform(0, 1))
                 kill(verb, settings)
             wait_until(lambda: is_serving(address, FEEDBACK), RESTART_S, "feedback taken again")
-            time.sleep(2)
+            wait_for_more(store_url)
         finally:
             for client in clients:
                 client.stop.set()
             for client in clients:
                 client.join()
         acknowledged = [ranking_id for client in clients for ranking_id in client.acknowledged]
-        store_url = f"sqlite:///{tmp_path}/var/store.db"
         wait_until(lambda: len(stored_rankings(store_url)) >= len(acknowledged), 60, "all in the store")
     assert [fault for client in clients for fault in client.faults] == []
     assert sorted(stored_rankings(store_url)) == sorted(acknowledged)

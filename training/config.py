@@ -15,12 +15,9 @@ class RewardModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_layers: int = Field(20, ge=1, description="Layers of the reference policy that the reward model is built on.")
-    num_frozen_layers: int = Field(12, ge=0, description="Of these, the lower ones that are shared and never trained.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate; falls to 10 % along a cosine.")
-    head_learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of the scalar head.")
-    batch_size: int = Field(4, ge=1, description="Rankings in one optimizer step.")
+    l2: float = Field(0.5, ge=0, description="Weight of the L2 penalty on the head, which reads unit variances.")
+    batch_size: int = Field(8, ge=1, description="Rankings encoded at a time.")
     max_rankings: int = Field(2000, ge=1, description="Most rankings that a refresh learns from, the newest first.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     held_out_share: float = Field(0.15, ge=0, lt=1, description="Share of users whose rankings only measure.")
 
 
@@ -32,7 +29,7 @@ class PpoConfig(BaseModel):
     num_steps: int = Field(12, ge=1, description="Rounds of rollouts and update.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts that rollouts are drawn for in one round.")
     rollouts_per_prompt: int = Field(4, ge=1, description="Rollouts of each of these prompts.")
-    max_tokens: int = Field(48, ge=1, description="Most tokens in one rollout.")
+    max_tokens: int = Field(64, ge=1, description="Most tokens in one rollout.")
     max_prompt_tokens: int = Field(256, ge=1, description="Prompts longer than this are left out.")
     num_epochs: int = Field(1, ge=1, description="Passes over the rollouts of one round.")
     num_minibatches: int = Field(2, ge=1, description="Optimizer steps in one pass.")
@@ -40,8 +37,8 @@ class PpoConfig(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate of the policy after warm-up.")
     value_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value head.")
     num_warmup_steps: int = Field(1, ge=0, description="Rounds over which both learning rates rise linearly.")
-    kl_coef: float = Field(0.3, ge=0, description="Weight of the per-token KL penalty, in scores per nat.")
-    missing_eos_penalty: float = Field(2.0, ge=0, description="Taken from the score of a rollout that has no end.")
+    kl_coef: float = Field(0.1, ge=0, description="Weight of the per-token KL penalty, in scores per nat.")
+    missing_eos_penalty: float = Field(0.5, ge=0, description="Taken from the score of a rollout that has no end.")
     score_clip: float = Field(3.0, gt=0, description="Scores are clipped to this many standard deviations.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Weight of longer estimates in GAE.")
@@ -49,7 +46,7 @@ class PpoConfig(BaseModel):
     value_clip_range: float = Field(0.2, gt=0, description="New values are clipped to the old ± this.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    max_kl: float = Field(2.5, gt=0, description="KL from the reference, in nats a completion, at which PPO stops.")
+    max_kl: float = Field(8.0, gt=0, description="KL from the reference, in nats a completion, at which PPO stops.")
 
     @model_validator(mode="after")
     def _minibatches_are_whole(self) -> Self:

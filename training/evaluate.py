@@ -16,7 +16,14 @@ class WinRate:
     value: float
     low: float
     high: float
-    count: int
+    wins: int
+    ties: int
+    losses: int
+
+    @property
+    def count(self) -> int:
+        """Prompts compared."""
+        return self.wins + self.ties + self.losses
 
 
 def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinRate:
@@ -26,12 +33,12 @@ def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinR
     """
     if not scores:
         raise ValueError("a win rate needs at least one prompt")
-    wins = sum(
-        1.0 if score > reference else 0.5 if score == reference else 0.0
-        for score, reference in zip(scores, reference_scores, strict=True)
-    )
-    low, high = wilson_interval(wins, len(scores))
-    return WinRate(wins / len(scores), low, high, len(scores))
+    pairs = list(zip(scores, reference_scores, strict=True))
+    wins = sum(score > reference for score, reference in pairs)
+    ties = sum(score == reference for score, reference in pairs)
+    share = (wins + ties / 2) / len(pairs)
+    low, high = wilson_interval(share * len(pairs), len(pairs))
+    return WinRate(share, low, high, wins, ties, len(pairs) - wins - ties)
 
 
 def wilson_interval(wins: float, count: int, z: float = Z_95) -> tuple[float, float]:

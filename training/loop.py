@@ -20,7 +20,7 @@ from training.publish import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
     from feedback.store import Store
-    from training.run import Parents, Workplace
+    from training.run import Workplace, find_parents
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +71,15 @@ class Cursor:
 
 
 def _open_workplace(config: TrainingConfig, store: Store, client: PolicyClient, policies_dir: Path) -> Workplace:
-    """Starts the rollout engine while rankings are still coming in."""
+    """Starts the rollout engine while rankings are still coming in, but not while the server starts its own."""
     from transformers import AutoTokenizer
 
     from training.rollouts import RolloutEngine
-    from training.run import Workplace
+    from training.run import Workplace, find_parents
 
-    while (parents := _live_parents(client)) is None:
+    while not client.is_serving():
         time.sleep(config.poll_seconds)
+    parents = find_parents(client, START_SECONDS)
     engine = RolloutEngine(
         parents.live_folder,
         max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
@@ -90,18 +91,6 @@ def _open_workplace(config: TrainingConfig, store: Store, client: PolicyClient, 
     return Workplace(config, store, engine, client, policies_dir, tokenizer)
 
 
-def _live_parents(client: PolicyClient) -> Parents | None:
-    """None while the server has no policy yet: all processes are started at once."""
-    from training.run import find_parents
-
-    try:
-        return find_parents(client, START_SECONDS)
-    except grpc.RpcError as error:
-        if error.code() in {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE}:
-            return None
-        raise
-
-
 def _wait_for_rankings(config: TrainingConfig, store: Store, seen: int) -> None:
     while store.num_rankings(seen) < config.min_new_rankings:
         time.sleep(config.poll_seconds)
@@ -109,14 +98,13 @@ def _wait_for_rankings(config: TrainingConfig, store: Store, seen: int) -> None:
 
 def _run_once(place: Workplace, runs_dir: Path) -> bool:
     """Runs once. False if serving could not be reached or refused: then the same rankings are tried again."""
-    from training.run import newest_reward_model, run
+    from training.run import run
     from training.run_folder import RunFolder
 
-    previous = newest_reward_model(runs_dir)
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
     folder = RunFolder.create(runs_dir, run_id, place.config)
     try:
-        version = run(place, folder, previous)
+        version = run(place, folder)
     except TrainingError as error:
         logger.error("run %s stopped: %s", run_id, error)
         folder.log("stopped", 0, 1, {"reason": str(error)})

@@ -1,8 +1,7 @@
 """PPO from the live policy with KL from the reference, in the order of Huang et al., "The N+ Implementation Details".
 
-The value model is the reward model's own layers, left as they are, under a scalar head of its own that starts as the
-reward model's: the value of an unfinished completion starts as its score were it to end there, and costs no second
-pass. Shapes: see training.groups.
+The value model is the reward model with a head of its own that starts as the reward model's: the value of an unfinished
+completion starts as its score were it to end there, and costs no second pass. Shapes: see training.groups.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from training.config import PpoConfig
 from training.errors import TrainingError
 from training.groups import Group, PackedGroups, pack
 from training.policy_model import SharedLayers, UpperLayers, completion_logprobs, merged_weights
-from training.reward_model import RewardModel
+from training.reward_model import RewardModel, last_features, running_features
 from training.rollouts import Rollout
 
 Log = Callable[[int, int, dict[str, float]], None]
@@ -31,13 +30,13 @@ LoadWeights = Callable[[dict[str, Tensor]], None]
 
 @dataclass(frozen=True)
 class Learner:
-    """All models of a run. `policy` and `value_head_D` are trained, the others are not."""
+    """All models of a run. `policy` and `value_head_F` are trained, the others are not."""
 
     shared: SharedLayers
     reference: UpperLayers
     policy: UpperLayers
     reward_model: RewardModel
-    value_head_D: nn.Parameter
+    value_head_F: nn.Parameter
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Batch:
     packed: PackedGroups
     angles: tuple[Tensor, Tensor]
     policy_input_GTD: Tensor
-    value_hidden_NCD: Tensor
+    value_input_NCF: Tensor
     old_logprobs_NC: Tensor
     old_values_NC: Tensor
     ref_logprobs_NC: Tensor
@@ -62,8 +61,8 @@ class Batch:
 def make_learner(shared: SharedLayers, policy: UpperLayers, reward_model: RewardModel) -> Learner:
     """Puts the models together; the value head starts as the reward model's head."""
     reference = UpperLayers(shared.model, policy.first, shared.num_layers)
-    head_D = nn.Parameter((reward_model.head_D * reward_model.scale).detach().clone())
-    return Learner(shared, reference, policy, reward_model.requires_grad_(False), head_D)
+    head_F = nn.Parameter((reward_model.head_F * reward_model.scale).detach().clone())
+    return Learner(shared, reference, policy, reward_model.requires_grad_(False), head_F)
 
 
 def train(
@@ -132,19 +131,19 @@ def _encode(learner: Learner, config: PpoConfig, rows: Sequence[tuple[tuple[int,
         # 2. Log-probabilities under the policy that drew them, by the trainer's own reckoning, and under the reference.
         policy_hidden_GTD = learner.policy(policy_input_GTD, packed, angles)
         reference_hidden_GTD = learner.reference(policy_input_GTD, packed, angles)
-        reward_hidden = reward_model.hidden(encoded[reward_model.level], packed, angles)
     logprobs_NC, entropy_NC = completion_logprobs(policy_hidden_GTD, shared.head_VD, packed)
     ref_logprobs_NC, _ = completion_logprobs(reference_hidden_GTD, shared.head_VD, packed)
     # 3. Score at the last real token, clipped; a rollout without an end is marked down.
     finished_N = torch.tensor([rollout.finished for rollout in drawn])
-    scores_N = reward_model.score(reward_hidden[packed.last_N]).clamp(-config.score_clip, config.score_clip)
+    reward_hidden_GTD = encoded[reward_model.level]
+    scores_N = reward_model.score(last_features(reward_hidden_GTD, packed)).clamp(-config.score_clip, config.score_clip)
     # 4. Values of the states before each token.
-    value_hidden_NCD = reward_hidden[packed.before_NC]
+    value_input_NCF = reward_model.standardized(running_features(reward_hidden_GTD, packed))
     sampler_NC = nn.utils.rnn.pad_sequence([torch.tensor(r.logprobs) for r in drawn], batch_first=True)
     blank_NC = torch.zeros_like(logprobs_NC)
     return Batch(
-        packed=packed, angles=angles, policy_input_GTD=policy_input_GTD, value_hidden_NCD=value_hidden_NCD,
-        old_logprobs_NC=logprobs_NC, old_values_NC=_values(learner, value_hidden_NCD),
+        packed=packed, angles=angles, policy_input_GTD=policy_input_GTD, value_input_NCF=value_input_NCF,
+        old_logprobs_NC=logprobs_NC, old_values_NC=_values(learner, value_input_NCF),
         ref_logprobs_NC=ref_logprobs_NC, entropy_NC=entropy_NC, sampler_gap_NC=sampler_NC - logprobs_NC,
         scores_N=scores_N, finished_N=finished_N, advantages_NC=blank_NC, returns_NC=blank_NC,
     )  # fmt: skip
@@ -188,7 +187,7 @@ def _loss(learner: Learner, config: PpoConfig, batch: Batch) -> tuple[Tensor, di
         hidden_GTD = learner.policy(batch.policy_input_GTD, packed, batch.angles)
     logprobs_NC, _ = completion_logprobs(hidden_GTD, learner.shared.head_VD, packed)
     policy = ppo_math.policy_loss(logprobs_NC, batch.old_logprobs_NC, batch.advantages_NC, mask_NC, config.clip_range)
-    values_NC = _values(learner, batch.value_hidden_NCD)
+    values_NC = _values(learner, batch.value_input_NCF)
     value = ppo_math.value_loss(values_NC, batch.old_values_NC, batch.returns_NC, mask_NC, config.value_clip_range)
     log_ratio_NC = (logprobs_NC - batch.old_logprobs_NC).detach()
     return policy.value + config.value_coef * value.value, {
@@ -201,9 +200,9 @@ def _loss(learner: Learner, config: PpoConfig, batch: Batch) -> tuple[Tensor, di
     }
 
 
-def _values(learner: Learner, hidden_NCD: Tensor) -> Tensor:
+def _values(learner: Learner, input_NCF: Tensor) -> Tensor:
     reward_model = learner.reward_model
-    return hidden_NCD @ learner.value_head_D - reward_model.shift * reward_model.scale
+    return input_NCF @ learner.value_head_F - reward_model.shift * reward_model.scale
 
 
 def _observe(batches: Sequence[Batch]) -> dict[str, float]:
@@ -230,7 +229,7 @@ def _optimizer(learner: Learner, config: PpoConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [
             {"params": list(learner.policy.parameters()), "peak_lr": config.learning_rate},
-            {"params": [learner.value_head_D], "peak_lr": config.value_learning_rate},
+            {"params": [learner.value_head_F], "peak_lr": config.value_learning_rate},
         ],
         betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, foreach=True,
     )  # fmt: skip

@@ -7,17 +7,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
 
 ACTOR = "trainer"
 # Registering verifies every byte of a version, which takes long for a large one.
 CALL_SECONDS = 300.0
+HEALTH_SECONDS = 5.0
 # Until the server is first there, since all processes are started at once.
 START_SECONDS = 900.0
 RETRY = json.dumps(
@@ -44,12 +46,21 @@ class PolicyClient:
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=[("grpc.service_config", RETRY)])
         self._service = policy_service_pb2_grpc.PolicyServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._channel.close()
+
+    def is_serving(self) -> bool:
+        """Whether the server is there, with a policy in its engine."""
+        try:
+            response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)
+        except grpc.RpcError:
+            return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def get(self, policy: str, timeout_seconds: float = CALL_SECONDS) -> policy_service_pb2.Policy:
         """Returns the policy called "live" or "v7"."""

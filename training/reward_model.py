@@ -1,8 +1,14 @@
-"""The reward model: a scalar head on the reference policy's layers, fitted to rankings.
+"""The reward model: a scalar head on the reference policy's lower layers, fitted to rankings.
 
-Its score is read at a completion's last real token. It is shifted and scaled so that completions of the reference
-policy have mean 0 and standard deviation 1, anew at every refresh, which gives kl_coef one meaning for all of them.
-Shapes: see training.groups.
+The layers are the ones that policy and reference share, so scoring costs nothing beside what PPO computes anyway. The
+head reads a completion at its last real token and on average: [h_last, mean of h]. The layers themselves stay as they
+are: from a few hundred rankings the head alone learns more than layers that are trained with it, which soon learn the
+noise (docs/architecture.md). With all K completions of a prompt in one term of the loss (InstructGPT, eq. 1) and an L2
+penalty the fit is convex: it has one answer, which neither order nor seed nor an earlier fit can change.
+
+Scores are shifted and scaled so that completions of the reference policy have mean 0 and standard deviation 1, anew at
+every refresh, which gives kl_coef one meaning for all of them. Shapes: see training.groups; F is the width of what the
+head reads, 2 D.
 """
 
 from __future__ import annotations
@@ -10,23 +16,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.config import RewardModelConfig
 from training.errors import TrainingError
 from training.groups import Group, PackedGroups, pack
-from training.policy_model import SharedLayers, UpperLayers
+from training.policy_model import SharedLayers
 from training.ranking_loss import num_correct, ranking_loss
 
 Log = Callable[[int, int, dict[str, float]], None]
+
+MAX_ITERATIONS = 200
+LEAST_SPREAD = 1e-4
 
 
 @dataclass(frozen=True)
@@ -38,33 +45,47 @@ class RankedExample:
 
 
 class RewardModel(nn.Module):
-    """Upper layers and a scalar head; what lies below is the reference policy's."""
+    """A head, and how what it reads is brought to unit variance; what lies below is the reference policy's."""
 
+    center_F: Tensor
+    spread_F: Tensor
     shift: Tensor
     scale: Tensor
 
     def __init__(self, shared: SharedLayers, config: RewardModelConfig) -> None:
         super().__init__()
-        last = min(config.num_layers, shared.num_layers)
-        self.upper = UpperLayers(shared.model, min(config.num_frozen_layers, last), last).trainable()
+        self.level = min(config.num_layers, shared.num_layers)
+        width = 2 * shared.head_VD.shape[1]
         # Zero: before it has learned anything it prefers nothing.
-        self.head_D = nn.Parameter(torch.zeros(shared.head_VD.shape[1]))
+        self.head_F = nn.Parameter(torch.zeros(width))
+        self.register_buffer("center_F", torch.zeros(width))
+        self.register_buffer("spread_F", torch.ones(width))
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    @property
-    def level(self) -> int:
-        """The shared layer whose input this model takes."""
-        return self.upper.first
+    def score(self, features: Tensor) -> Tensor:
+        """Normalised scores of features [..., F]."""
+        return (self.standardized(features) @ self.head_F - self.shift) * self.scale
 
-    def hidden(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Last hidden states, [G * T, D], in fp32."""
-        normed_GTD: Tensor = self.upper(hidden_GTD, packed, angles)
-        return normed_GTD.flatten(0, 1).float()
+    def standardized(self, features: Tensor) -> Tensor:
+        """Features [..., F] with mean 0 and variance 1 over what the head was fitted to."""
+        return (features - self.center_F) / self.spread_F
 
-    def score(self, hidden: Tensor) -> Tensor:
-        """Normalised scores of hidden states [..., D]."""
-        return (hidden @ self.head_D - self.shift) * self.scale
+
+def last_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
+    """What the head reads of whole completions, [N, F]."""
+    hidden = hidden_GTD.flatten(0, 1).float()
+    before_NCD = hidden[packed.before_NC] * packed.mask_NC[..., None]
+    last_ND = hidden[packed.last_N]
+    num_states_N = packed.mask_NC.sum(1) + 1
+    return torch.cat([last_ND, (before_NCD.sum(1) + last_ND) / num_states_N[:, None]], dim=-1)
+
+
+def running_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
+    """What the head would read were the completion to end before each of its tokens, [N, C, F]."""
+    before_NCD = hidden_GTD.flatten(0, 1).float()[packed.before_NC]
+    num_states_C = torch.arange(1, before_NCD.shape[1] + 1)
+    return torch.cat([before_NCD, before_NCD.cumsum(1) / num_states_C[:, None]], dim=-1)
 
 
 @torch.no_grad()
@@ -74,40 +95,38 @@ def score_groups(
     """Scores [K] of each group's completions."""
     scores: list[Tensor] = []
     for start in range(0, len(groups), batch_size):
-        scores += _scores(model, shared, pack(groups[start : start + batch_size]))
+        packed = pack(groups[start : start + batch_size])
+        scores += model.score(_encode(model, shared, packed)).split(packed.group_sizes)
     return scores
 
 
 def fit(
-    model: RewardModel,
-    shared: SharedLayers,
-    examples: Sequence[RankedExample],
-    config: RewardModelConfig,
-    seed: int,
-    log: Log,
+    model: RewardModel, shared: SharedLayers, examples: Sequence[RankedExample], config: RewardModelConfig, log: Log
 ) -> None:
-    """Trains for one epoch, a ranking being one batch element. Raises TrainingError if the loss is not finite."""
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": model.upper.parameters(), "lr": config.learning_rate},
-            {"params": [model.head_D], "lr": config.head_learning_rate},
-        ],
-        betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0,
-    )  # fmt: skip
-    batches = _batches(examples, config.batch_size, seed)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / max(1, len(batches))))
-    for step, batch in enumerate(batches):
-        scores = _scores(model, shared, pack([example.group for example in batch]))
-        ranks = [torch.tensor(example.ranks) for example in batch]
-        loss = torch.stack([ranking_loss(s, r) for s, r in zip(scores, ranks, strict=True)]).mean()
-        if not torch.isfinite(loss):
-            raise TrainingError(f"reward model: the loss is {loss.item()} at step {step}")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        log(step, len(batches), {"reward_model/loss": loss.item(), "reward_model/accuracy": _accuracy(scores, ranks)})
+    """Fits the head to all rankings, a ranking being one term of the loss.
+
+    Raises TrainingError if the loss is not finite.
+    """
+    examples = sorted(examples, key=lambda example: len(example.group))  # like lengths together: little padding
+    features = [each for batch in _batches(examples, config) for each in _log_encoded(model, shared, batch, log)]
+    ranks = [torch.tensor(example.ranks) for example in examples]
+    sizes = [len(each) for each in features]
+    all_features = torch.cat(features)
+    model.center_F.copy_(all_features.mean(0))
+    model.spread_F.copy_(all_features.std(0).clamp_min(LEAST_SPREAD))
+    standardized = model.standardized(all_features)
+
+    def loss() -> Tensor:
+        scores = (standardized @ model.head_F).split(sizes)
+        terms = [ranking_loss(s, r) for s, r in zip(scores, ranks, strict=True)]
+        return torch.stack(terms).mean() + config.l2 / 2 * model.head_F.square().sum()
+
+    reached = _minimize(loss, model.head_F)
+    if not math.isfinite(reached):
+        raise TrainingError(f"reward model: the loss is {reached}")
+    scores = [s.detach() for s in (standardized @ model.head_F).split(sizes)]
+    metrics = {"reward_model/loss": reached, "reward_model/accuracy": _accuracy(scores, ranks)[0]}
+    log(len(examples) - 1, len(examples), metrics)
 
 
 def accuracy(
@@ -115,9 +134,7 @@ def accuracy(
 ) -> tuple[float, int]:
     """Share of comparisons that the scores order as the labeler did, and how many comparisons there are."""
     scores = score_groups(model, shared, [example.group for example in examples], batch_size)
-    counts = [num_correct(s, torch.tensor(example.ranks)) for s, example in zip(scores, examples, strict=True)]
-    total = sum(count for _, count in counts)
-    return sum(correct for correct, _ in counts) / max(1, total), total
+    return _accuracy(scores, [torch.tensor(example.ranks) for example in examples])
 
 
 def normalise(model: RewardModel, shared: SharedLayers, references: Sequence[Group], batch_size: int = 8) -> float:
@@ -137,46 +154,51 @@ def normalise(model: RewardModel, shared: SharedLayers, references: Sequence[Gro
 
 def save(model: RewardModel, path: Path) -> str:
     """Writes the weights as safetensors, and returns their SHA-256."""
-    built_on = {"first": model.upper.first, "num_layers": len(model.upper.layers)}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path,
-        metadata={"reward_model": json.dumps(built_on)},
-    )  # fmt: skip
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"reward_model": json.dumps({"num_layers": model.level})})
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def warm_start(model: RewardModel, path: Path) -> bool:
-    """Takes over the weights at `path`. False, and nothing changed, if they were built on other layers."""
-    built_on = {"first": model.upper.first, "num_layers": len(model.upper.layers)}
-    with safe_open(path, framework="pt") as file:
-        if json.loads((file.metadata() or {}).get("reward_model", "{}")) != built_on:
-            return False
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
-    return True
+@torch.no_grad()
+def _encode(model: RewardModel, shared: SharedLayers, packed: PackedGroups) -> Tensor:
+    return last_features(shared.encode(packed, [model.level])[model.level], packed)
 
 
-def _scores(model: RewardModel, shared: SharedLayers, packed: PackedGroups) -> list[Tensor]:
-    angles = shared.angles(packed)
-    encoded_GTD = shared.encode(packed, [model.level])[model.level]
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.hidden(encoded_GTD, packed, angles)
-    return list(model.score(hidden[packed.last_N]).split(packed.group_sizes))
+def _log_encoded(
+    model: RewardModel, shared: SharedLayers, batch: tuple[int, int, list[RankedExample]], log: Log
+) -> list[Tensor]:
+    """Features [K, F] of each ranking of a batch; says how many rankings have been read."""
+    done, total, examples = batch
+    packed = pack([example.group for example in examples])
+    features = _encode(model, shared, packed).split(packed.group_sizes)
+    log(done - 1, total, {})
+    return list(features)
 
 
-def _batches(examples: Sequence[RankedExample], batch_size: int, seed: int) -> list[list[RankedExample]]:
-    """Batches in random order, of rankings of like length, so that little of a batch is padding."""
-    shuffled = random.Random(seed)
-    ordered = sorted(examples, key=lambda example: len(example.group))
-    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    shuffled.shuffle(batches)
-    return batches
+def _batches(
+    examples: Sequence[RankedExample], config: RewardModelConfig
+) -> list[tuple[int, int, list[RankedExample]]]:
+    """Batches, each with how many rankings are read after it, and of how many."""
+    ends = range(config.batch_size, len(examples) + config.batch_size, config.batch_size)
+    total = len(examples)
+    return [(min(end, total), total, list(examples[end - config.batch_size : end])) for end in ends]
 
 
-def _cosine(progress: float) -> float:
-    """From 1 to 0.1."""
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, progress))
+def _minimize(loss: Callable[[], Tensor], parameter: nn.Parameter) -> float:
+    """Brings a convex loss to its minimum; returns it."""
+    optimizer = torch.optim.LBFGS([parameter], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value.item()
+
+    optimizer.step(closure)
+    return loss().item()
 
 
-def _accuracy(scores: Sequence[Tensor], ranks: Sequence[Tensor]) -> float:
-    counts = [num_correct(s.detach(), r) for s, r in zip(scores, ranks, strict=True)]
-    return sum(correct for correct, _ in counts) / max(1, sum(total for _, total in counts))
+def _accuracy(scores: Sequence[Tensor], ranks: Sequence[Tensor]) -> tuple[float, int]:
+    counts = [num_correct(s, r) for s, r in zip(scores, ranks, strict=True)]
+    total = sum(count for _, count in counts)
+    return sum(correct for correct, _ in counts) / max(1, total), total

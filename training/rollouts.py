@@ -15,8 +15,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-# vLLM reads these when it is imported. Its engine runs in this process, so that weights need no copy and no file.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+# vLLM reads these when it is imported. Its engine runs in this process, so that weights need no copy and no file, and
+# must not pin it to some of the cores. Threads that wait give the core up instead of spinning: others want it.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+MAX_BATCHED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,9 @@ class RolloutEngine:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             generation_config="vllm",
+            # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
             seed=seed,
         )
 

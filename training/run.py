@@ -74,12 +74,7 @@ def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
     return Parents(live.version, artifact_folder(live), reference.version, artifact_folder(reference))
 
 
-def newest_reward_model(runs_dir: Path) -> Path | None:
-    """The reward model of the last run that fitted one."""
-    return max(runs_dir.glob(f"*/{REWARD_MODEL_FILE}"), default=None)
-
-
-def run(place: Workplace, folder: RunFolder, previous_reward_model: Path | None) -> int:
+def run(place: Workplace, folder: RunFolder) -> int:
     """Trains from the store's rankings and registers the result. Returns its version.
 
     Raises TrainingError where something is not finite or there is too little to learn from; nothing is registered then.
@@ -89,7 +84,7 @@ def run(place: Workplace, folder: RunFolder, previous_reward_model: Path | None)
     parents = find_parents(place.client, timeout_seconds=60.0)
     shared = SharedLayers(load_model(parents.reference_folder))
     data = _read(place)
-    rewards, digest = _refresh_reward_model(place, folder, shared, data, previous_reward_model)
+    rewards, digest = _refresh_reward_model(place, folder, shared, data)
     judged = data.held_out_prompts[: config.num_evaluation_prompts]
     place.engine.load_weights(load_weights(parents.reference_folder))
     before = _sample(place, judged, config.seed)
@@ -119,15 +114,13 @@ def _read(place: Workplace) -> Dataset:
 
 
 def _refresh_reward_model(
-    place: Workplace, folder: RunFolder, shared: SharedLayers, data: Dataset, previous: Path | None
+    place: Workplace, folder: RunFolder, shared: SharedLayers, data: Dataset
 ) -> tuple[RewardModel, str]:
-    """Fits the reward model, from the previous one where that fits, and returns it with the digest of its weights."""
+    """Fits the reward model anew to all rankings, and returns it with the digest of its weights."""
     config = place.config.reward_model
     model = RewardModel(shared, config)
-    if previous is not None:
-        reward_model.warm_start(model, previous)
     reward_model.fit(
-        model, shared, data.training, config, place.config.seed,
+        model, shared, data.training, config,
         lambda step, num_steps, metrics: folder.log("reward_model", step, num_steps, metrics),
     )  # fmt: skip
     correct, count = reward_model.accuracy(model, shared, data.held_out, config.batch_size)
@@ -201,7 +194,8 @@ def _judge(
         for rollouts in (after, before)
     )
     won = win_rate(scores, reference_scores)
-    folder.log("evaluate", 0, 1, {WIN_RATE: won.value, "low": won.low, "high": won.high, "count": won.count})
+    metrics = {WIN_RATE: won.value, "low": won.low, "high": won.high}
+    folder.log("evaluate", 0, 1, metrics | {"wins": won.wins, "ties": won.ties, "losses": won.losses})
     rows = list(zip(prompts, before, after, strict=True))[:NUM_SAMPLE_PAIRS]
     folder.write_samples([SamplePair(prompt.text, _decode(place, b), _decode(place, a)) for prompt, b, a in rows])
     return won

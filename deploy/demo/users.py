@@ -11,7 +11,7 @@ from alignd.v1 import inference_service_pb2 as pb
 from alignd.v1 import inference_service_pb2_grpc, types_pb2
 from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler
-from deploy.simulation.user import Turn, run_users
+from deploy.simulation.user import Turn, as_prompt, run_users
 
 # While the trainer works, one user asks this often: enough to show that serving goes on, little enough to leave it
 # the processor. Around the swap many ask at once.
@@ -84,10 +84,9 @@ async def answers(
         stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
 
         async def ask(prompt: str) -> pb.SampleResponse:
-            message = types_pb2.Message(role=types_pb2.ROLE_USER, content=prompt)
             request = pb.SampleRequest(
                 user_id="demo-held-out",
-                prompt=types_pb2.Prompt(chat=types_pb2.Chat(messages=[message])),
+                prompt=as_prompt(config.system_prompt, prompt),
                 num_completions=1,
                 sampling=types_pb2.SamplingParams(max_tokens=config.max_tokens),
             )

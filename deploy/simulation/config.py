@@ -26,6 +26,10 @@ class SimulationConfig(BaseModel):
     )
     num_users: int = Field(16, ge=1, description="Users; each has one request in flight at a time.")
     seed: int = Field(0, ge=0, description="Seeds the users' judgement and the order in which completions are shown.")
+    system_prompt: str = Field(
+        "You are a helpful assistant. Answer briefly, in one or two sentences.",
+        description="What the application tells the policy before each user's prompt; empty for nothing.",
+    )
     num_completions: int = Field(4, ge=2, le=16, description="Completions asked for per prompt, K.")
     max_tokens: int = Field(64, ge=1, description="Most tokens in one completion.")
     num_rankings: int = Field(320, ge=1, description="Rankings given before the users wait for a better policy.")

@@ -69,10 +69,9 @@ class _Application:
     thread: ThreadPoolExecutor
 
     async def sample(self, user_id: str, prompt: str) -> inference_service_pb2.SampleResponse:
-        message = types_pb2.Message(role=types_pb2.ROLE_USER, content=prompt)
         request = inference_service_pb2.SampleRequest(
             user_id=user_id,
-            prompt=types_pb2.Prompt(chat=types_pb2.Chat(messages=[message])),
+            prompt=as_prompt(self.config.system_prompt, prompt),
             num_completions=self.config.num_completions,
             sampling=types_pb2.SamplingParams(max_tokens=self.config.max_tokens),
         )
@@ -112,6 +111,14 @@ class _Application:
         sample_seconds = (sampled or ended) - started
         ranking_seconds = None if sampled is None else ended - sampled
         return Turn(labeler.user_id, prompt, versions, sample_seconds, ranking_seconds, error)
+
+
+def as_prompt(system_prompt: str, prompt: str) -> types_pb2.Prompt:
+    """What the application sends of a user's prompt."""
+    messages = [types_pb2.Message(role=types_pb2.ROLE_USER, content=prompt)]
+    if system_prompt:
+        messages.insert(0, types_pb2.Message(role=types_pb2.ROLE_SYSTEM, content=system_prompt))
+    return types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))
 
 
 async def run_users(

@@ -1,6 +1,7 @@
-"""The configuration: environment over file, everything unknown or bad refused by name, and printed so that it can be read."""
+"""The configuration: environment over file, what is unknown or bad refused by name, and printed as TOML."""
 
 import math
+import os
 import tomllib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from deploy.config import AligndConfig, ConfigError, load_config, resolved
 def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No file, and no variable of ours."""
     monkeypatch.chdir(tmp_path)
-    for variable in list(monkeypatch.__class__.__mro__ and __import__("os").environ):
+    for variable in list(os.environ):
         if variable.upper().startswith("ALIGND_"):
             monkeypatch.delenv(variable)
 
@@ -148,7 +149,6 @@ def test_every_field_is_documented() -> None:
         return found
 
     assert undocumented(AligndConfig) == []
-    assert "training.ppo.kl_coef" not in undocumented(AligndConfig)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\x7f"), min_size=1, max_size=20)

@@ -69,6 +69,14 @@ def test_unfit_weights_are_not_registered(stubs: Stubs, root: Path, change: Call
     assert "tensor" in error.details()
 
 
+def test_a_version_with_another_tokenizer_is_not_registered(stubs: Stubs, root: Path) -> None:
+    """It would be rendered with the old one until the next start, and with the new one from then on."""
+    version = next_version(root)
+    path, manifest = write_version(root, root / "v1", version, change_files=versions.with_another_template)
+    error = refused(stubs.policies.RegisterPolicy, registration(path, manifest), PRECONDITION, "artifact_uri")
+    assert "chat_template.jinja: only weights may differ" in error.details()
+
+
 @pytest.mark.parametrize(
     "uri", ["policies/v2", "./v2", "~/v2", "http://host/v2", "s3://bucket/v2", "http://[v2", "file:v2", "file://v2"]
 )

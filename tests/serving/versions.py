@@ -58,6 +58,12 @@ def with_one_less(weights: Weights) -> Weights:
     return {name: tensor for name, tensor in weights.items() if name != LAYER}
 
 
+def with_another_template(folder: Path) -> None:
+    """Conversations are rendered otherwise."""
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "user"))
+
+
 def write_version(
     root: Path,
     model: Path,
@@ -67,6 +73,7 @@ def write_version(
     reference: int = 1,
     change: Callable[[Weights], Weights] = lambda weights: weights,
     change_manifest: Callable[[PolicyManifest], None] = lambda manifest: None,
+    change_files: Callable[[Path], None] = lambda folder: None,
 ) -> tuple[Path, PolicyManifest]:
     """Writes root/v{version}: the model with perturbed and then changed weights, and probes of the perturbed ones."""
     draft = root.parent / f"draft-{version}"
@@ -79,6 +86,7 @@ def write_version(
     manifest.training.run_id = "by-hand"
     change_manifest(manifest)
     save_file(change(weights), draft / "model.safetensors", metadata={"format": "pt"})
+    change_files(draft)
     written = write_artifact(root, manifest, lambda folder: copy_files(draft, folder))
     shutil.rmtree(draft)
     return written

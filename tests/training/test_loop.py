@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2_grpc
 
 from alignd.v1 import events_pb2, policy_service_pb2, policy_service_pb2_grpc, types_pb2
 from feedback.artifact import verify_artifact
@@ -34,7 +35,7 @@ CONFIG = TrainingConfig(
     num_probes=2,
     max_num_seqs=16,
     kv_cache_mib=64,
-    reward_model=RewardModelConfig(num_layers=2, num_frozen_layers=0, held_out_share=0.4),
+    reward_model=RewardModelConfig(num_layers=2, held_out_share=0.4),
     ppo=PpoConfig(num_steps=2, prompts_per_step=4, rollouts_per_prompt=2, max_tokens=8, num_frozen_layers=1),
 )
 TRAINER = (
@@ -61,6 +62,7 @@ async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
     await import_first(ServingConfig(initial_model=tiny_folder), tmp_path / "policies", log)
     server = grpc.aio.server()
     policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(log), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield Serving(f"127.0.0.1:{port}", tmp_path / "policies")

@@ -17,9 +17,7 @@ from training.rollouts import Rollout
 
 EOS = 2
 PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]
-REWARD_MODEL = RewardModelConfig(
-    num_layers=2, num_frozen_layers=0, learning_rate=5e-3, head_learning_rate=2e-2, batch_size=4
-)
+REWARD_MODEL = RewardModelConfig(num_layers=2, l2=0.01)
 PPO = PpoConfig(
     num_steps=16, prompts_per_step=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
     learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_steps=0,
@@ -52,9 +50,8 @@ def keep_in(seen: list[dict[str, float]]) -> ppo.Log:
 
 
 def fitted(shared: SharedLayers) -> RewardModel:
-    torch.manual_seed(0)
     model = RewardModel(shared, REWARD_MODEL)
-    reward_model.fit(model, shared, ranked_examples(shared, 240, seed=1), REWARD_MODEL, 0, lambda *_: None)
+    reward_model.fit(model, shared, ranked_examples(shared, 240, seed=1), REWARD_MODEL, lambda *_: None)
     return model
 
 
@@ -103,7 +100,7 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
 def test_what_is_not_finite_stops_the_run(shared: SharedLayers, tiny_folder: Path) -> None:
     rewards = fitted(shared)
     with torch.no_grad():
-        rewards.head_D[0] = torch.nan
+        rewards.head_F[0] = torch.nan
     sampler = PlainSampler(tiny_folder, num_completions=4, max_tokens=8, eos_token_id=EOS)
     learner = ppo.make_learner(shared, upper_layers_of(tiny_folder, shared, first=0), rewards)
     with pytest.raises(TrainingError, match="objective/score"):

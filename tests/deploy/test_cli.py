@@ -1,0 +1,99 @@
+"""The command line as a person meets it: help, dry runs, and errors that say which field and what to do."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.kafka_broker import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+PROCESSES = ("up", "serve", "relay", "ingest", "train")
+VERBS = {
+    (): "up",
+    ("up",): "--dry-run",
+    ("serve",): "--dry-run",
+    ("relay",): "--dry-run",
+    ("ingest",): "--dry-run",
+    ("train",): "--dry-run",
+    ("status",): "live",
+    ("demo",): "--quick",
+    ("config",): "configuration",
+    ("policies",): "lineage",
+    ("policies", "list"): "--json",
+    ("policies", "show"): "--json",
+    ("policies", "promote"): "--reason",
+    ("policies", "rollback"): "--reason",
+    ("policies", "lineage"): "--json",
+}
+
+
+def alignd(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a folder, with these variables and no others of ours."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ALIGND_")}
+    environment = {**inherited, "COLUMNS": "200", "NO_COLOR": "1", **variables}
+    command = [sys.executable, "-m", "deploy.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(("verb", "says"), VERBS.items(), ids=str)
+def test_every_verb_has_help(tmp_path: Path, verb: tuple[str, ...], says: str) -> None:
+    done = alignd(tmp_path, *verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+    assert done.stderr == ""
+
+
+def test_an_unknown_verb_is_refused(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "serv")
+    assert done.returncode == 2
+    assert "No such command 'serv'" in done.stderr
+
+
+@pytest.mark.parametrize("verb", PROCESSES)
+def test_a_dry_run_prints_the_configuration_and_does_nothing(tmp_path: Path, verb: str) -> None:
+    done = alignd(tmp_path, verb, "--dry-run", ALIGND_SERVING__PORT="1234")
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads(done.stdout)["serving"]["port"] == 1234
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_is_printed_and_can_be_used_as_a_file(tmp_path: Path) -> None:
+    printed = alignd(tmp_path, "config", ALIGND_SERVING__PORT="1234").stdout
+    (tmp_path / "alignd.toml").write_text(printed)
+    assert alignd(tmp_path, "config").stdout == printed
+
+
+@pytest.mark.parametrize("verb", [*PROCESSES, "status", "config"])
+def test_a_bad_setting_ends_every_verb_with_its_name(tmp_path: Path, verb: str) -> None:
+    done = alignd(tmp_path, verb, ALIGND_SERVING__PRT="1")
+    assert done.returncode == 2
+    assert done.stderr == "configuration\nserving.prt: Extra inputs are not permitted\n"
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_variable_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    for name, value in (("ALIGND_FOO", "[/bar]"), ("ALIGND_CONFIG", "[/nowhere].toml")):
+        done = alignd(tmp_path, "config", **{name: value})
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"configuration\n{name}: ")
+
+
+def test_status_says_that_nothing_runs_and_what_to_do(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "status", ALIGND_SERVING__PORT=str(free_port()))
+    assert done.returncode == 1
+    assert "nothing answers at 127.0.0.1:" in done.stdout
+    assert "alignd up" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", [("list",), ("show", "v1"), ("promote", "v1"), ("rollback",), ("lineage",)])
+def test_operating_nothing_says_so(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    done = alignd(tmp_path, "policies", *verb, ALIGND_SERVING__PORT=str(free_port()))
+    assert done.returncode == 1
+    assert done.stderr.startswith("nothing answers at 127.0.0.1:")
+    assert done.stdout == ""

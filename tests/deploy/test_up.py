@@ -1,0 +1,123 @@
+"""The supervisor: starts the verbs, starts them again when they die, and never leaves one behind.
+
+With relay and ingest, which are real and light; tests/test_crash.py has all of them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.config import load_config
+from deploy.up import FIRST_RESTART_S, Service, child_environment
+
+REPOSITORY = Path(__file__).parents[2]
+SUPERVISE = """
+import logging, os, sys
+from pathlib import Path
+from deploy.up import Service, Supervisor
+logging.basicConfig(level=logging.INFO)
+Supervisor(Path(sys.argv[1]), dict(os.environ), [Service(verb) for verb in sys.argv[2:]]).run()
+"""
+
+
+def wait_until(is_done: Callable[[], bool], what: str, timeout_s: float = 40) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def start(folder: Path, *verbs: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ALIGND_")}
+    environment["ALIGND_DATA_DIR"] = str(folder)
+    command = [sys.executable, "-c", SUPERVISE, str(folder), *verbs]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def pids(folder: Path) -> dict[str, int]:
+    path = folder / "up.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """It supervises relay and ingest, and both are at work."""
+    process = start(tmp_path, "relay", "ingest")
+    wait_until(lambda: {"relay", "ingest"} <= pids(tmp_path).keys(), "both started")
+    for verb in ("relay", "ingest"):
+        log = tmp_path / "logs" / f"{verb}.log"
+        wait_until(lambda log=log: f"{log.stem}: the bus" in log.read_text(), f"{verb} at work")  # type: ignore[misc]
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_it_tells_who_runs(supervisor: subprocess.Popen[str], tmp_path: Path) -> None:
+    told = pids(tmp_path)
+    assert told.keys() == {"supervisor", "relay", "ingest"}
+    assert told["supervisor"] == supervisor.pid
+    assert all(is_alive(pid) for pid in told.values())
+
+
+def test_who_dies_is_started_again_and_the_others_are_left_alone(
+    supervisor: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    before = pids(tmp_path)
+    os.kill(before["relay"], signal.SIGKILL)
+    killed_at = time.monotonic()
+    wait_until(lambda: pids(tmp_path)["relay"] != before["relay"], "relay again")
+    assert time.monotonic() - killed_at >= FIRST_RESTART_S
+    after = pids(tmp_path)
+    assert is_alive(after["relay"])
+    assert after["ingest"] == before["ingest"]
+
+
+def test_sigterm_ends_all_in_order(supervisor: subprocess.Popen[str], tmp_path: Path) -> None:
+    children = [pid for verb, pid in pids(tmp_path).items() if verb != "supervisor"]
+    supervisor.terminate()
+    _, log = supervisor.communicate(timeout=40)
+    assert supervisor.returncode == 0
+    assert not any(is_alive(pid) for pid in children)
+    assert not (tmp_path / "up.json").exists()
+    assert "killing it" not in log
+
+
+def test_kill_9_of_the_supervisor_ends_the_others_too(supervisor: subprocess.Popen[str], tmp_path: Path) -> None:
+    children = [pid for verb, pid in pids(tmp_path).items() if verb != "supervisor"]
+    supervisor.kill()
+    wait_until(lambda: not any(is_alive(pid) for pid in children), "the end of the children", timeout_s=15)
+
+
+def test_who_dies_again_and_again_is_started_less_and_less_often(tmp_path: Path) -> None:
+    process = start(tmp_path, "no-such-verb")
+    time.sleep(9)
+    process.terminate()
+    _, log = process.communicate(timeout=20)
+    starts = [line for line in log.splitlines() if "no-such-verb runs as process" in line]
+    # Each takes about 1 s to fail; waits are 0.5, 1, 2 and 4 s.
+    assert 2 <= len(starts) <= 5
+    assert process.returncode == 0
+    assert "No such command 'no-such-verb'" in (tmp_path / "logs" / "no-such-verb.log").read_text()
+
+
+def test_a_free_port_is_decided_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGND_SERVING__PORT", "0")
+    assert int(child_environment(load_config())["ALIGND_SERVING__PORT"]) > 0
+    monkeypatch.setenv("ALIGND_SERVING__PORT", "1234")
+    assert child_environment(load_config())["ALIGND_SERVING__PORT"] == "1234"
+    assert Service("relay").failures == 0
