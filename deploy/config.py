@@ -45,7 +45,7 @@ class AligndConfig(BaseSettings):
     bus: str = Field(
         "",
         pattern=r"^(|kafka://.+|sqlite:///.+)$",
-        description="The event bus: kafka://host:port[,host:port], sqlite:///path, or empty for a file in data_dir.",
+        description="The bus: kafka://host:port[,host:port][/name], sqlite:///path, or empty for a file in data_dir.",
     )
     store: str = Field(
         "",

@@ -96,7 +96,9 @@ class Bus(Protocol):
 
 
 def open_bus(url: str) -> Bus:
-    """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `kafka://host:port[,host:port]`.
+    """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `kafka://host:port[,host:port][/name]`.
+
+    Topics of a Kafka bus with a name are called `name.topic`, so that several deployments can share a cluster.
 
     Raises BusError if it cannot be reached, ValueError if the URL is neither.
     """
@@ -109,8 +111,9 @@ def open_bus(url: str) -> Bus:
     if scheme == "kafka" and rest:
         from feedback.kafka_bus import KafkaBus
 
-        return KafkaBus(rest)
-    raise ValueError(f"not a bus: {url!r}; give sqlite:///path/bus.db or kafka://host:port[,host:port]")
+        servers, _, name = rest.partition("/")
+        return KafkaBus(servers, f"{name}." if name else "")
+    raise ValueError(f"not a bus: {url!r}; give sqlite:///path/bus.db or kafka://host:port[,host:port][/name]")
 
 
 def check_sizes(records: Sequence[Record]) -> None:

@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
@@ -29,8 +30,10 @@ CONNECTION: Mapping[str, Any] = {
 class KafkaBus:
     """See feedback.bus.Bus. Its clients are made when first needed, and anew after an error."""
 
-    def __init__(self, bootstrap_servers: str) -> None:
+    def __init__(self, bootstrap_servers: str, prefix: str = "") -> None:
+        """Connects. `prefix` stands before the name of each topic on the cluster. Raises BusError."""
         self._servers = bootstrap_servers.split(",")
+        self._prefix = prefix
         # Two, so that a delivery that waits for a broker does not hold up the questions.
         self._admin_lock = threading.Lock()
         self._producer_lock = threading.Lock()
@@ -41,6 +44,7 @@ class KafkaBus:
 
     def create_topics(self, topics: Sequence[TopicSpec]) -> None:
         """See feedback.bus.Bus."""
+        topics = [replace(topic, name=self._prefix + topic.name) for topic in topics]
         with self._admin_lock:
             answer = self._call_admin("create_topics", [_new_topic(topic) for topic in topics], raise_errors=False)
             for topic in answer["topics"]:
@@ -62,7 +66,7 @@ class KafkaBus:
                     self._producer = _connect_producer(self._servers)
                 futures = [
                     self._producer.send(
-                        record.topic,
+                        self._prefix + record.topic,
                         key=record.key,
                         value=record.value,
                         headers=[(EVENT_ID_HEADER, record.event_id.encode())],
@@ -81,24 +85,25 @@ class KafkaBus:
     def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
         """See feedback.bus.Bus."""
         partitions = [
-            TopicPartition(topic, partition["partition_index"])
+            TopicPartition(self._prefix + topic, partition["partition_index"])
             for topic in topics
-            for partition in self._describe(topic)["partitions"]
+            for partition in self._describe(self._prefix + topic)["partitions"]
         ]
-        return KafkaLogConsumer(self._servers, {each: start.get((each.topic, each.partition)) for each in partitions})
+        offsets = {each: start.get((each.topic.removeprefix(self._prefix), each.partition)) for each in partitions}
+        return KafkaLogConsumer(self._servers, self._prefix, offsets)
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """See feedback.bus.Bus."""
-        partitions = [
-            TopicPartition(topic, partition["partition_index"]) for partition in self._describe(topic)["partitions"]
-        ]
+        name = self._prefix + topic
+        described = self._describe(name)
+        partitions = [TopicPartition(name, partition["partition_index"]) for partition in described["partitions"]]
         with self._admin_lock:
             ends = self._call_admin("list_partition_offsets", dict.fromkeys(partitions, OffsetSpec.LATEST))
         return {each.partition: found.offset for each, found in ends.items()}
 
     def log_id(self, topic: str) -> str:
         """See feedback.bus.Bus."""
-        return str(self._describe(topic)["topic_id"])
+        return str(self._describe(self._prefix + topic)["topic_id"])
 
     def close(self) -> None:
         """See feedback.bus.Bus."""
@@ -141,7 +146,8 @@ class KafkaBus:
 class KafkaLogConsumer:
     """See feedback.bus.Consumer. Reads without a group: whoever consumes keeps the offsets beside what it made."""
 
-    def __init__(self, servers: Sequence[str], start: Mapping[TopicPartition, int | None]) -> None:
+    def __init__(self, servers: Sequence[str], prefix: str, start: Mapping[TopicPartition, int | None]) -> None:
+        self._prefix = prefix
         self._consumer: KafkaConsumer | None = None
         try:
             _check_reachable(servers)
@@ -172,7 +178,7 @@ class KafkaLogConsumer:
             batches = self._consumer.poll(timeout_ms=round(timeout_s * 1000))
         except KafkaError as error:
             raise BusError(f"cannot poll: {error!r}") from error
-        return [_delivered(record) for batch in batches.values() for record in batch]
+        return [_delivered(record, self._prefix) for batch in batches.values() for record in batch]
 
     def close(self) -> None:
         """See feedback.bus.Consumer."""
@@ -223,10 +229,10 @@ def _new_topic(topic: TopicSpec) -> NewTopic:
     return NewTopic(topic.name, num_partitions=topic.partitions, replication_factor=-1, topic_configs=settings)
 
 
-def _delivered(record: Any) -> Delivered:
+def _delivered(record: Any, prefix: str) -> Delivered:
     event_id = next((value for name, value in record.headers if name == EVENT_ID_HEADER), b"")
     return Delivered(
-        Position(record.topic, record.partition, record.offset),
+        Position(record.topic.removeprefix(prefix), record.partition, record.offset),
         record.key or b"",
         record.value or b"",
         event_id.decode(errors="replace"),

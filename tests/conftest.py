@@ -31,19 +31,18 @@ def kafka_broker(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
 
 
 @pytest.fixture
-def kafka_url(kafka_broker: Broker) -> str:
-    """The URL of a Kafka bus without topics."""
+def kafka_url(kafka_broker: Broker) -> Iterator[str]:
+    """The URL of a Kafka bus without topics: one of its own, since the cluster may be somebody's."""
     # Here, so that the tests of other rooms do not load it.
     from kafka import KafkaAdminClient
 
+    name = f"test-{uuid.uuid4().hex}"
+    yield f"kafka://{kafka_broker.servers}/{name}"
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker.servers)
     try:
-        topics = [topic for topic in admin.list_topics() if topic.startswith("alignd.")]
-        if topics:
-            admin.delete_topics(topics)
+        admin.delete_topics([topic for topic in admin.list_topics() if topic.startswith(f"{name}.")])
     finally:
         admin.close()
-    return f"kafka://{kafka_broker.servers}"
 
 
 @pytest.fixture(params=["sqlite", "kafka"])

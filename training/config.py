@@ -60,7 +60,7 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min_new_rankings: int = Field(200, ge=1, description="New rankings that start a run.")
+    min_new_rankings: int = Field(256, ge=1, description="New rankings that start a run.")
     poll_seconds: float = Field(1.0, gt=0, description="Seconds between two looks at the store.")
     seed: int = Field(0, ge=0, description="Seed of all that is drawn at random.")
     promote: bool = Field(True, description="Ask for the new version to go live once it is registered.")

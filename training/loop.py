@@ -20,7 +20,7 @@ from training.publish import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
     from feedback.store import Store
-    from training.run import Workplace, find_parents
+    from training.run import Workplace
 
 logger = logging.getLogger(__name__)
 

@@ -217,6 +217,10 @@ def prepare(quick: bool, root: Path) -> str:
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
+    bus = os.environ.get("ALIGND_BUS", "")
+    if bus.startswith("kafka://") and "/" not in bus.removeprefix("kafka://"):
+        # Topics of its own: what an earlier run left on the cluster is another story.
+        os.environ["ALIGND_BUS"] = f"{bus}/{folder.name}"
     return name
 
 

@@ -202,6 +202,20 @@ def test_what_is_no_bus_is_refused(url: str) -> None:
         open_bus(url)
 
 
+def test_names_keep_deployments_on_one_cluster_apart(kafka_url: str) -> None:
+    topic = "alignd.test"
+    buses = [open_bus(kafka_url), open_bus(f"{kafka_url}.other")]
+    for bus, value in zip(buses, (b"ours", b"theirs"), strict=True):
+        bus.create_topics([TopicSpec(topic)])
+        bus.publish([Record(topic, b"key", value, "event")])
+    for bus, value in zip(buses, (b"ours", b"theirs"), strict=True):
+        consumer = bus.consume([topic], {})
+        (delivered,) = read(consumer, 1)
+        assert (delivered.value, delivered.position.topic) == (value, topic)
+        consumer.close()
+        bus.close()
+
+
 def test_a_bus_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bus.db").write_bytes(b"no database at all" * 1000)
     with pytest.raises(BusError):
