@@ -7,7 +7,6 @@ they were published. A record may be delivered more than once; its event id tell
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
@@ -93,27 +92,6 @@ class Bus(Protocol):
     def close(self) -> None:
         """Gives up the connections. Harmless when repeated."""
         ...
-
-
-def open_bus(url: str) -> Bus:
-    """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `kafka://host:port[,host:port][/name]`.
-
-    Topics of a Kafka bus with a name are called `name.topic`, so that several deployments can share a cluster.
-
-    Raises BusError if it cannot be reached, ValueError if the URL is neither.
-    """
-    # The engines import this module, and kafka-python should not be loaded where SQLite is used.
-    scheme, _, rest = url.partition("://")
-    if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
-        from feedback.sqlite_bus import SqliteBus
-
-        return SqliteBus(Path(rest[1:]))
-    if scheme == "kafka" and rest:
-        from feedback.kafka_bus import KafkaBus
-
-        servers, _, name = rest.partition("/")
-        return KafkaBus(servers, f"{name}." if name else "")
-    raise ValueError(f"not a bus: {url!r}; give sqlite:///path/bus.db or kafka://host:port[,host:port][/name]")
 
 
 def check_sizes(records: Sequence[Record]) -> None:

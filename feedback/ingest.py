@@ -10,7 +10,8 @@ from contextlib import ExitStack, closing
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from feedback.bus import Bus, BusError, Delivered, Record, open_bus
+from feedback.bus import Bus, BusError, Delivered, Record
+from feedback.bus_url import open_bus
 from feedback.config import DEFAULTS, FeedbackConfig
 from feedback.ledger import Ledger, Offset, Partition, StaleError
 from feedback.relay import backoff_s

@@ -8,7 +8,8 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from feedback.bus import Bus, BusError, open_bus
+from feedback.bus import Bus, BusError
+from feedback.bus_url import open_bus
 from feedback.config import DEFAULTS, FeedbackConfig
 from feedback.outbox_file import PRUNE_ROWS, LogEnd, OutboxError, OutboxFile
 from feedback.topics import FEEDBACK_TOPICS, TOPICS

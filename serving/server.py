@@ -26,7 +26,7 @@ from alignd.v1 import (
     policy_service_pb2,
     policy_service_pb2_grpc,
 )
-from feedback.bus import open_bus
+from feedback.bus_url import open_bus
 from feedback.config import FeedbackConfig
 from feedback.outbox import Outbox
 from feedback.token import load_keyring

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from feedback.bus import Record, open_bus
+from feedback.bus import Record
+from feedback.bus_url import open_bus
 from feedback.config import FeedbackConfig
 from feedback.outbox import Outbox
 from feedback.relay import run_relay

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from feedback.bus import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Record, TopicSpec, open_bus
+from feedback.bus import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Record, TopicSpec
+from feedback.bus_url import open_bus
 from tests.feedback import processes
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from alignd.v1 import events_pb2
-from feedback.bus import Record, open_bus
+from feedback.bus import Record
+from feedback.bus_url import open_bus
 from feedback.ingest import run_ingest
 from feedback.outbox_file import Entry, OutboxFile
 from feedback.relay import backoff_s, run_relay

@@ -10,7 +10,7 @@ from alignd.v1 import events_pb2
 from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED
 from deploy.models import make_tiny_llama
 from feedback.artifact import verify_artifact
-from feedback.bus import open_bus
+from feedback.bus_url import open_bus
 from feedback.topics import TOPICS
 from serving.bootstrap import NoPolicyError, startable_policy
 from serving.config import ServingConfig

@@ -9,7 +9,8 @@ import pytest
 
 from alignd.v1 import events_pb2
 from alignd.v1.policy_service_pb2 import WatchResponse
-from feedback.bus import Bus, Record, open_bus
+from feedback.bus import Bus, Record
+from feedback.bus_url import open_bus
 from feedback.topics import POLICIES, TOPICS
 from serving import policy_log
 from serving.errors import Refusal

@@ -12,7 +12,7 @@ import pytest
 
 from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED, GetPolicyRequest
-from feedback.bus import open_bus
+from feedback.bus_url import open_bus
 from feedback.topics import TOPICS
 from serving.bootstrap import import_first
 from serving.config import ServingConfig

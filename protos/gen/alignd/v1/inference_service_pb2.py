@@ -27,7 +27,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!alignd/v1/inference_service.proto\x12\talignd.v1\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x02\n\rSampleRequest\x12#\n\x07user_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x01R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\"\x87\x02\n\x0eSampleResponse\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\x12\x37\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x15.alignd.v1.CompletionR\x0b\x63ompletions\x12%\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x03 \x01(\tR\rfeedbackToken\x12L\n\x14\x66\x65\x65\x64\x62\x61\x63k_expire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x12\x66\x65\x65\x64\x62\x61\x63kExpireTime\x12*\n\x11num_prompt_tokens\x18\x05 \x01(\x05R\x0fnumPromptTokens\"\x93\x02\n\x13StreamSampleRequest\x12#\n\x07user_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x01R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\"\xc5\x01\n\x14StreamSampleResponse\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32\x18.alignd.v1.SampleStartedH\x00R\x07started\x12\x35\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32\x1b.alignd.v1.CompletionDeltasH\x00R\x06\x64\x65ltas\x12\x37\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.alignd.v1.SampleResponseH\x00R\x08\x66inishedB\x07\n\x05\x65vent\",\n\rSampleStarted\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\"F\n\x10\x43ompletionDeltas\x12\x32\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.alignd.v1.CompletionDeltaR\x06\x64\x65ltas\"y\n\x0f\x43ompletionDelta\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x12\n\x04text\x18\x02 \x01(\tR\x04text\x12<\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.alignd.v1.FinishReasonR\x0c\x66inishReason2\xa4\x01\n\x10InferenceService\x12=\n\x06Sample\x12\x18.alignd.v1.SampleRequest\x1a\x19.alignd.v1.SampleResponse\x12Q\n\x0cStreamSample\x12\x1e.alignd.v1.StreamSampleRequest\x1a\x1f.alignd.v1.StreamSampleResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!alignd/v1/inference_service.proto\x12\talignd.v1\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x99\x02\n\rSampleRequest\x12/\n\x07user_id\x18\x01 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\"\x87\x02\n\x0eSampleResponse\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\x12\x37\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x15.alignd.v1.CompletionR\x0b\x63ompletions\x12%\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x03 \x01(\tR\rfeedbackToken\x12L\n\x14\x66\x65\x65\x64\x62\x61\x63k_expire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x12\x66\x65\x65\x64\x62\x61\x63kExpireTime\x12*\n\x11num_prompt_tokens\x18\x05 \x01(\x05R\x0fnumPromptTokens\"\x9f\x02\n\x13StreamSampleRequest\x12/\n\x07user_id\x18\x01 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\"\xc5\x01\n\x14StreamSampleResponse\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32\x18.alignd.v1.SampleStartedH\x00R\x07started\x12\x35\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32\x1b.alignd.v1.CompletionDeltasH\x00R\x06\x64\x65ltas\x12\x37\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.alignd.v1.SampleResponseH\x00R\x08\x66inishedB\x07\n\x05\x65vent\",\n\rSampleStarted\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\"F\n\x10\x43ompletionDeltas\x12\x32\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.alignd.v1.CompletionDeltaR\x06\x64\x65ltas\"y\n\x0f\x43ompletionDelta\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x12\n\x04text\x18\x02 \x01(\tR\x04text\x12<\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.alignd.v1.FinishReasonR\x0c\x66inishReason2\xa4\x01\n\x10InferenceService\x12=\n\x06Sample\x12\x18.alignd.v1.SampleRequest\x1a\x19.alignd.v1.SampleResponse\x12Q\n\x0cStreamSample\x12\x1e.alignd.v1.StreamSampleRequest\x1a\x1f.alignd.v1.StreamSampleResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alignd.v1.inference_service
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLEREQUEST'].fields_by_name['user_id']._loaded_options = None
-  _globals['_SAMPLEREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\007r\005 \001(\200\001'
+  _globals['_SAMPLEREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\023r\021 \001(\200\0012\n^[^\\x00]*$'
   _globals['_SAMPLEREQUEST'].fields_by_name['prompt']._loaded_options = None
   _globals['_SAMPLEREQUEST'].fields_by_name['prompt']._serialized_options = b'\272H\003\310\001\001'
   _globals['_SAMPLEREQUEST'].fields_by_name['num_completions']._loaded_options = None
@@ -43,7 +43,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLEREQUEST'].fields_by_name['policy']._loaded_options = None
   _globals['_SAMPLEREQUEST'].fields_by_name['policy']._serialized_options = b'\272H\036r\0342\032^(live|v[1-9][0-9]{0,8})?$'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['user_id']._loaded_options = None
-  _globals['_STREAMSAMPLEREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\007r\005 \001(\200\001'
+  _globals['_STREAMSAMPLEREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\023r\021 \001(\200\0012\n^[^\\x00]*$'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['prompt']._loaded_options = None
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['prompt']._serialized_options = b'\272H\003\310\001\001'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['num_completions']._loaded_options = None
@@ -51,19 +51,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['policy']._loaded_options = None
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['policy']._serialized_options = b'\272H\036r\0342\032^(live|v[1-9][0-9]{0,8})?$'
   _globals['_SAMPLEREQUEST']._serialized_start=134
-  _globals['_SAMPLEREQUEST']._serialized_end=403
-  _globals['_SAMPLERESPONSE']._serialized_start=406
-  _globals['_SAMPLERESPONSE']._serialized_end=669
-  _globals['_STREAMSAMPLEREQUEST']._serialized_start=672
-  _globals['_STREAMSAMPLEREQUEST']._serialized_end=947
-  _globals['_STREAMSAMPLERESPONSE']._serialized_start=950
-  _globals['_STREAMSAMPLERESPONSE']._serialized_end=1147
-  _globals['_SAMPLESTARTED']._serialized_start=1149
-  _globals['_SAMPLESTARTED']._serialized_end=1193
-  _globals['_COMPLETIONDELTAS']._serialized_start=1195
-  _globals['_COMPLETIONDELTAS']._serialized_end=1265
-  _globals['_COMPLETIONDELTA']._serialized_start=1267
-  _globals['_COMPLETIONDELTA']._serialized_end=1388
-  _globals['_INFERENCESERVICE']._serialized_start=1391
-  _globals['_INFERENCESERVICE']._serialized_end=1555
+  _globals['_SAMPLEREQUEST']._serialized_end=415
+  _globals['_SAMPLERESPONSE']._serialized_start=418
+  _globals['_SAMPLERESPONSE']._serialized_end=681
+  _globals['_STREAMSAMPLEREQUEST']._serialized_start=684
+  _globals['_STREAMSAMPLEREQUEST']._serialized_end=971
+  _globals['_STREAMSAMPLERESPONSE']._serialized_start=974
+  _globals['_STREAMSAMPLERESPONSE']._serialized_end=1171
+  _globals['_SAMPLESTARTED']._serialized_start=1173
+  _globals['_SAMPLESTARTED']._serialized_end=1217
+  _globals['_COMPLETIONDELTAS']._serialized_start=1219
+  _globals['_COMPLETIONDELTAS']._serialized_end=1289
+  _globals['_COMPLETIONDELTA']._serialized_start=1291
+  _globals['_COMPLETIONDELTA']._serialized_end=1412
+  _globals['_INFERENCESERVICE']._serialized_start=1415
+  _globals['_INFERENCESERVICE']._serialized_end=1579
 # @@protoc_insertion_point(module_scope)

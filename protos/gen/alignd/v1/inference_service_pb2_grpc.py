@@ -28,9 +28,9 @@ if _version_not_supported:
 class InferenceServiceStub:
     """Samples completions from the policy that is live.
 
-    Set a deadline on each call: the server refuses work that cannot end before it, and stops generating when the caller
-    leaves. UNAVAILABLE (the server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit)
-    are safe to retry. Bad fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
+    Set a deadline on each call: the server stops generating when it passes, or when the caller leaves. UNAVAILABLE (the
+    server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit) are safe to retry. Bad
+    fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
     """
 
     def __init__(self, channel):
@@ -54,9 +54,9 @@ class InferenceServiceStub:
 class InferenceServiceServicer:
     """Samples completions from the policy that is live.
 
-    Set a deadline on each call: the server refuses work that cannot end before it, and stops generating when the caller
-    leaves. UNAVAILABLE (the server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit)
-    are safe to retry. Bad fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
+    Set a deadline on each call: the server stops generating when it passes, or when the caller leaves. UNAVAILABLE (the
+    server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit) are safe to retry. Bad
+    fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
     """
 
     def Sample(self, request, context):
@@ -105,9 +105,9 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 class InferenceService:
     """Samples completions from the policy that is live.
 
-    Set a deadline on each call: the server refuses work that cannot end before it, and stops generating when the caller
-    leaves. UNAVAILABLE (the server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit)
-    are safe to retry. Bad fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
+    Set a deadline on each call: the server stops generating when it passes, or when the caller leaves. UNAVAILABLE (the
+    server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit) are safe to retry. Bad
+    fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
     """
 
     @staticmethod

@@ -1,0 +1,26 @@
+"""Finds the bus that a URL names."""
+
+from pathlib import Path
+
+from feedback.bus import Bus
+
+
+def open_bus(url: str) -> Bus:
+    """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `kafka://host:port[,host:port][/name]`.
+
+    Topics of a Kafka bus with a name are called `name.topic`, so that several deployments can share a cluster.
+
+    Raises BusError if it cannot be reached, ValueError if the URL is neither.
+    """
+    # kafka-python should not be loaded where SQLite is used.
+    scheme, _, rest = url.partition("://")
+    if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
+        from feedback.sqlite_bus import SqliteBus
+
+        return SqliteBus(Path(rest[1:]))
+    if scheme == "kafka" and rest:
+        from feedback.kafka_bus import KafkaBus
+
+        servers, _, name = rest.partition("/")
+        return KafkaBus(servers, f"{name}." if name else "")
+    raise ValueError(f"not a bus: {url!r}; give sqlite:///path/bus.db or kafka://host:port[,host:port][/name]")
