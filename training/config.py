@@ -18,7 +18,7 @@ class RewardModelConfig(BaseModel):
     l2: float = Field(0.5, ge=0, description="Weight of the L2 penalty on the head, which reads unit variances.")
     batch_size: int = Field(8, ge=1, description="Rankings encoded at a time.")
     max_rankings: int = Field(2000, ge=1, description="Most rankings that a refresh learns from, the newest first.")
-    held_out_share: float = Field(0.25, ge=0, lt=1, description="Share of users whose rankings only measure.")
+    held_out_share: float = Field(0.35, ge=0, lt=1, description="Share of users whose rankings only measure.")
 
 
 class PpoConfig(BaseModel):

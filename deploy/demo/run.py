@@ -23,6 +23,7 @@ from rich.console import Console
 
 from alignd.v1 import policy_service_pb2 as policy_pb
 from alignd.v1 import policy_service_pb2_grpc
+from alignd.v1.inference_service_pb2 import SampleResponse
 from deploy.config import AligndConfig
 from deploy.demo.follow import RunError, RunView, phase_seconds, read_run, swapped
 from deploy.demo.progress import Bar, Stages
@@ -107,10 +108,6 @@ async def tell(
     prompts = load_prompts("train")
     with stages.stage("start the server on vLLM") as bar:
         await until_serving(address, supervisor, bar)
-    with stages.stage("ask the reference the held-out prompts") as bar:
-        before = await answers(
-            address, held_out, config.simulation, tally, lambda done: bar.update(done, len(held_out))
-        )
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
         labelers = await calibrated_labelers(address, prompts, config.simulation)
@@ -121,7 +118,9 @@ async def tell(
     traffic = Traffic(address, prompts, labelers, config.simulation, tally)
     asking = asyncio.create_task(traffic.run())
     with stages.stage("learn, register, swap") as bar:
+        reference = asyncio.create_task(ask_reference(config, held_out, tally))
         run, replica, policy = await until_swapped(config, supervisor, traffic, bar)
+        before = await reference
         await asyncio.sleep(AFTER_SWAP_S)
         traffic.stop()
         await asking
@@ -146,6 +145,19 @@ async def until_serving(address: str, supervisor: subprocess.Popen[bytes], bar: 
             bar.update(time.monotonic() - started, None, "loading vLLM")
             await asyncio.sleep(POLL_S)
     raise DemoError(f"the server was not ready in {START_TIMEOUT_S:.0f} s")
+
+
+async def ask_reference(config: AligndConfig, held_out: Sequence[str], tally: Tally) -> list[SampleResponse]:
+    """Asks the policy that is live for its answers to the held-out prompts, once they cannot be learned from any more.
+
+    A run reads the prompts of the store when it begins, and would otherwise draw rollouts of these as well.
+    """
+    while not read_run(config.runs_dir).records:
+        await asyncio.sleep(POLL_S)
+    responses = await answers(config.server_address, held_out, config.simulation, tally, lambda done: None)
+    if len({response.completions[0].policy.version for response in responses}) != 1:
+        raise DemoError("the new policy went live before the reference had answered the held-out prompts")
+    return responses
 
 
 async def rank(
