@@ -17,30 +17,33 @@ from training.rollouts import Rollout
 
 EOS = 2
 PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]
-REWARD_MODEL = RewardModelConfig(num_layers=2, l2=0.01)
+REWARD_MODEL = RewardModelConfig(num_layers=1, l2=0.01)
 PPO = PpoConfig(
     num_steps=16, prompts_per_step=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
     learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_steps=0,
 )  # fmt: skip
 
 
-def wanted_tokens(shared: SharedLayers) -> frozenset[int]:
-    """The preference to learn: about half of all tokens, those to one side of a plane through their embeddings."""
-    return frozenset((shared.head_VD[:, 0] > 0).nonzero().flatten().tolist())
+def worths(shared: SharedLayers) -> list[float]:
+    """The preference to learn: what each token is worth is a component of its embedding, in standard deviations."""
+    component_V = shared.head_VD[:, 0].float()
+    worth_V: list[float] = (component_V / component_V.std()).tolist()
+    return worth_V
 
 
-def share_wanted(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
+def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
+    worth = worths(shared)
     tokens = [token for group in rollouts for rollout in group for token in rollout.token_ids]
-    return sum(token in wanted_tokens(shared) for token in tokens) / len(tokens)
+    return sum(worth[token] for token in tokens) / len(tokens)
 
 
 def ranked_examples(shared: SharedLayers, count: int, seed: int) -> list[RankedExample]:
-    drawn, liked = random.Random(seed), wanted_tokens(shared)
+    drawn, worth = random.Random(seed), worths(shared)
     examples = []
     for _ in range(count):
         completions = tuple(tuple(drawn.randrange(3, 436) for _ in range(8)) for _ in range(4))
-        wanted = [sum(token in liked for token in completion) for completion in completions]
-        ranks = tuple(sorted(set(wanted), reverse=True).index(each) for each in wanted)
+        total = [sum(worth[token] for token in completion) for completion in completions]
+        ranks = tuple(sorted(total, reverse=True).index(each) for each in total)
         examples.append(RankedExample(Group(drawn.choice(PROMPTS), completions), ranks))
     return examples
 
@@ -59,7 +62,8 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(shared: SharedLayer
     rewards = fitted(shared)
     correct, count = reward_model.accuracy(rewards, shared, ranked_examples(shared, 40, seed=2), 8)
     assert count > 150
-    assert correct > 0.75
+    # The random layers drown most of the embedding: the same head finds 0.74 here, and chance is 0.5.
+    assert correct > 0.65
 
     sampler = PlainSampler(tiny_folder, num_completions=4, max_tokens=8, eos_token_id=EOS)
     before = sampler.sample(PROMPTS, seed=7)
@@ -80,7 +84,7 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(shared: SharedLayer
     assert seen[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert seen[-1]["objective/score"] > seen[0]["objective/score"] + 0.5
     assert seen[-1]["objective/kl"] > 0
-    assert share_wanted(shared, sampler.sample(PROMPTS, seed=8)) > share_wanted(shared, before) + 0.1
+    assert mean_worth(shared, sampler.sample(PROMPTS, seed=8)) > mean_worth(shared, before) + 0.2
 
 
 def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: SharedLayers, tiny_folder: Path) -> None:
