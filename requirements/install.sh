@@ -38,7 +38,8 @@ fi
 installed=$(.venv/bin/uv pip freeze --quiet --python .venv/bin/python)
 pending=$(cat "requirements/$engine.txt" requirements/dev.txt | grep -v '^#' | sort -u | grep -vxF "$installed" || true)
 say "installing $(wc -w <<<"$pending") other pinned packages"
-uv_install -r - <<<"$pending"
+# Compiled now, on all cores: the first start of the server would do it file by file, while somebody waits for it.
+uv_install --compile-bytecode -r - <<<"$pending"
 
 say "installing alignd itself, editable"
 uv_install --quiet --no-build-isolation --editable .

@@ -24,6 +24,7 @@ from serving.vllm_engine import Engine, EngineError
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+WARM_UP_TOKENS = (0, 1)
 
 
 class ProofError(Exception):
@@ -100,6 +101,9 @@ class Swapper:
         Raises:
             ProofError: the engine does not serve it.
         """
+        # vLLM's first log-probabilities of a prompt take seconds, and an imported version has no probes to ask for. The
+        # first swap would pay for them, with nobody admitted.
+        await self.engine.logprobs(WARM_UP_TOKENS, "warm-up")
         proof = await prove(self.engine, record.manifest, None, self.tolerance)
         self._open(record)
         await self._report(ReplicaStatus(probe_error=proof.error))
