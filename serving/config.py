@@ -29,9 +29,10 @@ class ServingConfig(BaseModel):
     )
     shutdown_grace_s: float = Field(30.0, ge=0, description="How long a stop waits for requests in flight.")
     probe_tolerance: float = Field(
-        0.05,
+        0.1,
         gt=0,
-        description="Largest mean difference of served and trained log-probabilities, in nats, that proves a swap.",
+        description="Largest mean difference of served and trained log-probabilities, in nats, that proves a swap. "
+        "Two ways of computing in bf16 differ by 0.05 on CPUs without AMX; versions some steps of PPO apart by 0.2.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the served weights.")
     compile: bool = Field(False, description="Let vLLM compile the model: slower to start, faster on a GPU.")
