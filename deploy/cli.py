@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy import policies_cli
+from deploy import policies_cli, runs_cli
 from deploy.client import CallError
 from deploy.config import AligndConfig, ConfigError, load_config, resolved
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(policies_cli.app, name="policies")
+app.add_typer(runs_cli.app, name="runs")
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")]
 

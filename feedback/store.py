@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, Select, and_, exists, func, or_, select
+from sqlalchemy import Column, ColumnElement, Row, Select, Table, and_, exists, func, or_, select, true
 
 from alignd.v1 import events_pb2, types_pb2
 from feedback.bus import Position
 from feedback.engine import open_engine
-from feedback.tables import DEAD_LETTERS, RANKINGS, SAMPLES
+from feedback.tables import DEAD_LETTERS, DEMONSTRATIONS, RANKINGS, SAMPLES
+
+MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class StoredPrompt:
     prompt: types_pb2.Prompt
 
 
+@dataclass(frozen=True)
+class StoredDemonstration:
+    """What a user wanted to read in answer to a sample's prompt."""
+
+    seq: int
+    demonstration_id: str
+    sample_id: str
+    user_id: str
+    prompt: types_pb2.Prompt
+    text: str
+
+
 class Store:
     """Reads what ingest has written. Safe for use by several threads. Methods raise sqlalchemy.exc.SQLAlchemyError."""
 
@@ -57,27 +71,57 @@ class Store:
 
     def last_seq(self) -> int:
         """The number of the newest ranking; 0 when there is none. Later rankings have greater ones."""
-        return self._scalar(select(func.coalesce(func.max(RANKINGS.c.seq), 0)))
+        return self._scalar(_last_seq(RANKINGS))
+
+    def last_sample_seq(self) -> int:
+        """The number of the newest sample; 0 when there is none. Later samples have greater ones."""
+        return self._scalar(_last_seq(SAMPLES))
+
+    def oldest_ranking_time(self, after_seq: int) -> float | None:
+        """When the earliest of the rankings after this number was acknowledged, in Unix seconds; None without any."""
+        earliest = select(func.min(RANKINGS.c.event_time_us)).where(RANKINGS.c.seq > after_seq)
+        with self._engine.connect() as connection:
+            time_us = connection.execute(earliest).scalar_one()
+        return None if time_us is None else time_us / MICROSECONDS
 
     def num_dead_letters(self) -> int:
         """How many records could not be used."""
         return self._scalar(select(func.count()).select_from(DEAD_LETTERS))
 
-    def ranked_groups(self, after_seq: int = 0) -> list[RankedGroup]:
+    def ranked_groups(
+        self, after_seq: int = 0, up_to_seq: int | None = None, up_to_sample_seq: int | None = None
+    ) -> list[RankedGroup]:
         """The rankings after this number with their samples, oldest first; only a user's latest of each sample.
 
         Left out are rankings whose sample is not here yet, completions that span a swap, and what then has fewer than
         two completions. A ranking whose sample came late appears under its old number.
+
+        With last_seq() and last_sample_seq() of some moment as bounds, it answers as it did then, whatever came since:
+        a ranking after `up_to_seq` replaces none, and one whose sample is after `up_to_sample_seq` is left out.
         """
+        statement = _current(RANKINGS, after_seq, up_to_seq).where(_up_to(SAMPLES.c.seq, up_to_sample_seq))
         with self._engine.connect() as connection:
-            rows = connection.execute(_current_rankings(after_seq)).all()
+            rows = connection.execute(statement).all()
         groups = (_ranked_group(row) for row in rows)
         return [group for group in groups if len(group.completions) >= 2]
 
-    def prompts(self, limit: int) -> list[StoredPrompt]:
-        """The prompts of the samples, each once, the last seen first; at most `limit`."""
+    def demonstrations(self, after_seq: int = 0) -> list[StoredDemonstration]:
+        """The demonstrations after this number, oldest first; only a user's latest of each sample.
+
+        Left out are those whose sample is not here yet; they appear under their old numbers once it is.
+        """
+        with self._engine.connect() as connection:
+            rows = connection.execute(_current(DEMONSTRATIONS, after_seq)).all()
+        return [_demonstration(row) for row in rows]
+
+    def prompts(self, limit: int, up_to_seq: int | None = None) -> list[StoredPrompt]:
+        """The prompts of the samples, each once, the last seen first; at most `limit`.
+
+        With `up_to_seq`, of the samples up to this number alone, so that the answer does not change when more come.
+        """
         newest = (
             select(func.max(SAMPLES.c.seq).label("seq"))
+            .where(_up_to(SAMPLES.c.seq, up_to_seq))
             .group_by(SAMPLES.c.prompt_digest)
             .order_by(func.max(SAMPLES.c.seq).desc())
             .limit(limit)
@@ -100,27 +144,42 @@ class Store:
             return connection.execute(statement).scalar_one()
 
 
-def _current_rankings(after_seq: int) -> Select[Any]:
-    """Rankings beside their sample, but for those that the same user has replaced with a later one.
+def _last_seq(table: Table) -> Select[int]:
+    return select(func.coalesce(func.max(table.c.seq), 0))
+
+
+def _up_to(seq: Column[Any], last: int | None) -> ColumnElement[bool]:
+    return true() if last is None else seq <= last
+
+
+def _current(table: Table, after_seq: int, up_to_seq: int | None = None) -> Select[Any]:
+    """Rows beside their sample, but for those that the same user has replaced with a later one up to `up_to_seq`.
 
     Later is what was acknowledged later, not what arrived later; ids decide between equals, so that the answer does not
     depend on the order of arrival.
     """
-    later = RANKINGS.alias("later")
+    later = table.alias("later")
     is_replaced = exists().where(
-        later.c.sample_id == RANKINGS.c.sample_id,
-        later.c.user_id == RANKINGS.c.user_id,
+        later.c.sample_id == table.c.sample_id,
+        later.c.user_id == table.c.user_id,
+        _up_to(later.c.seq, up_to_seq),
         or_(
-            later.c.event_time_us > RANKINGS.c.event_time_us,
-            and_(later.c.event_time_us == RANKINGS.c.event_time_us, later.c.event_id > RANKINGS.c.event_id),
+            later.c.event_time_us > table.c.event_time_us,
+            and_(later.c.event_time_us == table.c.event_time_us, later.c.event_id > table.c.event_id),
         ),
     )
     return (
-        select(RANKINGS, SAMPLES.c.event.label("sample"))
-        .join(SAMPLES, SAMPLES.c.event_id == RANKINGS.c.sample_id)
-        .where(RANKINGS.c.seq > after_seq, ~is_replaced)
-        .order_by(RANKINGS.c.seq)
+        select(table, SAMPLES.c.event.label("sample"))
+        .join(SAMPLES, SAMPLES.c.event_id == table.c.sample_id)
+        .where(table.c.seq > after_seq, _up_to(table.c.seq, up_to_seq), ~is_replaced)
+        .order_by(table.c.seq)
     )
+
+
+def _demonstration(row: Row[Any]) -> StoredDemonstration:
+    prompt = events_pb2.SampleEvent.FromString(row.sample).prompt
+    text = events_pb2.DemonstrationEvent.FromString(row.event).text
+    return StoredDemonstration(row.seq, row.event_id, row.sample_id, row.user_id, prompt, text)
 
 
 def _ranked_group(row: Row[Any]) -> RankedGroup:

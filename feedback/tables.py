@@ -1,6 +1,17 @@
 """The tables of the store, as SQLAlchemy sees them. feedback/migrations makes them."""
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 METADATA = MetaData()
 
@@ -81,4 +92,20 @@ DEAD_LETTERS = Table(
     # Whether the topic of dead letters has it yet.
     Column("published", Integer, nullable=False, server_default="0"),
     Index("dead_letters_published", "published"),
+)
+
+# Who trains, and what operators ask of it: one row, which the migration makes.
+TRAINER = Table(
+    "trainer",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    # Empty for nobody.
+    Column("holder", Text, nullable=False),
+    Column("expires_at_us", BigInteger, nullable=False),
+    # Grows at every change of holder.
+    Column("epoch", BigInteger, nullable=False),
+    Column("paused", Integer, nullable=False),
+    # The run that is to end; empty for none.
+    Column("abort_run", Text, nullable=False),
+    CheckConstraint("id = 1", name="trainer_one_row"),
 )

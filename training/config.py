@@ -1,7 +1,7 @@
-"""How the trainer learns: when it starts, the reward model, PPO, and what it must show before it registers a policy.
+"""How the trainer learns: when it starts, the reward model, PPO, SFT, and what it must show before it registers a policy.
 
 Imports nothing heavy, so that the command line can show and refuse a configuration at once. A tiny model is trained by
-other values of these fields, not by other code.
+other values of these fields, not by other code; training/recipes has a file of values for each size of machine.
 """
 
 from typing import Self
@@ -15,10 +15,61 @@ class RewardModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_layers: int = Field(20, ge=1, description="Layers of the reference policy that the reward model is built on.")
-    l2: float = Field(0.5, ge=0, description="Weight of the L2 penalty on the head, which reads unit variances.")
-    batch_size: int = Field(8, ge=1, description="Rankings encoded at a time.")
+    num_trained_layers: int = Field(
+        0,
+        ge=0,
+        description="Upper ones of these that it trains as its own. 0 fits the heads alone, which is convex: best below "
+        "about a thousand rankings.",
+    )
+    num_heads: int = Field(
+        8, ge=2, description="Heads, each fitted to the rankings with random weights; where they differ it is unsure."
+    )
+    l2: float = Field(0.5, ge=0, description="Weight of the L2 penalty on the heads, which read unit variances.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of trained layers; cosine to 10 %.")
+    head_learning_rate: float = Field(1e-3, gt=0, description="The same for the heads while layers are trained.")
+    batch_size: int = Field(8, ge=1, description="Rankings in one optimizer step, or encoded at a time.")
     max_rankings: int = Field(2000, ge=1, description="Most rankings that a refresh learns from, the newest first.")
+    replay_share: float = Field(
+        0.5, ge=0, lt=1, description="Share of rankings already learned from, mixed with new ones, where layers train."
+    )
+    max_labeler_share: float = Field(
+        0.2, gt=0, le=1, description="A labeler with more than this share of the rankings weighs no more than it."
+    )
     held_out_share: float = Field(0.35, ge=0, lt=1, description="Share of users whose rankings only measure.")
+    max_accuracy_drop: float = Field(
+        0.0, ge=0, le=1, description="A refresh is refused if held-out accuracy falls by more than this."
+    )
+
+
+class LoraConfig(BaseModel):
+    """Low-rank adapters in place of full weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains full weights.")
+    alpha: float = Field(16.0, gt=0, description="Their scale, divided by the rank.")
+
+
+class PtxConfig(BaseModel):
+    """The pretraining mix of PPO-ptx (InstructGPT, equation 2)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = Field(
+        "",
+        description="Pretraining text: a .txt, .jsonl or .parquet file, each optionally .gz, or hf:name of a Hugging "
+        "Face dataset; empty for plain PPO.",
+    )
+    text_field: str = Field("text", min_length=1, description="Field of the text in .jsonl, .parquet and datasets.")
+    examples_per_episode: float = Field(1.0, gt=0, description="Pretraining sequences per rollout. InstructGPT: 8.")
+    sequence_tokens: int = Field(128, ge=2, description="Tokens in one pretraining sequence.")
+    gamma: float | None = Field(
+        None, ge=0, description="Weight of the pretraining gradient; not set: calibrated by grad_norm_ratio."
+    )
+    grad_norm_ratio: float = Field(
+        1.0, gt=0, description="Norm of the weighted pretraining gradient in terms of PPO's, where gamma is calibrated."
+    )
+    num_calibration_steps: int = Field(4, ge=1, description="Optimizer steps over which gamma is calibrated.")
 
 
 class PpoConfig(BaseModel):
@@ -33,11 +84,23 @@ class PpoConfig(BaseModel):
     max_prompt_tokens: int = Field(256, ge=1, description="Prompts longer than this are left out.")
     num_epochs: int = Field(1, ge=1, description="Passes over the rollouts of one round.")
     num_minibatches: int = Field(2, ge=1, description="Optimizer steps in one pass.")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="Most tokens, padding included, in one forward pass; gradients are accumulated."
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
     num_frozen_layers: int = Field(20, ge=0, description="Lower layers shared with the reference, never trained.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of full weights.")
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate of the policy after warm-up.")
-    value_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value head.")
+    value_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value model after warm-up.")
     num_warmup_steps: int = Field(1, ge=0, description="Rounds over which both learning rates rise linearly.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay of the average of weights that is kept as the result; 0 keeps the last."
+    )
     kl_coef: float = Field(0.1, ge=0, description="Weight of the per-token KL penalty, in scores per nat.")
+    target_kl: float | None = Field(
+        None, gt=0, description="KL in nats a completion to which kl_coef is adapted; not set: kl_coef is fixed."
+    )
+    kl_horizon: int = Field(1000, ge=1, description="Rollouts over which an adapted kl_coef follows.")
     missing_eos_penalty: float = Field(0.5, ge=0, description="Taken from the score of a rollout that has no end.")
     score_clip: float = Field(3.0, gt=0, description="Scores are clipped to this many standard deviations.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
@@ -46,7 +109,21 @@ class PpoConfig(BaseModel):
     value_clip_range: float = Field(0.2, gt=0, description="New values are clipped to the old ± this.")
     value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    importance_cap: float = Field(
+        2.0, ge=1, description="Most that a token weighs for being likelier to the trainer than to the sampler."
+    )
     max_kl: float = Field(8.0, gt=0, description="KL from the reference, in nats a completion, at which PPO stops.")
+    max_sampler_gap: float = Field(
+        0.3, gt=0, description="Mean difference of sampler's and trainer's log-probabilities, in nats, that stops PPO."
+    )
+    max_judge_drop: float = Field(
+        3.0,
+        gt=0,
+        description="PPO stops when the judge, fitted to held-out labelers, has come down from its best by this many "
+        "standard errors while the reward model's score stands above where it was then.",
+    )
+    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints that a killed run resumes from.")
+    ptx: PtxConfig = Field(default_factory=PtxConfig, description="The pretraining mix.")
 
     @model_validator(mode="after")
     def _minibatches_are_whole(self) -> Self:
@@ -55,13 +132,35 @@ class PpoConfig(BaseModel):
         return self
 
 
+class SftConfig(BaseModel):
+    """Supervised fine-tuning on demonstrations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_epochs: int = Field(4, ge=1, description="Passes over the demonstrations; the best of them is kept.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; cosine to 10 %.")
+    batch_size: int = Field(8, ge=1, description="Demonstrations in one optimizer step.")
+    max_tokens: int = Field(512, ge=2, description="Longest demonstration with its prompt, in tokens.")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="Share of users whose prompts choose the epoch.")
+    min_demonstrations: int = Field(16, ge=1, description="Fewest demonstrations to begin with.")
+
+
 class TrainingConfig(BaseModel):
     """The training service."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_new_rankings: int = Field(256, ge=1, description="New rankings that start a run.")
+    max_wait_seconds: float | None = Field(
+        None, gt=0, description="Age of the oldest new ranking that starts a run with fewer; not set: no age does."
+    )
+    run_every_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="A run starts this long after the last began, if there is a new ranking; not set: never.",
+    )
     poll_seconds: float = Field(1.0, gt=0, description="Seconds between two looks at the store.")
+    lease_seconds: float = Field(60.0, gt=0, description="Seconds after which a silent trainer's place may be taken.")
     seed: int = Field(0, ge=0, description="Seed of all that is drawn at random.")
     promote: bool = Field(True, description="Ask for the new version to go live once it is registered.")
     min_win_rate: float = Field(
@@ -77,3 +176,4 @@ class TrainingConfig(BaseModel):
     kv_cache_mib: int = Field(512, ge=16, description="Memory for the rollout engine's KV cache, in MiB.")
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig, description="The reward model.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")
+    sft: SftConfig = Field(default_factory=SftConfig, description="Supervised fine-tuning.")

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from alignd.v1 import policy_manifest_pb2, types_pb2
 from feedback.rendering import prompt_token_ids
 from feedback.store import RankedCompletion, RankedGroup, StoredPrompt
-from training.groups import Group
-from training.reward_model import RankedExample
+from training.groups import Group, RankedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +101,7 @@ def _examples(
         scored = [(tokens, rank) for tokens, rank in encoded if tokens]
         if len(prompt) <= max_prompt_tokens and len({rank for _, rank in scored}) > 1:
             tokens, ranks = zip(*scored, strict=True)
-            examples.append(RankedExample(Group(prompt, tokens), ranks))
+            examples.append(RankedExample(Group(prompt, tokens), ranks, group.user_id, group.seq))
     return tuple(examples)
 
 

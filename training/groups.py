@@ -8,8 +8,9 @@ G groups, T tokens of the longest row, N completions over all groups, C tokens o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,6 +34,17 @@ class Group:
 
 
 @dataclass(frozen=True)
+class RankedExample:
+    """One ranking: completions of a prompt and the rank of each, 0 the best, equal for a tie."""
+
+    group: Group
+    ranks: tuple[int, ...]
+    labeler: str = ""
+    seq: int = 0
+    """The ranking's number in the store, which grows with time."""
+
+
+@dataclass(frozen=True)
 class PackedGroups:
     """Groups as tensors. Places are indices into the rows laid end to end, that is into a tensor of G * T."""
 
@@ -50,6 +62,25 @@ class PackedGroups:
     """The place of each completion's last token: where it is scored."""
     group_sizes: tuple[int, ...]
     """Completions of each group."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Splits rows into batches of like length, the shortest first; returns the indices of each batch.
+
+    A batch, padded to its longest row, has at most `max_tokens` tokens, unless it is a single row that is longer.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 def pack(groups: Sequence[Group]) -> PackedGroups:

@@ -1,10 +1,14 @@
-"""The training service: waits for enough new rankings, runs, and waits again, for ever."""
+"""The training service: waits for enough new rankings, runs, and waits again, for ever; one at a time by a lease.
+
+A run that was killed is gone on with before any other is begun. What operators ask is heard between two steps.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -15,44 +19,65 @@ from typing import TYPE_CHECKING
 import grpc
 
 from training.config import TrainingConfig
-from training.errors import TrainingError
+from training.errors import RunAbortedError, TrainingError
 from training.publish import START_SECONDS, PolicyClient
+from training.run_folder import Origin, RunFolder, replace_file
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from feedback.store import Store
+    from feedback.trainer_lease import TrainerLease
     from training.run import Workplace
 
 logger = logging.getLogger(__name__)
 
 CURSOR_FILE = "rankings_seen"
+RETRY_SECONDS = 30.0
 
 
 def run_trainer(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> None:
-    """Runs until SIGTERM. A run that fails leaves the live policy as it is, and why in its metrics.jsonl.
-
-    What a kill leaves half done is begun anew from the same rankings: the cursor moves when a run has ended.
-    """
+    """Runs until SIGTERM. A run that fails leaves the live policy as it is, and why in its metrics.jsonl."""
+    from feedback.engine import open_engine
     from feedback.store import Store
+    from feedback.trainer_lease import TrainerLease
+    from training.report import write_report
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)
+    engine = open_engine(store_url)
+    lease = TrainerLease(engine, f"{socket.gethostname()}/{os.getpid()}", config.lease_seconds)
     with PolicyClient(serving_address) as client:
-        place = _open_workplace(config, Store(store_url), client, policies_dir)
-        cursor = Cursor(runs_dir / CURSOR_FILE)
-        while True:
-            _wait_for_rankings(config, place.store, cursor.read())
-            last_seq = place.store.last_seq()
-            if _run_once(place, runs_dir):
-                cursor.write(last_seq)
-            else:
-                time.sleep(config.poll_seconds)
+        _acquire(lease, config)
+        with lease.held():
+            desk = Desk(config, engine, lease)
+            place = _open_workplace(config, Store(store_url), client, policies_dir, desk)
+            cursor = Cursor(runs_dir / CURSOR_FILE)
+            while True:
+                folder = RunFolder.unfinished(runs_dir) or _begin_run(config, desk, place, runs_dir, cursor.read())
+                if _run_once(place, folder):
+                    cursor.write(folder.origin().last_ranking_seq)
+                    folder.end()
+                    write_report(folder.path)
+                else:
+                    time.sleep(RETRY_SECONDS)
+
+
+def _acquire(lease: TrainerLease, config: TrainingConfig) -> None:
+    """Waits until no other trainer works on the store."""
+    waited = False
+    while not lease.acquire():
+        if not waited:
+            logger.info("another trainer works on this store; waiting for its place")
+        waited = True
+        time.sleep(config.poll_seconds)
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """The number of the last ranking that a run has seen, on disk."""
+    """The number of the last ranking that a run has seen, on disk, and when that run began."""
 
     path: Path
 
@@ -62,15 +87,41 @@ class Cursor:
 
     def write(self, seq: int) -> None:
         """Replaces it at once or not at all."""
-        draft = self.path.with_suffix(".tmp")
-        with draft.open("w") as file:
-            file.write(str(seq))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        replace_file(self.path, str(seq))
 
 
-def _open_workplace(config: TrainingConfig, store: Store, client: PolicyClient, policies_dir: Path) -> Workplace:
+@dataclass(frozen=True)
+class Desk:
+    """Where operators' wishes arrive, and where it is told that the place was lost."""
+
+    config: TrainingConfig
+    engine: Engine
+    lease: TrainerLease
+
+    def between_rounds(self, run_id: str) -> None:
+        """Waits while the trainer is paused. Raises RunAbortedError, or SystemExit if another trainer took over."""
+        from feedback.trainer_lease import clear_abort, read_control
+
+        told = False
+        while True:
+            if self.lease.lost.is_set():
+                logger.error("another trainer has taken over; ending")
+                sys.exit(1)
+            control = read_control(self.engine)
+            if run_id and control.abort_run == run_id:
+                clear_abort(self.engine, run_id)
+                raise RunAbortedError("an operator asked for it to end")
+            if not control.paused:
+                return
+            if not told:
+                logger.info("paused; `alignd runs resume` goes on")
+            told = True
+            time.sleep(self.config.poll_seconds)
+
+
+def _open_workplace(
+    config: TrainingConfig, store: Store, client: PolicyClient, policies_dir: Path, desk: Desk
+) -> Workplace:
     """Starts the rollout engine while rankings are still coming in, but not while the server starts its own."""
     from transformers import AutoTokenizer
 
@@ -88,31 +139,73 @@ def _open_workplace(config: TrainingConfig, store: Store, client: PolicyClient, 
         seed=config.seed,
     )
     tokenizer = AutoTokenizer.from_pretrained(parents.reference_folder, local_files_only=True)
-    return Workplace(config, store, engine, client, policies_dir, tokenizer)
+    return Workplace(store, engine, client, policies_dir, tokenizer, desk.between_rounds)
 
 
-def _wait_for_rankings(config: TrainingConfig, store: Store, seen: int) -> None:
-    while store.num_rankings(seen) < config.min_new_rankings:
+def is_due(
+    config: TrainingConfig, *, num_new: int, oldest_new: float | None, last_began: float | None, now: float
+) -> bool:
+    """Whether a run should begin: enough new rankings, or one that has waited long enough, or the hour has come.
+
+    Args:
+        config: with the three triggers.
+        num_new: rankings that no run has seen.
+        oldest_new: when the first of them was given, Unix seconds.
+        last_began: when the last run began.
+        now: the time.
+    """
+    if num_new >= config.min_new_rankings:
+        return True
+    if num_new == 0 or oldest_new is None:
+        return False
+    if config.max_wait_seconds is not None and now - oldest_new >= config.max_wait_seconds:
+        return True
+    every = config.run_every_seconds
+    return every is not None and (last_began is None or now - last_began >= every)
+
+
+def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: Path, seen: int) -> RunFolder:
+    """Waits until a run is due, and makes its folder."""
+    from training.run import find_parents
+
+    store = place.store
+    # An abort that came too late for its run is nobody else's.
+    while not is_due(
+        config,
+        num_new=store.num_rankings(seen),
+        oldest_new=store.oldest_ranking_time(seen),
+        last_began=_last_began(runs_dir),
+        now=time.time(),
+    ):
+        desk.between_rounds("")
         time.sleep(config.poll_seconds)
-
-
-def _run_once(place: Workplace, runs_dir: Path) -> bool:
-    """Runs once. False if serving could not be reached or refused: then the same rankings are tried again."""
-    from training.run import run
-    from training.run_folder import RunFolder
-
+    desk.between_rounds("")
+    parents = find_parents(place.client, START_SECONDS)
+    origin = Origin(parents.live.version, parents.reference.version, store.last_seq(), store.last_sample_seq())
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    folder = RunFolder.create(runs_dir, run_id, place.config)
+    return RunFolder.create(runs_dir, run_id, config, origin)
+
+
+def _last_began(runs_dir: Path) -> float | None:
+    return max((path.stat().st_mtime for path in runs_dir.glob("*/recipe.json")), default=None)
+
+
+def _run_once(place: Workplace, folder: RunFolder) -> bool:
+    """Runs, or goes on with a run. False if the disk is full or serving could not be reached: then it goes on later."""
+    from training.run import run
+
+    run_id = folder.path.name
     try:
         version = run(place, folder)
+        folder.log("done", 0, 1, {"version": version})
+        logger.info("run %s made version %d", run_id, version)
     except TrainingError as error:
         logger.error("run %s stopped: %s", run_id, error)
         folder.log("stopped", 0, 1, {"reason": str(error)})
-        return True
     except grpc.RpcError as error:
-        logger.error("run %s: serving: %s", run_id, error)
-        folder.log("stopped", 0, 1, {"reason": str(error)})
+        logger.error("run %s waits: serving: %s", run_id, error)
         return False
-    logger.info("run %s made version %d", run_id, version)
-    folder.log("done", 0, 1, {"version": version})
+    except OSError as error:
+        logger.error("run %s waits: %s", run_id, error)
+        return False
     return True

@@ -4,8 +4,8 @@ The reference policy, the policy and the reward model stand on the same lower la
 three, and the backward pass ends above them. With no frozen layers, all are trained. Token embeddings and output
 embedding always stay as they are.
 
-The lower layers compute in bf16. What is trained is kept in fp32 and computes in bf16 by autocast.
-Shapes: see training.groups. D is the width of the hidden state.
+The lower layers compute in bf16. What is trained is kept in fp32 and computes in bf16 by autocast: the upper layers whole,
+or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see training.groups. D is the width of the hidden state.
 """
 
 from __future__ import annotations
@@ -18,16 +18,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from training.config import LoraConfig
 from training.groups import PackedGroups
-from training.logprobs import label_logprobs
+from training.logprobs import label_logprobs, label_logprobs_and_entropy
 
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER = "default"
 
 
 class ModelMismatchError(ValueError):
     """Two models that should share their lower layers do not."""
+
+
+def training_device() -> torch.device:
+    """The first GPU, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Computes in bf16 what is kept in fp32."""
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -37,11 +50,11 @@ def load_model(path: Path) -> PreTrainedModel:
     )
     model.requires_grad_(False)
     model.eval()
-    return model
+    return model.to(training_device())  # type: ignore[arg-type]
 
 
 class UpperLayers(nn.Module):
-    """Layers `first` to `last` of a model and its final norm: what a policy or reward model has of its own."""
+    """Layers `first` to `last` of a model and its final norm: what a policy has of its own."""
 
     def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
         super().__init__()
@@ -49,22 +62,41 @@ class UpperLayers(nn.Module):
         self.first = first
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[first:last])
         self.norm = copy.deepcopy(body.norm)
+        self.checkpointing = False
 
     def forward(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
         """From the hidden states that enter the first of these layers to the normed ones that leave the last."""
-        hidden_GTD = run_layers(self.layers, hidden_GTD, packed, angles)
+        hidden_GTD = run_layers(self.layers, hidden_GTD, packed, angles, checkpointing=self.checkpointing)
         normed_GTD: Tensor = self.norm(hidden_GTD)
         return normed_GTD
 
-    def trainable(self) -> UpperLayers:
-        """These layers, in fp32 and with gradients."""
-        return self.float().requires_grad_(True)
+    def trainable(self, lora: LoraConfig) -> UpperLayers:
+        """These layers, to be trained: all weights in fp32, or adapters on weights that stay as they are."""
+        if lora.rank:
+            # Takes seconds to import, and full weights do without.
+            from peft import LoraConfig as PeftLoraConfig
+            from peft import inject_adapter_in_model
+
+            found = [name for name, module in self.layers.named_modules() if isinstance(module, nn.Linear)]
+            targets = sorted({name.rpartition(".")[2] for name in found})
+            adapters = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
+            inject_adapter_in_model(adapters, self, adapter_name=ADAPTER)
+        else:
+            self.float().requires_grad_(True)
+        return self
 
 
-def run_layers(layers: Any, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Runs decoder layers, in order."""
+def run_layers(
+    layers: Any, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor], *, checkpointing: bool = False
+) -> Tensor:
+    """Runs decoder layers, in order. `checkpointing` keeps only what enters each, and computes the rest again."""
+    attends_G1TT = packed.attends_GTT.unsqueeze(1)
     for layer in layers:
-        hidden_GTD = layer(hidden_GTD, attention_mask=packed.attends_GTT.unsqueeze(1), position_embeddings=angles)
+        arguments: dict[str, Any] = {"attention_mask": attends_G1TT, "position_embeddings": angles}
+        if checkpointing:
+            hidden_GTD = checkpoint(layer, hidden_GTD, use_reentrant=False, **arguments)  # type: ignore[assignment]
+        else:
+            hidden_GTD = layer(hidden_GTD, **arguments)
     return hidden_GTD
 
 
@@ -74,6 +106,11 @@ class SharedLayers:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._body: Any = model.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.head_VD.device
 
     @property
     def num_layers(self) -> int:
@@ -102,15 +139,29 @@ class SharedLayers:
         return encoded
 
 
-def completion_logprobs(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
-    """Log-probability of each completion token and entropy where it was drawn, both [N, C], 0 beyond the ends."""
-    hidden_MD = hidden_GTD.flatten(0, 1)[packed.before_NC[packed.mask_NC]]
-    logprobs_M, entropy_M = label_logprobs(hidden_MD, head_VD, packed.labels_NC[packed.mask_NC])
-    blank_NC = torch.zeros(packed.mask_NC.shape)
-    return blank_NC.masked_scatter(packed.mask_NC, logprobs_M), blank_NC.masked_scatter(packed.mask_NC, entropy_M)
+def completion_logprobs(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> Tensor:
+    """Log-probability of each completion token, [N, C], 0 beyond the ends. Gradients flow to the hidden states."""
+    hidden_MD, labels_M = _predicting(hidden_GTD, packed)
+    return _on_mask(packed.mask_NC, label_logprobs(hidden_MD, head_VD, labels_M))
 
 
-def upper_layers_of(path: Path, shared: SharedLayers, first: int) -> UpperLayers:
+def completion_logprobs_and_entropy(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
+    """Returns the same, without gradients, and the entropy where each token was drawn, [N, C] too."""
+    hidden_MD, labels_M = _predicting(hidden_GTD, packed)
+    logprobs_M, entropy_M = label_logprobs_and_entropy(hidden_MD, head_VD, labels_M)
+    return _on_mask(packed.mask_NC, logprobs_M), _on_mask(packed.mask_NC, entropy_M)
+
+
+def _predicting(hidden_GTD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
+    """Hidden states [M, D] that predict the completions' tokens, and these [M]; no other position has logits."""
+    return hidden_GTD.flatten(0, 1)[packed.before_NC[packed.mask_NC]], packed.labels_NC[packed.mask_NC]
+
+
+def _on_mask(mask_NC: Tensor, values_M: Tensor) -> Tensor:
+    return torch.zeros(mask_NC.shape, device=values_M.device).masked_scatter(mask_NC, values_M)
+
+
+def upper_layers_of(path: Path, shared: SharedLayers, first: int, lora: LoraConfig) -> UpperLayers:
     """Loads the upper layers of the version at `path`, to be trained.
 
     Raises ModelMismatchError if what lies below differs from the reference's, since that could not be shared.
@@ -122,16 +173,25 @@ def upper_layers_of(path: Path, shared: SharedLayers, first: int) -> UpperLayers
     for name, tensor in model.state_dict().items():
         if name not in owned and not torch.equal(tensor, reference[name]):
             raise ModelMismatchError(f"{path}: {name} is not the reference policy's; freeze fewer layers than {first}")
-    return upper.trainable()
+    return upper.trainable(lora)
 
 
 def tensors_of(upper: UpperLayers) -> Iterator[tuple[str, Tensor]]:
-    """The upper layers' tensors by the names that they have in the whole model."""
+    """The upper layers' tensors by the names that they have in the whole model, adapters merged into them."""
     for name, tensor in upper.norm.named_parameters():
         yield f"model.norm.{name}", tensor
     for index, layer in enumerate(upper.layers, start=upper.first):
-        for name, tensor in layer.named_parameters():
+        for name, tensor in _merged(layer):
             yield f"model.layers.{index}.{name}", tensor
+
+
+def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    adapted: dict[str, Any] = {name: each for name, each in layer.named_modules() if hasattr(each, "get_delta_weight")}
+    for name, module in adapted.items():
+        yield f"{name}.weight", module.get_base_layer().weight.float() + module.get_delta_weight(ADAPTER)
+    for name, tensor in layer.named_parameters():
+        if not any(name.startswith(f"{each}.") for each in adapted):
+            yield name, tensor
 
 
 def merged_weights(shared: SharedLayers, upper: UpperLayers) -> dict[str, Tensor]:
@@ -148,7 +208,7 @@ def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: 
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "manifest.json":
             (folder / file.name).write_bytes(file.read_bytes())
-    weights = {name: tensor.contiguous() for name, tensor in merged_weights(shared, upper).items()}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in merged_weights(shared, upper).items()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 

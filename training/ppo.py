@@ -1,244 +1,246 @@
-"""PPO from the live policy with KL from the reference, in the order of Huang et al., "The N+ Implementation Details".
+"""PPO, and PPO-ptx, from the live policy with KL from the reference: rounds of rollouts and update.
 
-The value model is the reward model with a head of its own that starts as the reward model's: the value of an unfinished
-completion starts as its score were it to end there, and costs no second pass. Shapes: see training.groups.
+Each round draws rollouts from the policy as it is, finds out what they teach (training.experience), and takes one
+optimizer step a minibatch on the clipped losses, with the pretraining gradient added where there is one (training.ptx).
+All that is drawn at random depends on the seed and the round alone, so that a run resumed from a checkpoint goes on bit
+for bit. Shapes: see training.groups.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from training import ppo_math
+from training import ppo_math, ptx
+from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.config import PpoConfig
 from training.errors import TrainingError
-from training.groups import Group, PackedGroups, pack
-from training.policy_model import SharedLayers, UpperLayers, completion_logprobs, merged_weights
-from training.reward_model import RewardModel, last_features, running_features
+from training.experience import Experience, Minibatch, gather, observe
+from training.guards import judge_drop, stop_reason
+from training.learner import (
+    Learner,
+    Weights,
+    average,
+    learner_state,
+    restore_learner,
+    set_weights,
+    trained_parameters,
+    trained_weights,
+)
+from training.policy_model import autocast, completion_logprobs, merged_weights
 from training.rollouts import Rollout
+from training.schedule import linear_warmup
 
-Log = Callable[[int, int, dict[str, float]], None]
-Sample = Callable[[Sequence[Sequence[int]], int], list[list[Rollout]]]
-LoadWeights = Callable[[dict[str, Tensor]], None]
+Prompt = tuple[int, ...]
+Log = Callable[[int, int, dict[str, Any]], None]
 
-
-@dataclass(frozen=True)
-class Learner:
-    """All models of a run. `policy` and `value_head_F` are trained, the others are not."""
-
-    shared: SharedLayers
-    reference: UpperLayers
-    policy: UpperLayers
-    reward_model: RewardModel
-    value_head_F: nn.Parameter
+ROUND_SEED, PROMPT_SEED = 1_009, 100_003
+GOOD_JUDGE_DROP = 1.0
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rollouts of some prompts, and all that was found out about them before the update."""
+class World:
+    """What a run acts on: where rollouts come from, where weights go, what it reads and whom it tells."""
 
-    packed: PackedGroups
-    angles: tuple[Tensor, Tensor]
-    policy_input_GTD: Tensor
-    value_input_NCF: Tensor
-    old_logprobs_NC: Tensor
-    old_values_NC: Tensor
-    ref_logprobs_NC: Tensor
-    entropy_NC: Tensor
-    sampler_gap_NC: Tensor
-    scores_N: Tensor
-    finished_N: Tensor
-    advantages_NC: Tensor
-    returns_NC: Tensor
+    prompts: Sequence[Prompt]
+    sample: Callable[[Sequence[Prompt], int], list[list[Rollout]]]
+    """Draws rollouts of each prompt, the same for the same weights and seed."""
+    load_weights: Callable[[Weights], None]
+    """Gives the sampler the policy's weights."""
+    log: Log
+    pretraining: Iterator[tuple[int, ...]] | None = None
+    """Sequences of tokens, without end; None for plain PPO."""
+    checkpoints: Path | None = None
+    between_rounds: Callable[[], None] = lambda: None
+    """Called between two rounds; may wait, or raise to end the run."""
 
 
-def make_learner(shared: SharedLayers, policy: UpperLayers, reward_model: RewardModel) -> Learner:
-    """Puts the models together; the value head starts as the reward model's head."""
-    reference = UpperLayers(shared.model, policy.first, shared.num_layers)
-    head_F = nn.Parameter((reward_model.head_F * reward_model.scale).detach().clone())
-    return Learner(shared, reference, policy, reward_model.requires_grad_(False), head_F)
+@dataclass
+class Progress:
+    """How far a run is, beside the learner's own state."""
+
+    step: int
+    kl_coef: float
+    gamma: ptx.Gamma
+    good: Weights
+    """Weights of the last policy that was seen to be within bounds."""
+    averaged: Weights
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    num_sequences: int = 0
+    """Pretraining sequences used."""
 
 
-def train(
-    learner: Learner,
-    config: PpoConfig,
-    prompts: Sequence[tuple[int, ...]],
-    sample: Sample,
-    load_weights: LoadWeights,
-    *,
-    seed: int,
-    log: Log,
-) -> None:
-    """Runs `num_steps` rounds; where KL passes `max_kl` it stops, and leaves the policy as the last good round had it.
+def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> str | None:
+    """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
 
-    Leaves the trained weights in `learner.policy` and in the engine. Raises TrainingError if something is not finite.
+    Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
+    last good policy if the run stopped itself. Raises TrainingError if a loss is not finite.
     """
-    optimizer = _optimizer(learner, config)
-    turns = _turns(prompts, config.prompts_per_step, seed)
-    good = _snapshot(learner.policy)
-    for step in range(config.num_steps):
-        started = time.perf_counter()
-        drawn = next(turns)
-        rollouts = sample(drawn, seed * 100_003 + step * 1_009)
-        sampled = time.perf_counter()
-        batches = _prepare(learner, config, drawn, rollouts)
-        metrics = _observe(batches)
-        if metrics["objective/kl"] > config.max_kl:
-            learner.policy.load_state_dict(good)
-            load_weights(merged_weights(learner.shared, learner.policy))
-            log(step, config.num_steps, metrics | {"stopped/max_kl": config.max_kl})
-            return
-        good = _snapshot(learner.policy)
-        prepared = time.perf_counter()
-        metrics |= _update(learner, config, optimizer, batches, min(1.0, (step + 1) / (config.num_warmup_steps + 1)))
-        load_weights(merged_weights(learner.shared, learner.policy))
-        metrics |= {
-            "seconds/rollouts": sampled - started,
-            "seconds/scoring": prepared - sampled,
-            "seconds/update": time.perf_counter() - prepared,
-        }
-        log(step, config.num_steps, metrics)
+    progress = _begin(learner, config, world)
+    turns = itertools.islice(_turns(world.prompts, config.prompts_per_step, seed), progress.step, None)
+    world.load_weights(merged_weights(learner.shared, learner.policy))
+    while progress.step < config.num_steps:
+        world.between_rounds()
+        reason, metrics = _round(learner, config, world, progress, next(turns), seed)
+        if reason:
+            set_weights(learner.policy, progress.good)
+            world.load_weights(merged_weights(learner.shared, learner.policy))
+            world.log(progress.step, config.num_steps, metrics | {"stopped/reason": reason})
+            return reason
+        world.log(progress.step, config.num_steps, metrics)
+        progress.step += 1
+        if world.checkpoints and progress.step % config.checkpoint_every == 0:
+            _save(learner, progress, world.checkpoints)
+    if config.ema_decay:
+        set_weights(learner.policy, progress.averaged)
+        world.load_weights(merged_weights(learner.shared, learner.policy))
+    return None
 
 
-def _prepare(
-    learner: Learner, config: PpoConfig, prompts: Sequence[tuple[int, ...]], rollouts: list[list[Rollout]]
-) -> list[Batch]:
-    """Scores rollouts and spreads the scores over tokens: one batch for each optimizer step, of rows of like length."""
-    rows = sorted(
-        zip(prompts, rollouts, strict=True), key=lambda row: len(row[0]) + sum(len(r.token_ids) for r in row[1])
-    )
-    size = len(rows) // config.num_minibatches
-    batches = [_encode(learner, config, rows[start : start + size]) for start in range(0, len(rows), size)]
-    return [_with_advantages(batch, config) for batch in batches]
+def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
+    start = trained_weights(learner.policy)
+    averaged = {name: tensor.clone() for name, tensor in start.items()} if config.ema_decay else {}
+    progress = Progress(0, config.kl_coef, ptx.Gamma(config.ptx), start, averaged)
+    found = newest_checkpoint(world.checkpoints) if world.checkpoints else None
+    if found:
+        parts: dict[str, Weights] = {"learner": {}, "good": {}, "averaged": {}}
+        for name, tensor in found.tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor.to(learner.shared.device)
+        restore_learner(learner, parts["learner"])
+        progress.step, progress.good, progress.averaged = found.step, parts["good"], parts["averaged"]
+        progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
+        progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
+    if world.pretraining:
+        next(itertools.islice(world.pretraining, progress.num_sequences, progress.num_sequences), None)
+    return progress
 
 
-@torch.no_grad()
-def _encode(learner: Learner, config: PpoConfig, rows: Sequence[tuple[tuple[int, ...], list[Rollout]]]) -> Batch:
-    groups = [Group(prompt, tuple(r.token_ids for r in rollouts)) for prompt, rollouts in rows]
-    drawn = [rollout for _, rollouts in rows for rollout in rollouts]
-    packed, shared, reward_model = pack(groups), learner.shared, learner.reward_model
-    angles = shared.angles(packed)
-    # 1. What all models share is run once.
-    encoded = shared.encode(packed, [learner.policy.first, reward_model.level])
-    policy_input_GTD = encoded[learner.policy.first]
-    with torch.autocast("cpu", torch.bfloat16):
-        # 2. Log-probabilities under the policy that drew them, by the trainer's own reckoning, and under the reference.
-        policy_hidden_GTD = learner.policy(policy_input_GTD, packed, angles)
-        reference_hidden_GTD = learner.reference(policy_input_GTD, packed, angles)
-    logprobs_NC, entropy_NC = completion_logprobs(policy_hidden_GTD, shared.head_VD, packed)
-    ref_logprobs_NC, _ = completion_logprobs(reference_hidden_GTD, shared.head_VD, packed)
-    # 3. Score at the last real token, clipped; a rollout without an end is marked down.
-    finished_N = torch.tensor([rollout.finished for rollout in drawn])
-    reward_hidden_GTD = encoded[reward_model.level]
-    scores_N = reward_model.score(last_features(reward_hidden_GTD, packed)).clamp(-config.score_clip, config.score_clip)
-    # 4. Values of the states before each token.
-    value_input_NCF = reward_model.standardized(running_features(reward_hidden_GTD, packed))
-    sampler_NC = nn.utils.rnn.pad_sequence([torch.tensor(r.logprobs) for r in drawn], batch_first=True)
-    blank_NC = torch.zeros_like(logprobs_NC)
-    return Batch(
-        packed=packed, angles=angles, policy_input_GTD=policy_input_GTD, value_input_NCF=value_input_NCF,
-        old_logprobs_NC=logprobs_NC, old_values_NC=_values(learner, value_input_NCF),
-        ref_logprobs_NC=ref_logprobs_NC, entropy_NC=entropy_NC, sampler_gap_NC=sampler_NC - logprobs_NC,
-        scores_N=scores_N, finished_N=finished_N, advantages_NC=blank_NC, returns_NC=blank_NC,
-    )  # fmt: skip
+def _save(learner: Learner, progress: Progress, folder: Path) -> None:
+    parts = {"learner": learner_state(learner), "good": progress.good, "averaged": progress.averaged}
+    tensors = {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+    facts = {
+        "kl_coef": progress.kl_coef,
+        "rounds": progress.rounds,
+        "gamma_asked": progress.gamma.asked,
+        "num_sequences": progress.num_sequences,
+    }
+    save_checkpoint(folder, progress.step, tensors, facts)
 
 
-def _with_advantages(batch: Batch, config: PpoConfig) -> Batch:
-    mask_NC = batch.packed.mask_NC
-    # 5. Missing-end penalty, KL at each token, score at the last: the rewards.
-    scores_N = batch.scores_N - config.missing_eos_penalty * (~batch.finished_N).float()
-    rewards_NC = ppo_math.rewards(scores_N, batch.old_logprobs_NC, batch.ref_logprobs_NC, mask_NC, config.kl_coef)
-    # 6. GAE, returns, and whitening of the advantages last, since the returns need them as they are.
-    advantages_NC = ppo_math.advantages(rewards_NC, batch.old_values_NC, mask_NC, config.gamma, config.gae_lambda)
-    returns_NC = advantages_NC + batch.old_values_NC
-    return replace(batch, advantages_NC=ppo_math.whiten(advantages_NC, mask_NC), returns_NC=returns_NC)
+def _round(
+    learner: Learner, config: PpoConfig, world: World, progress: Progress, prompts: Sequence[Prompt], seed: int
+) -> tuple[str | None, dict[str, Any]]:
+    """One round. Returns why it must not be gone on from, before any update then, and what was seen."""
+    started = time.perf_counter()
+    round_seed = seed * PROMPT_SEED + progress.step * ROUND_SEED
+    rollouts = world.sample(prompts, round_seed)
+    sampled = time.perf_counter()
+    minibatches = gather(learner, config, list(zip(prompts, rollouts, strict=True)), progress.kl_coef, round_seed)
+    seen = observe(minibatches)
+    progress.rounds.append(seen)
+    reason = stop_reason(progress.rounds, config)
+    if reason:
+        return reason, seen
+    if judge_drop(progress.rounds) <= GOOD_JUDGE_DROP:
+        progress.good = trained_weights(learner.policy)
+    gathered = time.perf_counter()
+    metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
+    metrics |= _update(learner, config, world, progress, minibatches)
+    if config.ema_decay:
+        average(progress.averaged, learner.policy, config.ema_decay)
+    if config.target_kl is not None:
+        num_rollouts = config.prompts_per_step * config.rollouts_per_prompt
+        progress.kl_coef = ppo_math.adapted_kl_coef(
+            progress.kl_coef, seen["objective/kl"], config.target_kl, num_rollouts, config.kl_horizon
+        )
+    world.load_weights(merged_weights(learner.shared, learner.policy))
+    return None, metrics | {
+        "seconds/rollouts": sampled - started,
+        "seconds/scoring": gathered - sampled,
+        "seconds/update": time.perf_counter() - gathered,
+    }
 
 
 def _update(
-    learner: Learner, config: PpoConfig, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], warmup: float
+    learner: Learner, config: PpoConfig, world: World, progress: Progress, minibatches: Sequence[Minibatch]
 ) -> dict[str, float]:
-    """Takes one optimizer step a batch, `num_epochs` times over; returns the means of what was seen."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * warmup
-    seen: list[dict[str, float]] = []
+    """Takes one optimizer step a minibatch, `num_epochs` times over; returns the means of what was seen."""
+    for group in learner.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * linear_warmup(progress.step, config.num_warmup_steps)
+    policy_parameters, value_parameters = (trained_parameters(each) for each in (learner.policy, learner.value))
+    steps: list[dict[str, float]] = []
     for _ in range(config.num_epochs):
-        for batch in batches:
-            loss, metrics = _loss(learner, config, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = float(nn.utils.clip_grad_norm_(learner.policy.parameters(), config.max_grad_norm))
-            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-                raise TrainingError(f"PPO: loss {loss.item()} and gradient norm {norm} must be finite")
-            optimizer.step()
-            seen.append(metrics | {"policy/grad_norm": norm})
-    return {name: sum(metrics[name] for metrics in seen) / len(seen) for name in seen[0]}
+        for minibatch in minibatches:
+            learner.optimizer.zero_grad()
+            metrics = _accumulate(learner, config, minibatch)
+            if world.pretraining:
+                num_episodes = sum(len(each.scores_N) for each in minibatch)
+                count = round(config.ptx.examples_per_episode * num_episodes)
+                drawn = list(itertools.islice(world.pretraining, count))
+                progress.num_sequences += count
+                metrics |= ptx.accumulate(
+                    policy_parameters, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens
+                )
+            norm = float(nn.utils.clip_grad_norm_(policy_parameters, config.max_grad_norm))
+            nn.utils.clip_grad_norm_(value_parameters, config.max_grad_norm)
+            if not (math.isfinite(metrics["policy/loss"] + metrics["val/loss"]) and math.isfinite(norm)):
+                raise TrainingError(f"PPO: losses and gradients must be finite: norm {norm}, {metrics}")
+            learner.optimizer.step()
+            steps.append(metrics | {"policy/grad_norm": norm})
+    names = dict.fromkeys(name for metrics in steps for name in metrics)
+    return {name: _mean([metrics[name] for metrics in steps if name in metrics]) for name in names}
 
 
-def _loss(learner: Learner, config: PpoConfig, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """7. Clipped policy loss and clipped value loss."""
-    packed, mask_NC = batch.packed, batch.packed.mask_NC
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden_GTD = learner.policy(batch.policy_input_GTD, packed, batch.angles)
-    logprobs_NC, _ = completion_logprobs(hidden_GTD, learner.shared.head_VD, packed)
-    policy = ppo_math.policy_loss(logprobs_NC, batch.old_logprobs_NC, batch.advantages_NC, mask_NC, config.clip_range)
-    values_NC = _values(learner, batch.value_input_NCF)
-    value = ppo_math.value_loss(values_NC, batch.old_values_NC, batch.returns_NC, mask_NC, config.value_clip_range)
-    log_ratio_NC = (logprobs_NC - batch.old_logprobs_NC).detach()
+def _accumulate(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> dict[str, float]:
+    """Adds the gradients of a minibatch, part by part; the same as if it were one."""
+    tokens = [int(each.packed.mask_NC.sum()) for each in minibatch]
+    totals: dict[str, float] = {}
+    for experience, count in zip(minibatch, tokens, strict=True):
+        loss, metrics = _loss(learner, config, experience)
+        share = count / sum(tokens)
+        (loss * share).backward()
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + value * share
+    return totals
+
+
+def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[Tensor, dict[str, float]]:
+    """The clipped policy loss, and the clipped value loss."""
+    packed, mask_NC = experience.packed, experience.packed.mask_NC
+    old_NC = experience.old_logprobs_NC
+    with autocast(mask_NC.device):
+        hidden_GTD = learner.policy(experience.policy_input_GTD, packed, experience.angles)
+    logprobs_NC = completion_logprobs(hidden_GTD, learner.shared.head_VD, packed)
+    weights_NC = ppo_math.importance_weights(old_NC, experience.sampler_logprobs_NC, mask_NC, config.importance_cap)
+    policy = ppo_math.policy_loss(logprobs_NC, old_NC, experience.advantages_NC, mask_NC, config.clip_range, weights_NC)
+    values_NC = learner.value(experience.value_input_GTD, packed, experience.angles)
+    value = ppo_math.value_loss(
+        values_NC, experience.old_values_NC, experience.returns_NC, mask_NC, config.value_clip_range
+    )
+    log_ratio_NC = (logprobs_NC - old_NC).detach()
     return policy.value + config.value_coef * value.value, {
         "policy/loss": policy.value.item(),
         "policy/clipfrac": policy.clipped_share,
         "policy/approx_kl": float(0.5 * ppo_math.masked_mean(log_ratio_NC**2, mask_NC)),
         "val/loss": value.value.item(),
         "val/clipfrac": value.clipped_share,
-        "val/explained_variance": ppo_math.explained_variance(batch.old_values_NC, batch.returns_NC, mask_NC),
+        "val/explained_variance": ppo_math.explained_variance(experience.old_values_NC, experience.returns_NC, mask_NC),
     }
 
 
-def _values(learner: Learner, input_NCF: Tensor) -> Tensor:
-    reward_model = learner.reward_model
-    return input_NCF @ learner.value_head_F - reward_model.shift * reward_model.scale
-
-
-def _observe(batches: Sequence[Batch]) -> dict[str, float]:
-    """What the rollouts say of the policy that drew them, as means over completions. Raises TrainingError on NaN."""
-    lengths_N = torch.cat([batch.packed.mask_NC.sum(-1).float() for batch in batches])
-    kl_N = torch.cat([(batch.old_logprobs_NC - batch.ref_logprobs_NC).sum(-1) for batch in batches])
-    scores_N = torch.cat([batch.scores_N for batch in batches])
-    tokens = lengths_N.sum()
-    metrics = {
-        "objective/kl": float(kl_N.mean()),
-        "objective/score": float(scores_N.mean()),
-        "objective/entropy": float(sum(batch.entropy_NC.sum() for batch in batches) / tokens),
-        "completion/length": float(lengths_N.mean()),
-        "completion/eos_rate": float(torch.cat([batch.finished_N for batch in batches]).float().mean()),
-        "rollout/sampler_gap": float(sum(batch.sampler_gap_NC.abs().sum() for batch in batches) / tokens),
-    }
-    broken = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if broken:
-        raise TrainingError(f"PPO: not finite in the rollouts: {', '.join(broken)}")
-    return metrics
-
-
-def _optimizer(learner: Learner, config: PpoConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [
-            {"params": list(learner.policy.parameters()), "peak_lr": config.learning_rate},
-            {"params": [learner.value_head_F], "peak_lr": config.value_learning_rate},
-        ],
-        betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, foreach=True,
-    )  # fmt: skip
-
-
-def _turns(prompts: Sequence[tuple[int, ...]], size: int, seed: int) -> Iterator[list[tuple[int, ...]]]:
+def _turns(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
     """Prompts for each round, all of them once in random order before any comes again."""
     drawn = random.Random(seed)
-    waiting: list[tuple[int, ...]] = []
+    waiting: list[Prompt] = []
     while True:
         while len(waiting) < size:
             waiting += drawn.sample(list(prompts), len(prompts))
@@ -246,5 +248,5 @@ def _turns(prompts: Sequence[tuple[int, ...]], size: int, seed: int) -> Iterator
         waiting = waiting[size:]
 
 
-def _snapshot(policy: UpperLayers) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -24,11 +24,27 @@ def masked_mean(values_NC: Tensor, mask_NC: Tensor) -> Tensor:
     return torch.where(mask_NC, values_NC, 0.0).sum() / mask_NC.sum()
 
 
-def whiten(values_NC: Tensor, mask_NC: Tensor) -> Tensor:
-    """Shifts and scales the real tokens to mean 0 and variance 1; 0 beyond them."""
-    mean = masked_mean(values_NC, mask_NC)
-    variance = masked_mean((values_NC - mean) ** 2, mask_NC)
-    return torch.where(mask_NC, (values_NC - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+def standardize(values_NC: Tensor, mask_NC: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Shifts and scales the real tokens by these; 0 beyond them."""
+    return torch.where(mask_NC, (values_NC - mean) / (deviation + 1e-8), 0.0)
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target_kl: float, num_rollouts: int, horizon: int) -> float:
+    """Moves the coefficient so that KL goes to its target, by 20 % of num_rollouts / horizon at most.
+
+    The controller of Ziegler et al. 2019, section 2.2.
+    """
+    error = min(0.2, max(-0.2, kl / target_kl - 1))
+    return kl_coef * (1 + error * num_rollouts / horizon)
+
+
+def importance_weights(old_logprobs_NC: Tensor, sampler_logprobs_NC: Tensor, mask_NC: Tensor, cap: float) -> Tensor:
+    """min(π_old / π_sampler, cap) of each token, 0 beyond the ends: what corrects for the sampler's own arithmetic.
+
+    Truncated importance sampling (Ionides 2008), for an engine that computes the same policy a little differently.
+    """
+    ratio_NC = torch.where(mask_NC, old_logprobs_NC - sampler_logprobs_NC, 0.0).exp()
+    return torch.where(mask_NC, ratio_NC.clamp_max(cap), 0.0)
 
 
 def rewards(scores_N: Tensor, logprobs_NC: Tensor, ref_logprobs_NC: Tensor, mask_NC: Tensor, kl_coef: float) -> Tensor:
@@ -56,9 +72,16 @@ def advantages(rewards_NC: Tensor, values_NC: Tensor, mask_NC: Tensor, gamma: fl
 
 
 def policy_loss(
-    logprobs_NC: Tensor, old_logprobs_NC: Tensor, advantages_NC: Tensor, mask_NC: Tensor, clip_range: float
+    logprobs_NC: Tensor,
+    old_logprobs_NC: Tensor,
+    advantages_NC: Tensor,
+    mask_NC: Tensor,
+    clip_range: float,
+    weights_NC: Tensor | None = None,
 ) -> Loss:
-    """-E[min(ρ A, clip(ρ, 1 ± clip_range) A)] with ρ = π / π_old (PPO, equation 7)."""
+    """-E[w min(ρ A, clip(ρ, 1 ± clip_range) A)] with ρ = π / π_old (PPO, equation 7); w is 1 unless given."""
+    if weights_NC is not None:
+        advantages_NC = weights_NC * advantages_NC
     # Differences beyond a completion's end may be anything; exp must not overflow there.
     ratio_NC = torch.where(mask_NC, logprobs_NC - old_logprobs_NC, 0.0).exp()
     plain_NC = -advantages_NC * ratio_NC

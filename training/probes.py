@@ -25,7 +25,7 @@ def probes_of(policy_folder: Path, sequences: Sequence[Sequence[int]]) -> list[p
     probes = []
     for sequence in sequences:
         token_ids = list(sequence[:MAX_PROBE_TOKENS])
-        hidden_TD = model.model(torch.tensor([token_ids])).last_hidden_state[0]
-        logprobs_T, _ = label_logprobs(hidden_TD[:-1], head_VD, torch.tensor(token_ids[1:]))
+        hidden_TD = model.model(torch.tensor([token_ids], device=head_VD.device)).last_hidden_state[0]
+        logprobs_T = label_logprobs(hidden_TD[:-1], head_VD, torch.tensor(token_ids[1:], device=head_VD.device))
         probes.append(policy_manifest_pb2.Probe(token_ids=token_ids, logprobs=logprobs_T.tolist()))
     return probes

@@ -70,18 +70,23 @@ class PolicyClient:
         ).policy
         return found
 
-    def newest_version(self) -> int:
-        """Returns the greatest version that is registered, 0 if none is."""
+    def newest(self) -> policy_service_pb2.Policy | None:
+        """Returns the version with the greatest number, None if none is registered."""
         request = policy_service_pb2.ListPoliciesRequest(page_size=1)
         found = self._service.ListPolicies(request, timeout=CALL_SECONDS, wait_for_ready=True).policies
-        return found[0].version if found else 0
+        return found[0] if found else None
 
-    def register(self, manifest: policy_manifest_pb2.PolicyManifest, folder: Path, reason: str) -> None:
+    def register(
+        self, manifest: policy_manifest_pb2.PolicyManifest, folder: Path, reason: str
+    ) -> policy_service_pb2.Policy:
         """Registers the version in `folder` as a candidate."""
         request = policy_service_pb2.RegisterPolicyRequest(
             manifest=manifest, artifact_uri=str(folder.resolve()), actor=ACTOR, reason=reason
         )
-        self._service.RegisterPolicy(request, timeout=CALL_SECONDS, wait_for_ready=True)
+        registered: policy_service_pb2.Policy = self._service.RegisterPolicy(
+            request, timeout=CALL_SECONDS, wait_for_ready=True
+        ).policy
+        return registered
 
     def promote(self, version: int, expected_live_version: int, reason: str) -> None:
         """Makes a candidate live, unless another version went live since."""
@@ -103,7 +108,14 @@ def next_version(client: PolicyClient, policies_dir: Path) -> int:
     A folder that was never registered is what a crash between writing and registering leaves: its number stays unused.
     """
     on_disk = [int(path.name[1:]) for path in policies_dir.glob("v*") if path.name[1:].isdecimal()]
-    return max([client.newest_version(), *on_disk]) + 1
+    newest = client.newest()
+    return max([newest.version if newest else 0, *on_disk]) + 1
+
+
+def registered_by(client: PolicyClient, run_id: str) -> policy_service_pb2.Policy | None:
+    """The newest version, if this run registered it: the run was killed between that and its end."""
+    newest = client.newest()
+    return newest if newest and newest.manifest.training.run_id == run_id else None
 
 
 def prompts_digest(sample_ids: Sequence[str]) -> str:

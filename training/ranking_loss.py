@@ -1,34 +1,64 @@
-"""The reward model's loss: how likely a labeler's ranking is under the scores, by the model of Bradley and Terry.
+"""The reward model's loss: how likely labelers' rankings are under the scores, by the model of Bradley and Terry.
 
-Pure functions of scores and ranks; nothing here knows a model.
+Pure functions of scores and ranks; nothing here knows a model. N completions of several rankings, laid end to end; M
+comparisons among them.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-
-def comparisons(ranks_K: Tensor) -> Tensor:
-    """Returns a [K, K] mask: true at [i, j] where completion i was preferred to j. Equal ranks give no comparison."""
-    return ranks_K[:, None] < ranks_K[None, :]
+from feedback.comparisons import comparisons
 
 
-def ranking_loss(scores_K: Tensor, ranks_K: Tensor) -> Tensor:
-    """-1/(K choose 2) Σ log σ(r_w - r_l) over the comparisons of one ranking (InstructGPT, equation 1).
+@dataclass(frozen=True)
+class Comparisons:
+    """All comparisons of some rankings. Each has its share of its ranking's weight, 1/(K choose 2)."""
 
-    `ranks_K` has 0 for the best; equal ranks are a tie. A ranking that is all ties has loss 0 and no gradient.
+    winners_M: Tensor
+    """Index into the N completions of the preferred one."""
+    losers_M: Tensor
+    weights_M: Tensor
+    rankings_M: Tensor
+    """Index of the ranking that a comparison comes from."""
+    total_weight: float
+    """Weight of all rankings, of those without a comparison too."""
+
+
+def compare(ranks: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> Comparisons:
+    """Returns the comparisons in rankings: every pair of completions with different ranks; a tie gives none.
+
+    Args:
+        ranks: of each ranking, the rank of each completion, 0 the best.
+        weights: of each ranking; 1 by default.
     """
-    num_completions = len(scores_K)
-    margins_KK = scores_K[:, None] - scores_K[None, :]
-    # where, not a product: a masked-out infinity must not become NaN.
-    losses_KK = torch.where(comparisons(ranks_K), -logsigmoid(margins_KK), 0.0)
-    return losses_KK.sum() / max(1, num_completions * (num_completions - 1) // 2)
+    weights = weights or [1.0] * len(ranks)
+    winners, losers, shares, rankings = [], [], [], []
+    first = 0
+    for ranking, (ranks_K, weight) in enumerate(zip(ranks, weights, strict=True)):
+        num_pairs = max(1, len(ranks_K) * (len(ranks_K) - 1) // 2)
+        for chosen, rejected in comparisons(ranks_K):
+            winners.append(first + chosen)
+            losers.append(first + rejected)
+            shares.append(weight / num_pairs)
+            rankings.append(ranking)
+        first += len(ranks_K)
+    as_index = [torch.tensor(each, dtype=torch.long) for each in (winners, losers, rankings)]
+    return Comparisons(as_index[0], as_index[1], torch.tensor(shares), as_index[2], float(sum(weights)))
 
 
-def num_correct(scores_K: Tensor, ranks_K: Tensor) -> tuple[float, int]:
-    """Returns how many comparisons the scores order as the labeler did (an equal score counts half), and how many
-    there are."""
-    preferred_KK = comparisons(ranks_K)
-    margins_KK = scores_K[:, None] - scores_K[None, :]
-    correct = (margins_KK > 0).double() + 0.5 * (margins_KK == 0).double()
-    return float(correct[preferred_KK].sum()), int(preferred_KK.sum())
+def margins(scores_N: Tensor, among: Comparisons) -> Tensor:
+    """Score of the preferred completion less that of the other, [M, ...] from scores [N, ...]."""
+    return scores_N[among.winners_M] - scores_N[among.losers_M]
+
+
+def ranking_loss(scores_N: Tensor, among: Comparisons) -> Tensor:
+    """Weighted mean over rankings of -1/(K choose 2) Σ log σ(r_w - r_l) (InstructGPT, equation 1).
+
+    All comparisons of a ranking are one term, however many they are; a ranking that is all ties has loss 0.
+    """
+    losses_M = -logsigmoid(margins(scores_N, among))
+    return (among.weights_M.to(losses_M) * losses_M).sum() / among.total_weight

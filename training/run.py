@@ -1,36 +1,36 @@
-"""One training run, start to end: reward model, PPO, evaluation, and the new version handed to serving."""
+"""One training run, start to end: reward model, PPO, evaluation, and the new version handed to serving.
+
+A run that was killed goes on from what `state/` in its folder holds: each phase that has ended is read back, and PPO
+goes on from its last checkpoint, so that the result is the same, bit for bit, as without the kill (on a CPU).
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from alignd.v1 import policy_manifest_pb2
+from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.artifact import write_artifact
-from training import ppo, reward_model
+from training import ppo, ptx
+from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.config import TrainingConfig
 from training.dataset import Dataset, TokenizedPrompt, make_dataset
 from training.errors import TrainingError
 from training.evaluate import WinRate, win_rate
 from training.groups import Group
-from training.policy_model import (
-    SharedLayers,
-    UpperLayers,
-    load_model,
-    load_weights,
-    merged_weights,
-    save_policy,
-    upper_layers_of,
-)
+from training.learner import make_learner
+from training.policy_model import SharedLayers, UpperLayers, load_model, load_weights, save_policy, upper_layers_of
 from training.probes import probes_of
-from training.publish import PolicyClient, artifact_folder, next_version, prompts_digest
-from training.reward_model import RewardModel
+from training.publish import PolicyClient, artifact_folder, next_version, prompts_digest, registered_by
+from training.refresh import Fitted, accept, fit_judge, refresh
+from training.reward_model import RewardModel, normalise, score_groups
 from training.rollouts import Rollout, RolloutEngine
 from training.run_folder import RunFolder, SamplePair
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from feedback.store import Store
 
-REWARD_MODEL_FILE = "reward_model.safetensors"
 WIN_RATE = "reward_model/win_rate_over_reference"
 MAX_STORED_PROMPTS = 100_000
 NUM_SAMPLE_PAIRS = 20
@@ -47,61 +46,94 @@ NUM_SAMPLE_PAIRS = 20
 
 @dataclass(frozen=True)
 class Workplace:
-    """What outlives a run: the configuration, the engine, and where things are read and written."""
+    """What outlives a run: where things are read and written, and who may interrupt."""
 
-    config: TrainingConfig
     store: Store
     engine: RolloutEngine
     client: PolicyClient
     policies_dir: Path
     tokenizer: PreTrainedTokenizerBase
+    between_rounds: Callable[[str], None]
+    """Called with the run's id between two steps: waits while the trainer is paused, raises to end the run."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run works with throughout."""
+
+    place: Workplace
+    folder: RunFolder
+    config: TrainingConfig
+    parents: Parents
+    shared: SharedLayers
+    data: Dataset
 
 
 @dataclass(frozen=True)
 class Parents:
     """The versions that a run starts from."""
 
-    live_version: int
-    live_folder: Path
-    reference_version: int
-    reference_folder: Path
+    live: policy_service_pb2.Policy
+    reference: policy_service_pb2.Policy
+
+    @property
+    def live_folder(self) -> Path:
+        """Where the policy that PPO goes on from lies."""
+        return artifact_folder(self.live)
+
+    @property
+    def reference_folder(self) -> Path:
+        """Where the policy that KL is measured from lies."""
+        return artifact_folder(self.reference)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What scores, and what the reference policy wrote to the held-out prompts, which it scores 0 on average."""
+
+    model: RewardModel
+    judge: RewardModel
+    fitted: Fitted
+    before: list[Rollout]
 
 
 def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
     """Asks serving for the live policy and for the reference policy that its lineage is measured from."""
     live = client.get("live", timeout_seconds)
-    reference = client.get(f"v{live.manifest.reference_version}")
-    return Parents(live.version, artifact_folder(live), reference.version, artifact_folder(reference))
+    return Parents(live, client.get(f"v{live.manifest.reference_version}"))
 
 
 def run(place: Workplace, folder: RunFolder) -> int:
-    """Trains from the store's rankings and registers the result. Returns its version.
+    """Trains from the store's rankings and registers the result, or goes on with that. Returns its version.
 
     Raises TrainingError where something is not finite or there is too little to learn from; nothing is registered then.
     """
-    config = place.config
+    started = _open(place, folder)
+    earlier = registered_by(place.client, folder.path.name)
+    if earlier:
+        return _go_live(started, earlier)
+    rewards = _rewards(started)
+    judged = _judged(started)
+    policy = _optimise(started, rewards)
+    place.between_rounds(folder.path.name)
+    after = _sample(started, judged, started.config.seed + 1)
+    won = _judge(started, rewards, judged, after)
+    return _go_live(started, _register(started, rewards, policy, won, judged))
+
+
+def _open(place: Workplace, folder: RunFolder) -> Run:
+    config, origin = folder.config(), folder.origin()
     torch.manual_seed(config.seed)
-    parents = find_parents(place.client, timeout_seconds=60.0)
-    shared = SharedLayers(load_model(parents.reference_folder))
-    data = _read(place)
-    rewards, digest = _refresh_reward_model(place, folder, shared, data)
-    judged = data.held_out_prompts[: config.num_evaluation_prompts]
-    place.engine.load_weights(load_weights(parents.reference_folder))
-    before = _sample(place, judged, config.seed)
-    _normalise(folder, rewards, shared, judged, before)
-    policy = _optimise(place, folder, shared, rewards, parents, data)
-    after = _sample(place, judged, config.seed + 1)
-    won = _judge(place, folder, rewards, shared, judged, before, after)
-    manifest = _manifest(place, folder, parents, data, digest, won)
-    return _publish(place, folder, shared, policy, parents, manifest, won, judged)
-
-
-def _read(place: Workplace) -> Dataset:
-    config = place.config
+    # An index's backward pass adds in whatever order threads come, unless told otherwise.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    parents = Parents(place.client.get(f"v{origin.live_version}"), place.client.get(f"v{origin.reference_version}"))
     data = make_dataset(
         place.tokenizer,
-        place.store.ranked_groups()[-config.reward_model.max_rankings :],
-        place.store.prompts(MAX_STORED_PROMPTS),
+        place.store.ranked_groups(up_to_seq=origin.last_ranking_seq, up_to_sample_seq=origin.last_sample_seq)[
+            -config.reward_model.max_rankings :
+        ],
+        place.store.prompts(MAX_STORED_PROMPTS, up_to_seq=origin.last_sample_seq),
         held_out_share=config.reward_model.held_out_share,
         max_prompt_tokens=config.ppo.max_prompt_tokens,
     )
@@ -110,38 +142,66 @@ def _read(place: Workplace) -> Dataset:
             f"too little to learn from: {len(data.training)} rankings with a comparison, "
             f"{len(data.training_prompts)} prompts to train on, {len(data.held_out_prompts)} held out"
         )
-    return data
+    return Run(place, folder, config, parents, SharedLayers(load_model(parents.reference_folder)), data)
 
 
-def _refresh_reward_model(
-    place: Workplace, folder: RunFolder, shared: SharedLayers, data: Dataset
-) -> tuple[RewardModel, str]:
-    """Fits the reward model anew to all rankings, and returns it with the digest of its weights."""
-    config = place.config.reward_model
-    model = RewardModel(shared, config)
-    reward_model.fit(
-        model, shared, data.training, config,
-        lambda step, num_steps, metrics: folder.log("reward_model", step, num_steps, metrics),
-    )  # fmt: skip
-    correct, count = reward_model.accuracy(model, shared, data.held_out, config.batch_size)
-    digest = reward_model.save(model, folder.path / REWARD_MODEL_FILE)
-    metrics = {"reward_model/held_out_accuracy": correct, "reward_model/held_out_comparisons": count}
-    folder.log("reward_model_evaluation", 0, 1, metrics)
-    return model, digest
+def _judged(run: Run) -> tuple[TokenizedPrompt, ...]:
+    return run.data.held_out_prompts[: run.config.num_evaluation_prompts]
 
 
-def _sample(place: Workplace, prompts: Sequence[TokenizedPrompt], seed: int) -> list[Rollout]:
+def _rewards(run: Run) -> Rewards:
+    """Refreshes the reward model and normalises it, or reads back what an earlier attempt has made."""
+    config, folder, shared = run.config.reward_model, run.folder, run.shared
+    found = newest_checkpoint(folder.state / "rewards")
+    if found:
+        model, judge = RewardModel(shared, config), RewardModel(shared, config.model_copy(update=HEADS_ALONE))
+        model.layers.bfloat16()
+        for each, prefix in ((model, "model."), (judge, "judge.")):
+            each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
+        before = [Rollout(tuple(each[0]), tuple(each[1]), each[2]) for each in found.facts["before"]]
+        rewards = Rewards(model, judge, Fitted(**found.facts["fitted"]), before)
+    else:
+        folder.rewind("reward_model", 0)
+        rewards = _fit(run)
+        tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
+        tensors |= {f"judge.{name}": tensor for name, tensor in rewards.judge.state_dict().items()}
+        drawn = [[list(each.token_ids), list(each.logprobs), each.finished] for each in rewards.before]
+        save_checkpoint(folder.state / "rewards", 0, tensors, {"before": drawn, "fitted": asdict(rewards.fitted)})
+    accept(folder.path.parent, rewards.fitted)
+    return rewards
+
+
+HEADS_ALONE = {"num_trained_layers": 0}
+
+
+def _fit(run: Run) -> Rewards:
+    config, folder, shared = run.config, run.folder, run.shared
+    digest = run.parents.reference.manifest.weight_digest
+    model, fitted = refresh(
+        config.reward_model, shared, run.data, folder.path, digest, seed=config.seed, log=folder.log
+    )
+    judge = fit_judge(config.reward_model, shared, run.data.held_out or run.data.training, seed=config.seed)
+    run.place.engine.load_weights(load_weights(run.parents.reference_folder))
+    judged = _judged(run)
+    before = _sample(run, judged, config.seed)
+    deviation = normalise(model, shared, _groups(judged, before))
+    normalise(judge, shared, _groups(judged, before))
+    folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
+    return Rewards(model, judge, fitted, before)
+
+
+def _sample(run: Run, prompts: Sequence[TokenizedPrompt], seed: int) -> list[Rollout]:
     """One completion of each prompt by what is in the engine."""
-    return [rollouts[0] for rollouts in _draw(place, [prompt.token_ids for prompt in prompts], 1, seed)]
+    return [rollouts[0] for rollouts in _draw(run, [prompt.token_ids for prompt in prompts], 1, seed)]
 
 
-def _draw(place: Workplace, prompts: Sequence[Sequence[int]], num_completions: int, seed: int) -> list[list[Rollout]]:
-    return place.engine.sample(
+def _draw(run: Run, prompts: Sequence[Sequence[int]], num_completions: int, seed: int) -> list[list[Rollout]]:
+    return run.place.engine.sample(
         prompts,
         num_completions=num_completions,
-        max_tokens=place.config.ppo.max_tokens,
+        max_tokens=run.config.ppo.max_tokens,
         seed=seed,
-        eos_token_id=place.tokenizer.eos_token_id,
+        eos_token_id=run.place.tokenizer.eos_token_id,
     )
 
 
@@ -149,76 +209,67 @@ def _groups(prompts: Sequence[TokenizedPrompt], rollouts: Sequence[Rollout]) -> 
     return [Group(p.token_ids, (rollout.token_ids,)) for p, rollout in zip(prompts, rollouts, strict=True)]
 
 
-def _normalise(
-    folder: RunFolder,
-    rewards: RewardModel,
-    shared: SharedLayers,
-    prompts: Sequence[TokenizedPrompt],
-    references: Sequence[Rollout],
-) -> None:
-    deviation = reward_model.normalise(rewards, shared, _groups(prompts, references))
-    folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
-
-
-def _optimise(
-    place: Workplace, folder: RunFolder, shared: SharedLayers, rewards: RewardModel, parents: Parents, data: Dataset
-) -> UpperLayers:
-    """PPO, from the live policy's weights."""
-    config = place.config.ppo
-    policy = upper_layers_of(parents.live_folder, shared, min(config.num_frozen_layers, shared.num_layers - 1))
-    place.engine.load_weights(merged_weights(shared, policy))
-    ppo.train(
-        ppo.make_learner(shared, policy, rewards),
-        config,
-        [prompt.token_ids for prompt in data.training_prompts],
-        lambda prompts, seed: _draw(place, prompts, config.rollouts_per_prompt, seed),
-        place.engine.load_weights,
-        seed=place.config.seed,
+def _optimise(run: Run, rewards: Rewards) -> UpperLayers:
+    """PPO, from the live policy's weights or from where a killed attempt had come."""
+    config, folder, shared = run.config.ppo, run.folder, run.shared
+    frozen = min(config.num_frozen_layers, shared.num_layers - 1)
+    policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora)
+    learner = make_learner(shared, policy, rewards.model, rewards.judge, config)
+    checkpoints = folder.state / "ppo"
+    found = newest_checkpoint(checkpoints)
+    folder.rewind("ppo", found.step if found else 0)
+    world = ppo.World(
+        prompts=[prompt.token_ids for prompt in run.data.training_prompts],
+        sample=lambda prompts, seed: _draw(run, prompts, config.rollouts_per_prompt, seed),
+        load_weights=run.place.engine.load_weights,
         log=lambda step, num_steps, metrics: folder.log("ppo", step, num_steps, metrics),
+        pretraining=_pretraining(run),
+        checkpoints=checkpoints,
+        between_rounds=lambda: run.place.between_rounds(folder.path.name),
     )
+    ppo.train(learner, config, world, seed=run.config.seed)
     return policy
 
 
-def _judge(
-    place: Workplace,
-    folder: RunFolder,
-    rewards: RewardModel,
-    shared: SharedLayers,
-    prompts: Sequence[TokenizedPrompt],
-    before: Sequence[Rollout],
-    after: Sequence[Rollout],
-) -> WinRate:
+def _pretraining(run: Run) -> Iterator[tuple[int, ...]] | None:
+    config = run.config.ppo.ptx
+    if not config.data:
+        return None
+    texts = ptx.pretraining_texts(config, run.config.seed)
+    return ptx.sequences(texts, run.place.tokenizer, config.sequence_tokens)
+
+
+def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout]) -> WinRate:
     """The new policy against the reference on held-out prompts, by the reward model; writes samples of both."""
     scores, reference_scores = (
-        torch.cat(reward_model.score_groups(rewards, shared, _groups(prompts, rollouts))).tolist()
-        for rollouts in (after, before)
+        torch.cat(score_groups(rewards.model, run.shared, _groups(prompts, rollouts))).tolist()
+        for rollouts in (after, rewards.before)
     )
     won = win_rate(scores, reference_scores)
     metrics = {WIN_RATE: won.value, "low": won.low, "high": won.high}
-    folder.log("evaluate", 0, 1, metrics | {"wins": won.wins, "ties": won.ties, "losses": won.losses})
-    rows = list(zip(prompts, before, after, strict=True))[:NUM_SAMPLE_PAIRS]
-    folder.write_samples([SamplePair(prompt.text, _decode(place, b), _decode(place, a)) for prompt, b, a in rows])
+    run.folder.log("evaluate", 0, 1, metrics | {"wins": won.wins, "ties": won.ties, "losses": won.losses})
+    rows = itertools.islice(zip(prompts, rewards.before, after, strict=True), NUM_SAMPLE_PAIRS)
+    run.folder.write_samples([SamplePair(prompt.text, _decode(run, b), _decode(run, a)) for prompt, b, a in rows])
     return won
 
 
-def _decode(place: Workplace, rollout: Rollout) -> str:
-    return str(place.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+def _decode(run: Run, rollout: Rollout) -> str:
+    return str(run.place.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
 
 
-def _manifest(
-    place: Workplace, folder: RunFolder, parents: Parents, data: Dataset, digest: str, won: WinRate
-) -> policy_manifest_pb2.PolicyManifest:
+def _manifest(run: Run, rewards: Rewards, won: WinRate) -> policy_manifest_pb2.PolicyManifest:
     """All of the manifest but what depends on the files."""
+    data = run.data
     manifest = policy_manifest_pb2.PolicyManifest(
-        version=next_version(place.client, place.policies_dir),
-        parent_version=parents.live_version,
-        reference_version=parents.reference_version,
+        version=next_version(run.place.client, run.place.policies_dir),
+        parent_version=run.parents.live.version,
+        reference_version=run.parents.reference.version,
         training=policy_manifest_pb2.TrainingLineage(
-            run_id=folder.path.name,
-            algorithm="ppo",
-            recipe_json=place.config.model_dump_json(),
-            seed=place.config.seed,
-            reward_model_digest=digest,
+            run_id=run.folder.path.name,
+            algorithm="ppo-ptx" if run.config.ppo.ptx.data else "ppo",
+            recipe_json=run.config.model_dump_json(),
+            seed=run.config.seed,
+            reward_model_digest=rewards.fitted.digest,
             rankings=data.rankings,
             num_rankings=len(data.training),
             num_prompts=len(data.training_prompts),
@@ -233,28 +284,32 @@ def _manifest(
     return manifest
 
 
-def _publish(
-    place: Workplace,
-    folder: RunFolder,
-    shared: SharedLayers,
-    policy: UpperLayers,
-    parents: Parents,
-    manifest: policy_manifest_pb2.PolicyManifest,
-    won: WinRate,
-    probed: Sequence[TokenizedPrompt],
-) -> int:
-    """Writes and registers the version; asks for it to go live if its win rate lets it."""
-    sequences = [prompt.token_ids for prompt in probed[: place.config.num_probes]]
+def _register(
+    run: Run, rewards: Rewards, policy: UpperLayers, won: WinRate, probed: Sequence[TokenizedPrompt]
+) -> policy_service_pb2.Policy:
+    """Writes and registers the version."""
+    manifest = _manifest(run, rewards, won)
+    sequences = [prompt.token_ids for prompt in probed[: run.config.num_probes]]
 
     def write_files(draft: Path) -> None:
-        save_policy(draft, shared, policy, parents.reference_folder)
+        save_policy(draft, run.shared, policy, run.parents.reference_folder)
         manifest.probes.extend(probes_of(draft, sequences))
 
-    written, complete = write_artifact(place.policies_dir, manifest, write_files)
-    reason = f"run {folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model"
-    place.client.register(complete, written, reason)
-    promoted = place.config.promote and won.low > place.config.min_win_rate
-    folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
-    if promoted:
-        place.client.promote(manifest.version, parents.live_version, reason)
+    written, complete = write_artifact(run.place.policies_dir, manifest, write_files)
+    return run.place.client.register(complete, written, _reason(run, complete))
+
+
+def _reason(run: Run, manifest: policy_manifest_pb2.PolicyManifest) -> str:
+    won = manifest.evaluations[0]
+    return f"run {run.folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model"
+
+
+def _go_live(run: Run, policy: policy_service_pb2.Policy) -> int:
+    """Asks for the version to go live if its win rate lets it. Harmless when repeated."""
+    config, manifest = run.config, policy.manifest
+    promoted = config.promote and manifest.evaluations[0].low > config.min_win_rate
+    run.folder.rewind("register", 0)
+    run.folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
+    if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
+        run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
     return manifest.version

@@ -1,14 +1,22 @@
-"""The folder that a run leaves behind: its recipe, one line a step, and samples before and after."""
+"""The folder that a run leaves behind: its recipe, one line a step, samples before and after, and a report.
+
+While the run lasts, `state/` holds what it would be resumed from; it holds users' text no longer than that.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from training.config import TrainingConfig
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -21,25 +29,85 @@ class SamplePair:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a run began from: enough to see the same data when it is resumed."""
+
+    live_version: int
+    reference_version: int
+    last_ranking_seq: int
+    last_sample_seq: int
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A run's files. Whoever follows `metrics.jsonl` sees each line whole, as soon as the step has ended."""
 
     path: Path
 
+    @property
+    def state(self) -> Path:
+        """What a run that was killed goes on from. Gone once the run has ended."""
+        return self.path / "state"
+
     @classmethod
-    def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig) -> RunFolder:
-        """Makes the folder, with the resolved recipe in it."""
+    def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig, origin: Origin) -> RunFolder:
+        """Makes the folder, with the resolved recipe and the origin in it."""
         folder = cls(runs_dir / run_id)
-        folder.path.mkdir(parents=True)
+        folder.state.mkdir(parents=True)
         (folder.path / "recipe.json").write_text(config.model_dump_json(indent=2) + "\n")
+        write_json(folder.state / "origin.json", asdict(origin))
         return folder
 
-    def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, float | str]) -> None:
+    @classmethod
+    def unfinished(cls, runs_dir: Path) -> RunFolder | None:
+        """The newest run that was killed; None if all have ended."""
+        found = sorted(path.parent.parent for path in runs_dir.glob("*/state/origin.json"))
+        return cls(found[-1]) if found else None
+
+    def config(self) -> TrainingConfig:
+        """The recipe that the run began with."""
+        return TrainingConfig.model_validate_json((self.path / "recipe.json").read_text())
+
+    def origin(self) -> Origin:
+        """What the run began from."""
+        return Origin(**json.loads((self.state / "origin.json").read_text()))
+
+    def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. `step` counts from 0."""
         line = {"time": time.time(), "phase": phase, "step": step, "num_steps": num_steps, **metrics}
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def rewind(self, phase: str, step: int) -> None:
+        """Takes back the lines of `phase` from this step on, and all of later phases: they will be written again."""
+        path = self.path / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        for index, line in enumerate(lines):
+            # A kill while a line was written leaves a part of it, always the last.
+            entry = json.loads(line) if line.endswith("\n") else {"phase": phase, "step": step}
+            if entry["phase"] == phase and entry["step"] >= step:
+                replace_file(path, "".join(lines[:index]))
+                return
 
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:
         """Writes samples.jsonl."""
         (self.path / "samples.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+
+    def end(self) -> None:
+        """Removes what the run would have been resumed from."""
+        shutil.rmtree(self.state, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replaces a file by this value, at once or not at all."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replaces a file by this text, at once or not at all."""
+    draft = path.with_suffix(path.suffix + ".tmp")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from alignd.v1 import events_pb2, types_pb2
 from feedback.bus import Delivered, Position
 from feedback.ledger import Ledger, Offset, StaleError
-from feedback.store import Store
+from feedback.store import Store, StoredDemonstration
 from feedback.topics import FEEDBACK_TOPICS, RANKINGS
 from tests.feedback import processes
-from tests.feedback.events import delivered, demonstration, ranking, sample
+from tests.feedback.events import TIME_S, delivered, demonstration, ranking, sample
 
 
 @pytest.fixture
@@ -103,6 +103,83 @@ def test_prompts_come_once_each_the_newest_first(ledger: Ledger, store: Store) -
     write_events(ledger, sample("s1", "a"), sample("s2", "b"), sample("s3", "a"), sample("s4", "c"))
     assert [(each.sample_id, each.prompt.text) for each in store.prompts(10)] == [("s4", "c"), ("s3", "a"), ("s2", "b")]
     assert [each.sample_id for each in store.prompts(1)] == ["s4"]
+
+
+def test_with_bounds_a_reader_sees_what_was_there(ledger: Ledger, store: Store) -> None:
+    write_events(ledger, sample("s1"), ranking("first", "s1"), ranking("early", "s2"))
+    seq, sample_seq = store.last_seq(), store.last_sample_seq()
+    before = store.ranked_groups(up_to_seq=seq, up_to_sample_seq=sample_seq)
+    assert [group.ranking_id for group in before] == ["first"]
+    write_events(ledger, sample("s2"), ranking("second", "s1", time_s=5), ranking("other", "s2", time_s=5))
+    assert store.ranked_groups(up_to_seq=seq, up_to_sample_seq=sample_seq) == before
+    assert [group.ranking_id for group in store.ranked_groups(up_to_seq=seq)] == ["first", "early"]
+    assert [group.ranking_id for group in store.ranked_groups()] == ["second", "other"]
+
+
+def test_a_ranking_is_replaced_within_the_bound(ledger: Ledger, store: Store) -> None:
+    write_events(ledger, sample(), ranking("a"), ranking("b", time_s=5), ranking("c", time_s=10))
+    (newest,) = store.ranked_groups()
+    assert newest.ranking_id == "c"
+    bounds = range(newest.seq - 3, newest.seq + 1)
+    assert [[g.ranking_id for g in store.ranked_groups(up_to_seq=bound)] for bound in bounds] == [
+        [],
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
+    assert store.ranked_groups(after_seq=newest.seq - 2, up_to_seq=newest.seq - 2) == []
+    # The one that counts has a number before the first that is asked for.
+    assert [g.ranking_id for g in store.ranked_groups(after_seq=newest.seq - 2, up_to_seq=newest.seq - 1)] == ["b"]
+
+
+def test_prompts_up_to_a_sample_do_not_change_when_more_come(ledger: Ledger, store: Store) -> None:
+    assert store.last_sample_seq() == 0
+    write_events(ledger, sample("s1", "a"), sample("s2", "b"))
+    seq = store.last_sample_seq()
+    before = store.prompts(10)
+    write_events(ledger, sample("s3", "a"), sample("s4", "c"))
+    assert store.last_sample_seq() > seq
+    assert store.prompts(10, up_to_seq=seq) == before
+    assert [each.sample_id for each in store.prompts(1, up_to_seq=seq)] == ["s2"]
+    assert store.prompts(10, up_to_seq=0) == []
+
+
+def test_the_oldest_new_rankings_time(ledger: Ledger, store: Store) -> None:
+    assert store.oldest_ranking_time(0) is None
+    write_events(ledger, ranking("r1", time_s=0), ranking("r2", time_s=20))
+    seq = store.last_seq()
+    late = ranking("r4", time_s=5)
+    late.event_time.nanos = 250_000_000  # type: ignore[attr-defined]
+    write_events(ledger, ranking("r3", time_s=10), late)
+    assert store.oldest_ranking_time(0) == TIME_S
+    assert store.oldest_ranking_time(seq) == TIME_S + 5.25
+    assert store.oldest_ranking_time(store.last_seq()) is None
+
+
+def test_a_demonstration_is_joined_with_its_sample(ledger: Ledger, store: Store) -> None:
+    assert store.demonstrations() == []
+    write_events(ledger, demonstration("d2", "s2", "early"), sample("s1", "Why?"), demonstration("d1", "s1", "So."))
+    (found,) = store.demonstrations()
+    assert found == StoredDemonstration(found.seq, "d1", "s1", "u", types_pb2.Prompt(text="Why?"), "So.")
+    write_events(ledger, sample("s2", "How?"))
+    assert [(each.demonstration_id, each.prompt.text) for each in store.demonstrations()] == [
+        ("d2", "How?"),
+        ("d1", "Why?"),
+    ]
+    assert [each.demonstration_id for each in store.demonstrations(after_seq=found.seq - 1)] == ["d1"]
+    assert store.demonstrations(after_seq=found.seq) == []
+
+
+def test_a_users_latest_demonstration_of_a_sample_counts(ledger: Ledger, store: Store) -> None:
+    later: Any = demonstration("a", text="later")
+    others: Any = demonstration("c")
+    later.event_time.seconds += 1
+    others.user_id = "v"
+    write_events(ledger, sample("s1"), sample("s2"), later, demonstration("b"), others, demonstration("d", "s2"))
+    assert [each.demonstration_id for each in store.demonstrations()] == ["a", "c", "d"]
+    # Of two at the same moment the greater id, as with rankings.
+    write_events(ledger, demonstration("e", "s2", "the same moment"))
+    assert [each.demonstration_id for each in store.demonstrations()] == ["a", "c", "e"]
 
 
 def test_the_same_thing_submitted_twice_is_one(ledger: Ledger, store: Store) -> None:

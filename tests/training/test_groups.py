@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from training.groups import Group, pack
+from training.groups import Group, micro_batches, pack
 from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
 
 GROUPS = [
@@ -24,7 +26,7 @@ def test_packed_logprobs_equal_separate_full_softmax(shared: SharedLayers, level
     packed = pack(GROUPS)
     hidden_GTD = shared.encode(packed, [level])[level]
     upper = UpperLayers(shared.model, level, shared.num_layers)
-    logprobs_NC, _ = completion_logprobs(upper(hidden_GTD, packed, shared.angles(packed)), shared.head_VD, packed)
+    logprobs_NC = completion_logprobs(upper(hidden_GTD, packed, shared.angles(packed)), shared.head_VD, packed)
     alone = [(group.prompt, completion) for group in GROUPS for completion in group.completions]
     for row, (prompt, completion) in enumerate(alone):
         expected = naive_logprobs(shared, prompt, completion)
@@ -50,3 +52,10 @@ def test_completions_do_not_see_each_other(shared: SharedLayers) -> None:
 def test_refuses_what_is_empty(group: tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]) -> None:
     with pytest.raises(ValueError, match="none of them empty"):
         Group(*group)
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), max_tokens=st.integers(1, 200))
+def test_micro_batches_hold_every_row_once_within_the_limit(lengths: list[int], max_tokens: int) -> None:
+    batches = micro_batches(lengths, max_tokens)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens for batch in batches)

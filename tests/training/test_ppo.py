@@ -1,34 +1,26 @@
 """The whole learner on a tiny policy: a preference is learned from rankings, and PPO moves the policy towards it."""
 
-import random
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.training.sampling import PlainSampler
-from training import ppo, reward_model
-from training.config import PpoConfig, RewardModelConfig
+from tests.training.learning import PPO, PROMPTS, fitted, learner_of, ranked_examples, silent, world_of, worths
+from training import ppo
+from training.config import LoraConfig, PtxConfig
 from training.errors import TrainingError
+from training.experience import gather
 from training.groups import Group
-from training.policy_model import SharedLayers, merged_weights, upper_layers_of
-from training.reward_model import RankedExample, RewardModel
+from training.learner import trained_parameters
+from training.policy_model import SharedLayers, merged_weights
+from training.reward_evaluation import evaluate_rewards
+from training.reward_model import normalise, score_groups
 from training.rollouts import Rollout
-
-EOS = 2
-PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]
-REWARD_MODEL = RewardModelConfig(num_layers=1, l2=0.01)
-PPO = PpoConfig(
-    num_steps=16, prompts_per_step=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
-    learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_steps=0,
-)  # fmt: skip
-
-
-def worths(shared: SharedLayers) -> list[float]:
-    """The preference to learn: what each token is worth is a component of its embedding, in standard deviations."""
-    component_V = shared.head_VD[:, 0].float()
-    worth_V: list[float] = (component_V / component_V.std()).tolist()
-    return worth_V
 
 
 def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
@@ -37,50 +29,34 @@ def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
     return sum(worth[token] for token in tokens) / len(tokens)
 
 
-def ranked_examples(shared: SharedLayers, count: int, seed: int) -> list[RankedExample]:
-    drawn, worth = random.Random(seed), worths(shared)
-    examples = []
-    for _ in range(count):
-        completions = tuple(tuple(drawn.randrange(3, 436) for _ in range(8)) for _ in range(4))
-        total = [sum(worth[token] for token in completion) for completion in completions]
-        ranks = tuple(sorted(total, reverse=True).index(each) for each in total)
-        examples.append(RankedExample(Group(drawn.choice(PROMPTS), completions), ranks))
-    return examples
-
-
-def keep_in(seen: list[dict[str, float]]) -> ppo.Log:
+def kept(seen: list[dict[str, Any]]) -> ppo.Log:
     return lambda step, num_steps, metrics: seen.append(metrics)
 
 
-def fitted(shared: SharedLayers) -> RewardModel:
-    model = RewardModel(shared, REWARD_MODEL)
-    reward_model.fit(model, shared, ranked_examples(shared, 240, seed=1), REWARD_MODEL, lambda *_: None)
-    return model
-
-
-def test_reward_model_learns_a_preference_and_ppo_follows_it(shared: SharedLayers, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=8)], ids=["full weights", "LoRA"])
+def test_reward_model_learns_a_preference_and_ppo_follows_it(
+    shared: SharedLayers, tiny_folder: Path, lora: LoraConfig
+) -> None:
     rewards = fitted(shared)
-    correct, count = reward_model.accuracy(rewards, shared, ranked_examples(shared, 40, seed=2), 8)
-    assert count > 150
+    judged = evaluate_rewards(rewards, shared, ranked_examples(shared, 40, seed=2))
+    assert judged is not None
+    assert judged.num_comparisons > 150
     # The random layers drown most of the embedding: the same head finds 0.74 here, and chance is 0.5.
-    assert correct > 0.65
+    assert judged.accuracy > 0.65
 
-    sampler = PlainSampler(tiny_folder, num_completions=4, max_tokens=8, eos_token_id=EOS)
+    seen: list[dict[str, Any]] = []
+    rate = {"learning_rate": 1e-2} if lora.rank else {}
+    config = PPO.model_copy(update={"lora": lora, **rate})
+    world, sampler = world_of(tiny_folder, config, kept(seen))
     before = sampler.sample(PROMPTS, seed=7)
-    references = [
-        Group(prompt, tuple(rollout.token_ids for rollout in group))
-        for prompt, group in zip(PROMPTS, before, strict=True)
-    ]
-    reward_model.normalise(rewards, shared, references)
-    scores = torch.cat(reward_model.score_groups(rewards, shared, references))
+    references = [Group(p, tuple(r.token_ids for r in drawn)) for p, drawn in zip(PROMPTS, before, strict=True)]
+    normalise(rewards, shared, references)
+    scores = torch.cat(score_groups(rewards, shared, references))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std()) == pytest.approx(1, abs=1e-4)
 
-    policy = upper_layers_of(tiny_folder, shared, first=0)
-    seen: list[dict[str, float]] = []
-    learner = ppo.make_learner(shared, policy, rewards)
-    ppo.train(learner, PPO, PROMPTS, sampler.sample, sampler.load_weights, seed=0, log=keep_in(seen))
-    assert len(seen) == PPO.num_steps == sampler.num_loads
+    assert ppo.train(learner_of(shared, tiny_folder, config, rewards), config, world, seed=0) is None
+    assert len(seen) == config.num_steps == sampler.num_loads - 1
     assert seen[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert seen[-1]["objective/score"] > seen[0]["objective/score"] + 0.5
     assert seen[-1]["objective/kl"] > 0
@@ -88,37 +64,113 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(shared: SharedLayer
 
 
 def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: SharedLayers, tiny_folder: Path) -> None:
-    policy = upper_layers_of(tiny_folder, shared, first=0)
-    sampler = PlainSampler(tiny_folder, num_completions=4, max_tokens=8, eos_token_id=EOS)
+    seen: list[dict[str, Any]] = []
     config = PPO.model_copy(update={"max_kl": 0.02, "learning_rate": 1e-2})
-    seen: list[dict[str, float]] = []
-    learner = ppo.make_learner(shared, policy, fitted(shared))
-    ppo.train(learner, config, PROMPTS, sampler.sample, sampler.load_weights, seed=0, log=keep_in(seen))
+    learner = learner_of(shared, tiny_folder, config, fitted(shared))
+    world, sampler = world_of(tiny_folder, config, kept(seen))
+    reason = ppo.train(learner, config, world, seed=0)
+    assert reason is not None
+    assert "ppo.max_kl = 0.02" in reason
     assert 1 < len(seen) < config.num_steps
     assert seen[-1]["objective/kl"] > 0.02
-    assert seen[-1]["stopped/max_kl"] == 0.02
-    for name, tensor in merged_weights(shared, policy).items():
+    assert seen[-1]["stopped/reason"] == reason
+    for name, tensor in merged_weights(shared, learner.policy).items():
         assert torch.equal(sampler.model.state_dict()[name], tensor)
 
 
-def test_what_is_not_finite_stops_the_run(shared: SharedLayers, tiny_folder: Path) -> None:
+def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
     rewards = fitted(shared)
     with torch.no_grad():
-        rewards.head_F[0] = torch.nan
-    sampler = PlainSampler(tiny_folder, num_completions=4, max_tokens=8, eos_token_id=EOS)
-    learner = ppo.make_learner(shared, upper_layers_of(tiny_folder, shared, first=0), rewards)
-    with pytest.raises(TrainingError, match="objective/score"):
-        ppo.train(learner, PPO, PROMPTS, sampler.sample, sampler.load_weights, seed=0, log=lambda *_: None)
-    assert sampler.num_loads == 0
+        rewards.heads_FE[0] = torch.nan
+    learner = learner_of(shared, tiny_folder, PPO, rewards)
+    world, sampler = world_of(tiny_folder, PPO)
+    before = {name: tensor.clone() for name, tensor in sampler.model.state_dict().items()}
+    assert ppo.train(learner, PPO, world, seed=0) == "not finite: objective/score, objective/judge_score"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sampler.model.state_dict().items())
 
 
-def test_the_same_seed_gives_the_same_policy(shared: SharedLayers, tiny_folder: Path) -> None:
-    rewards, found = fitted(shared), []
-    for _ in range(2):
-        policy = upper_layers_of(tiny_folder, shared, first=1)
-        sampler = PlainSampler(tiny_folder, num_completions=2, max_tokens=4, eos_token_id=EOS)
-        config = PPO.model_copy(update={"num_steps": 2})
-        learner = ppo.make_learner(shared, policy, rewards)
-        ppo.train(learner, config, PROMPTS, sampler.sample, sampler.load_weights, seed=5, log=lambda *_: None)
-        found.append(merged_weights(shared, policy))
+def test_a_loss_that_is_not_finite_is_an_error(shared: SharedLayers, tiny_folder: Path) -> None:
+    learner = learner_of(shared, tiny_folder, PPO, fitted(shared))
+    with torch.no_grad():
+        learner.value.head_F[0] = torch.nan
+    world, _ = world_of(tiny_folder, PPO)
+    with pytest.raises(TrainingError, match="must be finite"):
+        ppo.train(learner, PPO, world, seed=0)
+
+
+class Killed(Exception):
+    """Stands for kill -9 between two rounds."""
+
+
+EVERYTHING = PPO.model_copy(
+    update={
+        "num_steps": 5, "num_epochs": 2, "ema_decay": 0.8, "target_kl": 0.5, "micro_batch_tokens": 100,
+        "ptx": PtxConfig(data="given by the test", sequence_tokens=12, num_calibration_steps=6),
+    }
+)  # fmt: skip
+
+
+def endless_text() -> Iterator[tuple[int, ...]]:
+    return itertools.cycle([tuple(range(i + 3, i + 15)) for i in range(40)])
+
+
+@pytest.mark.parametrize("killed_after", [1, 3])
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(
+    shared: SharedLayers, tiny_folder: Path, tmp_path: Path, killed_after: int
+) -> None:
+    rewards, found, histories = fitted(shared), [], []
+    for kills in (0, 1):
+        seen: list[dict[str, Any]] = []
+        rounds = itertools.count()
+
+        def between(rounds: "itertools.count[int]" = rounds, kills: int = kills) -> None:
+            if next(rounds) == killed_after and kills:
+                raise Killed
+
+        for attempt in range(kills + 1):
+            learner = learner_of(shared, tiny_folder, EVERYTHING, rewards)
+            world, _ = world_of(tiny_folder, EVERYTHING, kept(seen), pretraining=endless_text())
+            world = replace(world, checkpoints=tmp_path / str(kills), between_rounds=between)
+            if attempt < kills:
+                with pytest.raises(Killed):
+                    ppo.train(learner, EVERYTHING, world, seed=5)
+            else:
+                assert ppo.train(learner, EVERYTHING, world, seed=5) is None
+        found.append(merged_weights(shared, learner.policy))
+        histories.append([{k: v for k, v in each.items() if not k.startswith("seconds/")} for each in seen])
+    assert histories[0] == histories[1]
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def gradients(shared: SharedLayers, folder: Path, micro_batch_tokens: int, *, checkpointing: bool) -> list[Tensor]:
+    config = PPO.model_copy(update={"micro_batch_tokens": micro_batch_tokens, "gradient_checkpointing": checkpointing})
+    learner = learner_of(shared, folder, config, fitted(shared, count=20))
+    world, sampler = world_of(folder, config)
+    drawn = sampler.sample(PROMPTS, seed=1)
+    (minibatch, _) = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
+    assert len(minibatch) == (1 if micro_batch_tokens > 1000 else 8)
+    ppo._accumulate(learner, config, minibatch)
+    return [p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None]
+
+
+def test_micro_batches_and_checkpointing_change_memory_and_not_the_gradient(
+    shared: SharedLayers, tiny_folder: Path
+) -> None:
+    whole = gradients(shared, tiny_folder, 4096, checkpointing=False)
+    parts = gradients(shared, tiny_folder, 1, checkpointing=False)
+    again = gradients(shared, tiny_folder, 4096, checkpointing=True)
+    assert len(whole) > 10
+    for a, b, c in zip(whole, parts, again, strict=True):
+        torch.testing.assert_close(a, c, atol=0, rtol=0)
+        assert float((a - b).norm()) < 0.02 * float(a.norm()) + 1e-6  # bf16 rows of other lengths round otherwise
+
+
+def test_between_rounds_may_end_the_run(shared: SharedLayers, tiny_folder: Path) -> None:
+    def abort() -> None:
+        raise TrainingError("aborted")
+
+    world, sampler = world_of(tiny_folder, PPO)
+    learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=20))
+    with pytest.raises(TrainingError, match="aborted"):
+        ppo.train(learner, PPO, replace(world, log=silent, between_rounds=abort), seed=0)
+    assert sampler.num_loads == 1

@@ -91,9 +91,14 @@ def test_value_loss_equals_a_loop(seed: int) -> None:
     assert float(loss.value) == pytest.approx(sum(terms) / len(terms))
 
 
-def test_whitened_values_have_mean_zero_and_variance_one() -> None:
+def whiten(values_NC: Tensor, mask_NC: Tensor) -> Tensor:
+    real_M = values_NC[mask_NC]
+    return ppo_math.standardize(values_NC, mask_NC, real_M.mean(), real_M.std(unbiased=False))
+
+
+def test_standardized_values_have_mean_zero_and_variance_one() -> None:
     batch = random_batch(1)
-    found_NC = ppo_math.whiten(batch["a"] * 7 + 3, batch["mask"])
+    found_NC = whiten(batch["a"] * 7 + 3, batch["mask"])
     real_M = found_NC[batch["mask"]]
     assert float(real_M.mean()) == pytest.approx(0, abs=1e-7)
     assert float(real_M.var(unbiased=False)) == pytest.approx(1, abs=1e-6)
@@ -107,7 +112,7 @@ def test_what_stands_beyond_the_end_changes_nothing() -> None:
     for source in (batch, broken):
         source["rewards"] = ppo_math.rewards(batch["d"][:, 0], source["a"], source["b"], mask_NC, 0.1)
         source["advantages"] = ppo_math.advantages(source["rewards"], source["c"], mask_NC, 1.0, 0.95)
-        source["whitened"] = ppo_math.whiten(source["advantages"], mask_NC)
+        source["whitened"] = whiten(source["advantages"], mask_NC)
         source["loss"] = ppo_math.policy_loss(source["a"], source["b"], source["whitened"], mask_NC, 0.2).value
         source["value_loss"] = ppo_math.value_loss(source["c"], source["a"], source["b"], mask_NC, 0.2).value
     for name in ("rewards", "advantages", "whitened", "loss", "value_loss"):
@@ -119,3 +124,63 @@ def test_explained_variance_of_perfect_and_of_constant_values() -> None:
     assert ppo_math.explained_variance(batch["a"], batch["a"], batch["mask"]) == pytest.approx(1.0)
     constant_NC = torch.full_like(batch["a"], 5.0)
     assert ppo_math.explained_variance(constant_NC, batch["a"], batch["mask"]) == pytest.approx(0.0)
+
+
+def test_importance_weights_are_capped_ratios() -> None:
+    batch = random_batch(5)
+    found_NC = ppo_math.importance_weights(batch["a"], batch["b"], batch["mask"], cap=2.0)
+    for n, length in enumerate(batch["lengths"].tolist()):
+        for t in range(6):
+            ratio = min(2.0, math.exp(float(batch["a"][n, t] - batch["b"][n, t]))) if t < length else 0.0
+            assert float(found_NC[n, t]) == pytest.approx(ratio)
+    weighted = ppo_math.policy_loss(batch["a"], batch["b"], batch["c"], batch["mask"], CLIP_RANGE, found_NC)
+    by_hand = ppo_math.policy_loss(batch["a"], batch["b"], batch["c"] * found_NC, batch["mask"], CLIP_RANGE)
+    assert float(weighted.value) == float(by_hand.value)
+
+
+@given(kl=st.floats(0.0, 100.0), target=st.floats(0.1, 10.0))
+def test_kl_coef_moves_towards_the_target_and_by_a_fifth_at_most(kl: float, target: float) -> None:
+    found = ppo_math.adapted_kl_coef(0.1, kl, target, num_rollouts=64, horizon=64)
+    assert 0.08 - 1e-12 <= found <= 0.12 + 1e-12
+    assert (found - 0.1) * (kl - target) >= 0
+
+
+def test_sampled_kl_has_the_exact_mean() -> None:
+    # Over a vocabulary small enough to sum: E_π[log π - log π_ref] is the KL divergence.
+    generator = torch.Generator().manual_seed(0)
+    logprobs_V, reference_V = (torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0) for _ in "ab")
+    exact = float((logprobs_V.exp() * (logprobs_V - reference_V)).sum())
+    drawn = torch.multinomial(logprobs_V.exp(), 200_000, replacement=True, generator=generator)
+    rewards_NC = ppo_math.rewards(
+        torch.zeros(len(drawn), dtype=torch.float64), logprobs_V[drawn][:, None], reference_V[drawn][:, None],
+        torch.ones(len(drawn), 1, dtype=torch.bool), kl_coef=1.0,
+    )  # fmt: skip
+    assert -float(rewards_NC.mean()) == pytest.approx(exact, abs=0.01)
+
+
+def test_a_bandit_reaches_its_known_optimum() -> None:
+    # With one step, reward r(a) and KL at β, the best policy is π ∝ π_ref exp(r / β) (Ziegler et al. 2019).
+    beta, generator = 0.5, torch.Generator().manual_seed(0)
+    scores_V = torch.tensor([1.0, 0.3, -0.5, 0.0], dtype=torch.float64)
+    reference_V = torch.tensor([0.1, -0.4, 0.8, 0.0], dtype=torch.float64).log_softmax(0)
+    best_V = (reference_V + scores_V / beta).softmax(0)
+    logits_V, value = reference_V.clone().requires_grad_(True), torch.zeros((), dtype=torch.float64)
+    optimizer = torch.optim.Adam([logits_V], lr=0.02)
+    mask_NC = torch.ones(512, 1, dtype=torch.bool)
+    for step in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 300)
+        old_V = logits_V.detach().log_softmax(0)
+        drawn = torch.multinomial(old_V.exp(), 512, replacement=True, generator=generator)
+        old_NC, ref_NC = old_V[drawn][:, None], reference_V[drawn][:, None]
+        rewards_NC = ppo_math.rewards(scores_V[drawn], old_NC, ref_NC, mask_NC, beta)
+        advantages_NC = ppo_math.advantages(rewards_NC, value.expand(512, 1), mask_NC, 1.0, 0.95)
+        value = value + 0.1 * (rewards_NC.mean() - value)
+        for _ in range(2):
+            logprobs_NC = logits_V.log_softmax(0)[drawn][:, None]
+            loss = ppo_math.policy_loss(logprobs_NC, old_NC, advantages_NC, mask_NC, CLIP_RANGE).value
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    distance = 0.5 * float((logits_V.detach().softmax(0) - best_V).abs().sum())
+    assert distance < 0.02

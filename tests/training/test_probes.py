@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from training.config import LoraConfig
 from training.policy_model import ModelMismatchError, SharedLayers, load_model, save_policy, upper_layers_of
 from training.probes import MAX_PROBE_TOKENS, probes_of
 
@@ -14,7 +15,7 @@ SEQUENCES = [tuple(range(3, 3 + 100)), (1, 7, 7, 2)]
 
 @pytest.fixture
 def saved(shared: SharedLayers, tiny_folder: Path, tmp_path: Path) -> Path:
-    upper = upper_layers_of(tiny_folder, shared, first=1)
+    upper = upper_layers_of(tiny_folder, shared, 1, LoraConfig())
     with torch.no_grad():
         for parameter in upper.parameters():
             parameter.mul_(1.2)
@@ -41,9 +42,9 @@ def test_a_saved_policy_has_its_tokenizer_and_can_be_trained_on(
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (saved, tiny_folder)]
     assert tokenizers[0].encode("the garden") == tokenizers[1].encode("the garden")
     assert {file.name for file in saved.iterdir()} == {file.name for file in tiny_folder.iterdir()}
-    assert upper_layers_of(saved, shared, first=1).first == 1
+    assert upper_layers_of(saved, shared, 1, LoraConfig()).first == 1
 
 
 def test_a_policy_on_other_lower_layers_is_refused(saved: Path, shared: SharedLayers) -> None:
     with pytest.raises(ModelMismatchError, match=r"model\.layers\.1"):
-        upper_layers_of(saved, shared, first=2)
+        upper_layers_of(saved, shared, 2, LoraConfig())

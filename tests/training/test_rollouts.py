@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.config import LoraConfig
 from training.groups import Group, pack
 from training.policy_model import (
     SharedLayers,
@@ -43,7 +44,7 @@ def recomputed(shared: SharedLayers, upper: UpperLayers, drawn: list[list[Rollou
     hidden_GTD = shared.encode(packed, [upper.first])[upper.first]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         hidden_GTD = upper(hidden_GTD, packed, shared.angles(packed))
-    logprobs_NC, _ = completion_logprobs(hidden_GTD, shared.head_VD, packed)
+    logprobs_NC = completion_logprobs(hidden_GTD, shared.head_VD, packed)
     sampled_M = torch.tensor([lp for rollouts in drawn for rollout in rollouts for lp in rollout.logprobs])
     return logprobs_NC[packed.mask_NC], sampled_M
 
@@ -70,7 +71,7 @@ def test_new_weights_are_drawn_from_at_once_and_agree_with_the_trainer(
 ) -> None:
     reference = UpperLayers(load_model(tiny_folder), 1, shared.num_layers)
     draw(engine, seed=3)  # Fills the prefix cache with the old weights' keys and values.
-    changed = upper_layers_of(tiny_folder, shared, first=1)
+    changed = upper_layers_of(tiny_folder, shared, 1, LoraConfig())
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.5)

@@ -1,0 +1,1 @@
+"""Whether alignd's training learns: real preferences, a second hidden utility, simple rivals, and what learning costs."""

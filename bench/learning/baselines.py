@@ -1,0 +1,141 @@
+"""What a reward model has to beat on held-out comparisons: the longer completion, and a linear model of its words.
+
+N comparisons, V words and word pairs of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from bench.learning.hh_rlhf import Comparison, split
+from training.evaluate import WinRate, win_rate
+
+L2_WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+VALIDATION_SHARE = 0.2
+MIN_COMPLETIONS = 3  # a word that fewer completions have cannot be told from chance
+MAX_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class LengthBaseline:
+    """Held-out accuracy of length alone, in characters; equal lengths count half."""
+
+    longer: WinRate
+    """Where the longer completion is said to win."""
+    learnt: WinRate
+    """Where the longer or the shorter is, whichever won more often in the training data."""
+    sign: int
+    """1 if the longer won there, else -1."""
+
+
+@dataclass(frozen=True)
+class BagOfWords:
+    """A linear score of a completion: weights of log(1 + count) of each word and word pair."""
+
+    vocabulary: dict[str, int]
+    weights_V: Tensor
+
+
+@dataclass(frozen=True)
+class BagOfWordsBaseline:
+    """Held-out accuracy of the bag of words, and how its L2 weight was chosen."""
+
+    accuracy: WinRate
+    l2_weight: float
+    validation: dict[float, float]
+    """Accuracy on the validation part of the training data, by L2 weight."""
+    num_features: int
+
+
+def length_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> LengthBaseline:
+    """Judges `held_out` by length; only the sign is learnt. Raises ValueError if either is empty."""
+    sign = 1 if _longer_wins(train, 1).value >= 0.5 else -1
+    return LengthBaseline(_longer_wins(held_out, 1), _longer_wins(held_out, sign), sign)
+
+
+def _longer_wins(comparisons: Sequence[Comparison], sign: int) -> WinRate:
+    return win_rate([sign * len(c.chosen) for c in comparisons], [sign * len(c.rejected) for c in comparisons])
+
+
+def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> BagOfWordsBaseline:
+    """Fits the bag of words to `train` and judges `held_out`, which neither words, weights nor L2 weight come from.
+
+    The L2 weight is the one that does best on a validation part of `train`, split by prompt; with it the model is then
+    fitted to all of `train`. Raises ValueError if there is nothing to validate on.
+    """
+    fitting, validating = split(train, VALIDATION_SHARE, salt="validation")
+    validation = {weight: accuracy(model, validating).value for weight, model in fit(fitting, L2_WEIGHTS).items()}
+    # Of equals, the one that keeps weights smaller.
+    best = max(L2_WEIGHTS, key=lambda weight: (validation[weight], weight))
+    model = fit(train, [best])[best]
+    return BagOfWordsBaseline(accuracy(model, held_out), best, validation, len(model.vocabulary))
+
+
+def fit(comparisons: Sequence[Comparison], l2_weights: Sequence[float]) -> dict[float, BagOfWords]:
+    """Fits one model to `comparisons` for each L2 weight."""
+    vocabulary = _vocabulary(comparisons)
+    difference_NV = _differences(comparisons, vocabulary)
+    return {weight: BagOfWords(vocabulary, logistic_weights(difference_NV, weight)) for weight in l2_weights}
+
+
+def logistic_weights(difference_NV: Tensor, l2_weight: float) -> Tensor:
+    """Returns the w, [V], that minimises mean -log σ(x · w) + l2_weight / 2 · |w|² over the rows x, by L-BFGS.
+
+    A row is the features of a chosen completion less those of the rejected one; an intercept would cancel out.
+    """
+    weights_V1 = torch.zeros(difference_NV.shape[1], 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights_V1], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        margin_N1 = torch.sparse.mm(difference_NV, weights_V1)
+        value = softplus(-margin_N1).mean() + l2_weight / 2 * weights_V1.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weights_V1.detach()[:, 0]
+
+
+def accuracy(model: BagOfWords, comparisons: Sequence[Comparison]) -> WinRate:
+    """How often the chosen completion scores higher. Raises ValueError if there are no comparisons."""
+    if not comparisons:
+        raise ValueError("accuracy needs at least one comparison")
+    margin_N = torch.sparse.mm(_differences(comparisons, model.vocabulary), model.weights_V[:, None])[:, 0]
+    return win_rate(margin_N.tolist(), [0.0] * len(comparisons))
+
+
+def terms(text: str) -> Counter[str]:
+    """Counts the words of `text`, in lower case, and its pairs of neighbouring words."""
+    words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)?|[?!]", text.lower())
+    return Counter([*words, *(f"{first} {second}" for first, second in zip(words, words[1:], strict=False))])
+
+
+def _vocabulary(comparisons: Sequence[Comparison]) -> dict[str, int]:
+    found = Counter(term for c in comparisons for text in (c.chosen, c.rejected) for term in terms(text))
+    return {term: index for index, term in enumerate(sorted(t for t, n in found.items() if n >= MIN_COMPLETIONS))}
+
+
+def _differences(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Tensor:
+    """Features of the chosen completions less those of the rejected, sparse, [N, V]."""
+    entries = list(_entries(comparisons, vocabulary))
+    places_2M = torch.tensor([[row for row, _, _ in entries], [column for _, column, _ in entries]], dtype=torch.long)
+    values_M = torch.tensor([value for _, _, value in entries])
+    shape = len(comparisons), len(vocabulary)
+    return torch.sparse_coo_tensor(places_2M, values_M, shape, check_invariants=True).coalesce()
+
+
+def _entries(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Iterator[tuple[int, int, float]]:
+    for row, comparison in enumerate(comparisons):
+        chosen, rejected = terms(comparison.chosen), terms(comparison.rejected)
+        for term in chosen.keys() | rejected.keys():
+            if term in vocabulary and chosen[term] != rejected[term]:
+                yield row, vocabulary[term], math.log1p(chosen[term]) - math.log1p(rejected[term])

@@ -1,0 +1,104 @@
+"""Reads what people preferred in Anthropic's HH-RLHF (Bai et al., arXiv 2204.05862), and splits it by prompt."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bench.learning.data import data_file
+
+SOURCES = ("helpful-base", "helpful-online", "harmless-base")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+HELD_OUT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is "user" or "assistant"."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two completions of one conversation, which ends with a human turn, and which of them a person chose."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
+
+
+@dataclass(frozen=True)
+class HumanData:
+    """Comparisons in the order of their files, and how many records were left out, by reason."""
+
+    comparisons: tuple[Comparison, ...]
+    dropped: dict[str, int]
+
+
+def read_comparisons(sources: Sequence[str] = SOURCES) -> HumanData:
+    """Reads the test files of the named parts of HH-RLHF. Raises DataMissingError if one is not there."""
+    comparisons: list[Comparison] = []
+    dropped: Counter[str] = Counter()
+    for source in sources:
+        with gzip.open(data_file(f"hh-rlhf/{source}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
+            for line in lines:
+                found = parse(json.loads(line), source)
+                if isinstance(found, Comparison):
+                    comparisons.append(found)
+                else:
+                    dropped[found] += 1
+    return HumanData(tuple(comparisons), dict(dropped))
+
+
+def parse(record: dict[str, str], source: str) -> Comparison | str:
+    """Returns the comparison of one record, or why there is none."""
+    chosen, rejected = messages(record["chosen"]), messages(record["rejected"])
+    if not (is_dialogue(chosen) and is_dialogue(rejected)):
+        return "turns do not alternate, or one is empty"
+    if chosen[:-1] != rejected[:-1]:
+        return "no shared prompt"
+    if not (chosen[-1].text and rejected[-1].text):
+        return "empty completion"
+    if chosen[-1].text == rejected[-1].text:
+        return "equal completions"
+    return Comparison(chosen[:-1], chosen[-1].text, rejected[-1].text, source)
+
+
+def messages(transcript: str) -> tuple[Message, ...]:
+    """Cuts a transcript into its turns, without the white space around them; empty if it opens with something else."""
+    before, *parts = SPEAKER.split(transcript)
+    if before.strip():
+        return ()
+    return tuple(Message(ROLES[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True))
+
+
+def is_dialogue(turns: Sequence[Message]) -> bool:
+    """Whether user and assistant take turns, to the assistant's last, and none before that is empty."""
+    roles = [turn.role for turn in turns]
+    return bool(turns) and roles == ["user", "assistant"] * (len(turns) // 2) and all(turn.text for turn in turns[:-1])
+
+
+def split(
+    comparisons: Iterable[Comparison], share: float = HELD_OUT_SHARE, salt: str = ""
+) -> tuple[list[Comparison], list[Comparison]]:
+    """Returns (train, held out), by the first human turn: dialogues that begin alike are all on the same side."""
+    sides: tuple[list[Comparison], list[Comparison]] = ([], [])
+    for comparison in comparisons:
+        sides[is_held_out(comparison.prompt[0].text, share, salt)].append(comparison)
+    return sides
+
+
+def is_held_out(first_turn: str, share: float = HELD_OUT_SHARE, salt: str = "") -> bool:
+    """Draws `share` of all prompts by their hash, whatever their case and spacing. Another salt is another draw."""
+    text = salt + " ".join(first_turn.lower().split())
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return number < share * 2**64

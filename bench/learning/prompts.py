@@ -1,0 +1,138 @@
+"""The prompts and demonstrations of the learning benchmark, kept apart: nothing held out is near what is learnt from.
+
+The simulated users' prompts (deploy/simulation/PROMPTS.md), more of them from Self-Instruct (Wang et al., arXiv
+2212.10560), and answers that people wrote or chose. Self-Instruct's user-oriented instructions are held out, since
+their authors ask that nothing be trained on them. Every list is shuffled once and for all: its first n are a fair
+sample of it, of size n.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from bench.learning.data import data_file
+from bench.learning.hh_rlhf import Message, is_held_out, messages
+from deploy.simulation.make_prompts import PRIVATE, TALKS_TO_MODEL, UNWANTED_WORD, is_fit, without_near_duplicates
+from deploy.simulation.prompts import load_prompts
+from deploy.simulation.utility import direct, finished
+
+SEED = 20221220  # the day Self-Instruct was published
+MAX_PROMPT_CHARACTERS = 300
+MIN_OUTPUT_WORDS = 12  # whoever wants less does not want prose
+ANSWER_WORDS = range(20, 121)
+# What a labeler chose is at times the better of two poor answers.
+POOR_ANSWER = re.compile(
+    r"(?i)\b(?:i (?:don['’]t|do not)(?: really)? know|i['’]m (?:not sure|sorry)|human:|assistant:)|\?|https?:|\[\w"
+)
+# Three demonstrations: a question of fact, a request for steps, a request for ideas.
+FEW_SHOT_PROMPTS = ()
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt, a good answer to it, and the data set that both are from."""
+
+    prompt: str
+    answer: str
+    source: str
+
+
+def train_prompts(num: int) -> list[str]:
+    """`num` prompts to train with: the simulated users', and Self-Instruct's seed tasks.
+
+    Raises ValueError if there are not as many, DataMissingError if Self-Instruct is not there.
+    """
+    known = [*load_prompts("held_out"), *load_prompts("train"), *_user_oriented()]
+    seeds = [task.prompt for task in _self_instruct("seed_tasks")]
+    return _first(num, [*load_prompts("train"), *_new(known, seeds)], "training prompts")
+
+
+def held_out_prompts(num: int) -> list[str]:
+    """`num` prompts that only evaluation sees: the simulated users', and Self-Instruct's user-oriented instructions.
+
+    Raises ValueError if there are not as many, DataMissingError if Self-Instruct is not there.
+    """
+    return _first(num, [*load_prompts("held_out"), *_user_oriented()], "held-out prompts")
+
+
+def demonstrations(num: int) -> list[Demonstration]:
+    """`num` demonstrations for SFT (InstructGPT, section 3.5), none with a held-out prompt nor one that is near it.
+
+    First answers that people chose in HH-RLHF's helpful-base, and outputs that people wrote in Self-Instruct's seed
+    tasks. No prompt is held out by `hh_rlhf.split` either: a reward model on an SFT model is not told the answers.
+    Raises ValueError if there are not as many, DataMissingError if a data set is not there.
+    """
+    found = {each.prompt: each for each in [*_self_instruct("seed_tasks"), *_first_answers()] if _is_good(each.answer)}
+    fresh_prompts = _new([*load_prompts("held_out"), *_user_oriented()], list(found))
+    return _first(num, [found[prompt] for prompt in fresh_prompts], "demonstrations")
+
+
+def few_shot_prefix() -> list[Message]:
+    """Three demonstrations as the turns before a prompt: what a policy can do that was shown, and taught nothing.
+
+    InstructGPT's "GPT-3 (prompted)", section 3.5. Raises DataMissingError if a data set is not there.
+    """
+    known = {each.prompt: each.answer for each in [*_self_instruct("seed_tasks"), *_first_answers()]}
+    return [
+        message
+        for prompt in FEW_SHOT_PROMPTS
+        for message in (Message("user", prompt), Message("assistant", known[prompt]))
+    ]
+
+
+def _user_oriented() -> list[str]:
+    """User-oriented instructions that are near no prompt of the simulated users."""
+    known = [*load_prompts("held_out"), *load_prompts("train")]
+    return _new(known, [task.prompt for task in _self_instruct("user_oriented_instructions")])
+
+
+def _self_instruct(name: str) -> Iterator[Demonstration]:
+    """Tasks that ask for prose and are fit to be shown, each with its first instance."""
+    for line in data_file(f"self-instruct/{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        task = json.loads(line)
+        given, output = (task["instances"][0][key].strip() for key in ("input", "output"))
+        prompt = "\n\n".join(part for part in (task["instruction"].strip(), given) if part)
+        wants_prose = not task.get("is_classification") and len(output.split()) >= MIN_OUTPUT_WORDS
+        unfit = any(pattern.search(prompt) for pattern in (UNWANTED_WORD, PRIVATE, TALKS_TO_MODEL))
+        if wants_prose and prompt.isascii() and len(prompt) <= MAX_PROMPT_CHARACTERS and not unfit:
+            yield Demonstration(prompt, output, "self-instruct")
+
+
+def _first_answers() -> Iterator[Demonstration]:
+    """The first answer of each dialogue in helpful-base: chosen, whether the dialogue ended there or went on from it."""
+    with gzip.open(data_file("hh-rlhf/helpful-base.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            asked, answered, *_ = *messages(json.loads(line)["chosen"]), Message("", ""), Message("", "")
+            prompt = " ".join(asked.text.split())
+            if answered.role == "assistant" and is_fit(prompt) and not is_held_out(prompt):
+                yield Demonstration(prompt, answered.text, "hh-rlhf")
+
+
+def _is_good(answer: str) -> bool:
+    """Of middling length, whole, to the point, and nothing one would mind seeing on a public page."""
+    return (
+        len(answer.split()) in ANSWER_WORDS
+        and finished(answer) == 1.0
+        and direct(answer) == 1.0
+        and not POOR_ANSWER.search(answer)
+        and not UNWANTED_WORD.search(answer)
+    )
+
+
+def _new(known: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Those of `prompts` that are no near duplicates of `known` ones nor of each other."""
+    return without_near_duplicates([*known, *prompts])[len(known) :]
+
+
+def _first(num: int, items: Sequence[T], what: str) -> list[T]:
+    if num > len(items):
+        raise ValueError(f"there are {len(items)} {what}, not {num}")
+    return random.Random(SEED).sample(items, len(items))[:num]

@@ -1,0 +1,186 @@
+"""The alignment tax: what a policy has lost of the language model it came from (InstructGPT, section 4.2).
+
+Two measures that need no generation: the loss on WikiText-2, and the accuracy on HellaSwag (Zellers et al., arXiv
+1905.07830) as EleutherAI's lm-evaluation-harness scores it. The tax is the paired `change` of a measure from one policy
+to another. Shapes: see training.groups.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import math
+import random
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bench.learning.data import data_file
+from training.groups import Group, micro_batches, pack
+from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
+
+BATCH_TOKENS = 4096
+ITEM_LINES = 6
+SHUFFLE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What was found, window by window or item by item, in order."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) < 2:
+            raise ValueError(f"a standard error needs two values at least, not {len(self.values)}")
+
+    @property
+    def mean(self) -> float:
+        """The mean over all."""
+        return statistics.fmean(self.values)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, were these drawn at random."""
+        return statistics.stdev(self.values) / math.sqrt(len(self.values))
+
+
+@dataclass(frozen=True)
+class HellaSwagItem:
+    """The beginning of a text and four endings of it, of which the one numbered `label` is the real one."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+def change(before: Measure, after: Measure) -> Measure:
+    """From `before` to `after` on the same windows or items; far surer than the difference of two means.
+
+    Raises ValueError if they are not of the same number.
+    """
+    return Measure(tuple(new - old for old, new in zip(before.values, after.values, strict=True)))
+
+
+def read_wikitext(part: Literal["valid", "test"]) -> str:
+    """WikiText-2 as text for reading: white space is put back where people put it; <unk> stays.
+
+    Raises DataMissingError if it is not there.
+    """
+    with gzip.open(data_file(f"wikitext-2/{part}.txt.gz"), "rt", encoding="utf-8") as file:
+        return natural(file.read())
+
+
+def natural(text: str) -> str:
+    """Undoes WikiText's separation of punctuation from words."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r' " ([^"\n]*) "', r' "\1"', text)
+    text = re.sub(r"([(\[]) ", r"\1", text)
+    text = re.sub(r" ([.,;:!?)\]]|'s\b|n't\b|'(?= ))", r"\1", text)
+    return re.sub(r" *\n[ \n]*", "\n\n", text).strip()
+
+
+def read_hellaswag() -> list[HellaSwagItem]:
+    """HellaSwag's validation items, shuffled once and for all: the first n of them are a fair sample of size n.
+
+    Raises DataMissingError if they are not there, ValueError if the file is not six lines an item.
+    """
+    # Not splitlines: it also parts at characters that occur inside of texts.
+    lines = bz2.decompress(data_file("hellaswag/hellaswag_val_full.txt.bz2").read_bytes()).decode().rstrip().split("\n")
+    if len(lines) % ITEM_LINES:
+        raise ValueError(f"HellaSwag has {len(lines)} lines, not {ITEM_LINES} an item")
+    items = [parse_item(lines[start : start + ITEM_LINES]) for start in range(0, len(lines), ITEM_LINES)]
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    return items
+
+
+def parse_item(lines: Sequence[str]) -> HellaSwagItem:
+    """Reads "activity: context", the label and the four endings, and preprocesses them as the harness does.
+
+    The harness also begins the unfinished last sentence of a video's context, the only one in lower case, with a
+    capital; in this form of the data it has already been joined to the rest.
+    """
+    context, label, *endings = lines
+    if label not in {"0", "1", "2", "3"}:
+        raise ValueError(f"HellaSwag: {label!r} is no label, after {context!r}")
+    context = re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), context)
+    return HellaSwagItem(preprocess(context), tuple(map(preprocess, endings)), int(label))
+
+
+def preprocess(text: str) -> str:
+    """Removes what WikiHow's markup left in brackets, and the gaps that leaves."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+@torch.no_grad()
+def wikitext_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, window: int
+) -> Measure:
+    """Returns the loss in nats a token, for each whole window of `window` tokens in the first `num_tokens` of `text`.
+
+    Windows do not see each other, so of each only the tokens after the first are predicted. Computes in the model's own
+    precision, bf16 as training.policy_model loads it. Raises ValueError if there are fewer than two windows.
+    """
+    token_ids = encode(tokenizer, text)[:num_tokens]
+    starts = range(0, len(token_ids) - window + 1, window)
+    windows = torch.tensor([token_ids[start : start + window] for start in starts], dtype=torch.long)
+    return Measure(tuple(_window_loss(model, tokens_1T.to(model.device)) for tokens_1T in windows.split(1)))
+
+
+def _window_loss(model: PreTrainedModel, tokens_1T: Tensor) -> float:
+    logits_TV = model(input_ids=tokens_1T, use_cache=False).logits[0, :-1]
+    return cross_entropy(logits_TV.float(), tokens_1T[0, 1:]).item()
+
+
+def hellaswag_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem]
+) -> Measure:
+    """Returns 1 for each item whose real ending has the highest log-likelihood per character, else 0.
+
+    This is the harness's acc_norm. Raises ValueError if there are fewer than two items.
+    """
+    logprobs_NE = ending_logprobs(model, tokenizer, items)
+    lengths_NE = torch.tensor([[len(ending) for ending in item.endings] for item in items])
+    chosen_N = (logprobs_NE / lengths_NE).argmax(-1)
+    return Measure(tuple(float(chosen == item.label) for chosen, item in zip(chosen_N.tolist(), items, strict=True)))
+
+
+@torch.no_grad()
+def ending_logprobs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem]
+) -> Tensor:
+    """Returns the log-likelihood of each ending of N items after its context, [N, E] in fp32 and in nats.
+
+    Each context is encoded once for all its endings. The model must have the layers of a Llama.
+    """
+    shared = SharedLayers(model)
+    norm = UpperLayers(model, shared.num_layers, shared.num_layers)
+    groups = [_group(tokenizer, item) for item in items]
+    logprobs_NE = torch.zeros(len(items), len(items[0].endings))
+    for batch in micro_batches([len(group) for group in groups], BATCH_TOKENS):
+        packed = pack([groups[index] for index in batch]).to(shared.device)
+        hidden_GTD = shared.encode(packed, [shared.num_layers])[shared.num_layers]
+        normed_GTD = norm(hidden_GTD, packed, shared.angles(packed))
+        logprobs_MC, _ = completion_logprobs(normed_GTD, shared.head_VD, packed)
+        logprobs_NE[batch] = logprobs_MC.sum(-1).view(len(batch), -1).cpu()
+    return logprobs_NE
+
+
+def _group(tokenizer: PreTrainedTokenizerBase, item: HellaSwagItem) -> Group:
+    """The endings' tokens are what the whole text has beyond the context's, since a space belongs to the word after."""
+    context = tuple(encode(tokenizer, item.context))
+    wholes = [encode(tokenizer, f"{item.context} {ending}") for ending in item.endings]
+    return Group(context, tuple(tuple(whole[len(context) :]) for whole in wholes))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text: no special token is added, nor found in it."""
+    return [int(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]

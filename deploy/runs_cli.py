@@ -1,0 +1,288 @@
+"""`alignd runs`: what the trainer's runs came to, and how operators make it pause or end one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from deploy.config import load_config
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from feedback.trainer_lease import Control
+
+app = typer.Typer(help="List and show training runs; pause the trainer, or end a run.", no_args_is_help=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as `alignd runs list` prints it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+RECIPE, METRICS, REPORT, ORIGIN = "recipe.json", "metrics.jsonl", "REPORT.html", "state/origin.json"
+ENDS = ("done", "stopped")
+NO_FIGURES = ("time", "phase", "step", "num_steps", "reason")
+EXIT_FAILED = 1
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run as operators see it. What it has not come to yet is None, or empty."""
+
+    run: str
+    state: str
+    """running, done or stopped; a run that was killed and will be gone on with is running."""
+    reason: str
+    """Why it stopped or waits, or what it made."""
+    phase: str
+    """The last phase that it came to, before its end."""
+    steps_done: int
+    num_steps: int
+    """Of this phase."""
+    score: float | None
+    kl: float | None
+    """Of PPO's last round: deviations of the reference policy's scores, and nats a completion."""
+    updated: float | None
+    """When it last wrote down something, in Unix seconds."""
+
+
+@app.command("list")
+def list_runs(as_json: Json = False) -> None:
+    """List the runs, newest first."""
+    views = [view_run(folder) for folder in run_folders()]
+    if any(view.state == "running" for view in views):
+        with store_engine() as engine:
+            views = with_control(views, control_of(engine))
+    if as_json:
+        typer.echo(json.dumps([asdict(view) for view in views], indent=2))
+        return
+    if not views:
+        console.print("No run yet: the trainer begins one when there are enough rankings; see `alignd status`.")
+        return
+    table = Table(Column("run", no_wrap=True), "state", "phase", "step", "score", "kl", Column("", overflow="fold"))
+    for view in views:
+        step = f"{view.steps_done} of {view.num_steps}" if view.phase else "-"
+        figures = ("-" if each is None else f"{each:.2f}" for each in (view.score, view.kl))
+        table.add_row(view.run, view.state, view.phase or "-", step, *figures, view.reason)
+    console.print(table, soft_wrap=False)
+
+
+@app.command()
+def show(run: RunId, as_json: Json = False) -> None:
+    """Show one run: where its recipe and report are, its last metrics, and why it stopped."""
+    folder = find_run(run)
+    view = view_run(folder)
+    if view.state == "running":
+        with store_engine() as engine:
+            (view,) = with_control([view], control_of(engine))
+    report = str(folder / REPORT) if (folder / REPORT).exists() else None
+    whole = asdict(view) | {"recipe": str(folder / RECIPE), "report": report}
+    metrics = last_metrics(read_records(folder))
+    if as_json:
+        typer.echo(json.dumps(whole | {"metrics": metrics}, indent=2))
+        return
+    step = f"{view.phase}, step {view.steps_done} of {view.num_steps}" if view.phase else None
+    updated = view.updated and datetime.fromtimestamp(view.updated, UTC).isoformat(" ", "seconds")
+    console.print(f"{view.run} {view.state}")
+    for name, text in (whole | {"phase": step, "updated": updated}).items():
+        if text and name in ("reason", "phase", "updated", "recipe", "report"):
+            console.print(f"{name:<9}{text}")
+    for phase, figures in metrics.items():
+        console.print(phase)
+        for name, value in figures.items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            console.print(f"  {name} {shown}")
+
+
+@app.command()
+def pause() -> None:
+    """Pause the trainer between two steps, until `alignd runs resume`."""
+    from feedback.trainer_lease import set_paused
+
+    with store_engine() as engine:
+        before = control_of(engine)
+        set_paused(engine, True)
+    if before.paused:
+        console.print("The trainer was paused already. `alignd runs resume` has it go on.")
+    elif trainer_lives(before):
+        console.print("The trainer pauses once the step under way has ended. `alignd runs resume` has it go on.")
+    else:
+        console.print("No trainer runs now; the next one pauses before its first step, until `alignd runs resume`.")
+
+
+@app.command()
+def resume() -> None:
+    """Have a paused trainer go on."""
+    from feedback.trainer_lease import set_paused
+
+    with store_engine() as engine:
+        before = control_of(engine)
+        set_paused(engine, False)
+    if not before.paused:
+        console.print("The trainer was not paused: nothing has changed.")
+    elif trainer_lives(before):
+        console.print("The trainer goes on from where it paused. `alignd runs list` shows how far it is.")
+    else:
+        console.print("No longer paused, but no trainer runs now: start it with `alignd up` or `alignd train`.")
+
+
+@app.command()
+def abort(run: RunId) -> None:
+    """End a run at its next step. Its rankings are not tried again."""
+    from feedback.trainer_lease import request_abort
+
+    view = view_run(find_run(run))
+    if view.state != "running":
+        undo = " To take back what it made: `alignd policies rollback`." if view.state == "done" else ""
+        raise fail(f"{run} has ended already ({view.state}: {view.reason}), so nothing is to be aborted.{undo}")
+    with store_engine() as engine:
+        before = control_of(engine)
+        request_abort(engine, run)
+    when = "at its next step" if trainer_lives(before) else "when a trainer starts: none runs now"
+    console.print(
+        f"{run} ends {when}. Its rankings are not tried again, and what is live stays. "
+        f"`alignd runs show {run}` tells when it has ended.",
+    )
+    if before.abort_run not in ("", run):
+        console.print(f"This replaces the request to end {before.abort_run}.")
+
+
+def run_folders() -> list[Path]:
+    """Returns the folders of all runs, newest first. Their names begin with the time at which they began."""
+    return sorted((path.parent for path in load_config().runs_dir.glob(f"*/{RECIPE}")), reverse=True)
+
+
+def find_run(run: str) -> Path:
+    """Returns a run's folder; ends the command with a message if there is none."""
+    for folder in run_folders():
+        if folder.name == run:
+            return folder
+    raise fail(f"there is no run {run} in {load_config().runs_dir}; `alignd runs list` shows which there are.")
+
+
+def read_records(folder: Path) -> Sequence[Mapping[str, Any]]:
+    """Returns what a run has written to metrics.jsonl, oldest first."""
+    from training.run_record import read_lines
+
+    return read_lines(folder / METRICS).found
+
+
+def view_run(folder: Path) -> RunView:
+    """Returns how a run stands, by its folder alone."""
+    records = read_records(folder)
+    working = [record for record in records if record["phase"] not in ENDS]
+    last: Mapping[str, Any] = working[-1] if working else {"phase": "", "step": -1, "num_steps": 0}
+    ppo = [record for record in working if record["phase"] == "ppo"]
+    state, reason = state_of(folder, records)
+    return RunView(
+        run=folder.name,
+        state=state,
+        reason=reason,
+        phase=last["phase"],
+        steps_done=last["step"] + 1,
+        num_steps=last["num_steps"],
+        score=finite(ppo[-1].get("objective/score")) if ppo else None,
+        kl=finite(ppo[-1].get("objective/kl")) if ppo else None,
+        updated=records[-1]["time"] if records else None,
+    )
+
+
+def state_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Returns running, done or stopped, and why."""
+    end = records[-1] if records and records[-1]["phase"] in ENDS else None
+    guards = [f"PPO stopped itself: {record['stopped/reason']}" for record in records if "stopped/reason" in record]
+    if end is None:
+        if (folder / ORIGIN).exists():
+            return "running", "; ".join(guards)
+        return "stopped", "it was killed, and has left nothing to go on from"
+    if end["phase"] == "stopped":
+        return "stopped", str(end.get("reason", "no reason given"))
+    return "done", "; ".join([f"made v{end['version']}", *guards] if "version" in end else guards)
+
+
+def with_control(views: Sequence[RunView], control: Control) -> list[RunView]:
+    """Returns the same, with what holds up those that run, or ends them."""
+    return [RunView(**(asdict(view) | {"reason": waits_for(view, control)})) for view in views]
+
+
+def waits_for(view: RunView, control: Control) -> str:
+    """Returns a view's reason, and what the trainer has been asked to do about the run."""
+    if view.state != "running":
+        return view.reason
+    reasons = [view.reason] if view.reason else []
+    if control.abort_run == view.run:
+        reasons.append("ends at its next step, as asked")
+    elif control.paused:
+        reasons.append("paused; `alignd runs resume` has it go on")
+    if not trainer_lives(control):
+        reasons.append("no trainer runs now")
+    return "; ".join(reasons)
+
+
+def last_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | str | None]]:
+    """Returns the figures of each phase's last record, by phase in the order in which they came."""
+    found: dict[str, dict[str, float | str | None]] = {}
+    for record in records:
+        # Lists, such as accuracies by labeler, are for the report.
+        found[record["phase"]] = {
+            key: value if isinstance(value, str) else finite(value)
+            for key, value in record.items()
+            if key not in NO_FIGURES and isinstance(value, int | float | str)
+        }
+    return {phase: figures for phase, figures in found.items() if figures}
+
+
+def finite(value: object) -> float | None:
+    """Returns a number, or None for what JSON has no number for."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def trainer_lives(control: Control) -> bool:
+    """Returns whether somebody trains, by the lease."""
+    return bool(control.holder) and control.expires_at > time.time()
+
+
+def control_of(engine: Engine) -> Control:
+    """Returns what is asked of the trainer."""
+    from feedback.trainer_lease import read_control
+
+    return read_control(engine)
+
+
+@contextmanager
+def store_engine() -> Iterator[Engine]:
+    """Yields the store's database; ends the command with a message if it cannot be used."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from feedback.engine import open_engine
+
+    url = load_config().store_url
+    try:
+        engine = open_engine(url)
+        try:
+            yield engine
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise fail(
+            f"the store {make_url(url)!r} cannot be used: {reason}; `store` sets it, see `alignd config`."
+        ) from error
+
+
+def fail(message: str) -> typer.Exit:
+    """Prints what went wrong, and returns what ends the command."""
+    errors.print(message, style="red")
+    return typer.Exit(EXIT_FAILED)

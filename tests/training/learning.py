@@ -1,0 +1,67 @@
+"""A preference over tokens to learn, rankings by it, and everything PPO needs on a tiny policy."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.training.sampling import PlainSampler
+from training import ppo
+from training.config import PpoConfig, RewardModelConfig
+from training.groups import Group, RankedExample
+from training.learner import Learner, make_learner
+from training.policy_model import SharedLayers, upper_layers_of
+from training.reward_fit import fit
+from training.reward_model import RewardModel
+
+EOS = 2
+PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]
+REWARD_MODEL = RewardModelConfig(num_layers=1, num_heads=2, l2=0.01)
+PPO = PpoConfig(
+    num_steps=16, prompts_per_step=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
+    learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_steps=0,
+    max_sampler_gap=1.0,
+)  # fmt: skip
+
+
+def worths(shared: SharedLayers) -> list[float]:
+    """The preference to learn: what each token is worth is a component of its embedding, in standard deviations."""
+    component_V = shared.head_VD[:, 0].float()
+    worth_V: list[float] = (component_V / component_V.std()).tolist()
+    return worth_V
+
+
+def ranked_examples(shared: SharedLayers, count: int, seed: int) -> list[RankedExample]:
+    """Rankings of four random completions each, by what their tokens are worth in all, by four labelers."""
+    drawn, worth = random.Random(seed), worths(shared)
+    examples = []
+    for index in range(count):
+        completions = tuple(tuple(drawn.randrange(3, 436) for _ in range(8)) for _ in range(4))
+        total = [sum(worth[token] for token in completion) for completion in completions]
+        ranks = tuple(sorted(total, reverse=True).index(each) for each in total)
+        examples.append(RankedExample(Group(drawn.choice(PROMPTS), completions), ranks, f"l{index % 4}", index))
+    return examples
+
+
+def silent(*_: Any) -> None:
+    """A log that nobody reads."""
+
+
+def fitted(shared: SharedLayers, config: RewardModelConfig = REWARD_MODEL, count: int = 240) -> RewardModel:
+    """A reward model that knows the preference."""
+    model = RewardModel(shared, config)
+    fit(model, shared, ranked_examples(shared, count, seed=1), config, seed=0, warm=False, log=silent)
+    return model
+
+
+def learner_of(shared: SharedLayers, folder: Path, config: PpoConfig, rewards: RewardModel) -> Learner:
+    """A learner that starts from the policy in `folder`."""
+    policy = upper_layers_of(folder, shared, config.num_frozen_layers, config.lora)
+    return make_learner(shared, policy, rewards, rewards, config)
+
+
+def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.World, PlainSampler]:
+    """The tiny policy's prompts and a sampler of it."""
+    sampler = PlainSampler(folder, config.rollouts_per_prompt, config.max_tokens, EOS)
+    return ppo.World(PROMPTS, sampler.sample, sampler.load_weights, log, **more), sampler

@@ -1,0 +1,146 @@
+"""A made-up run's folder that reads like a real one, for what tells of runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToJson
+
+from alignd.v1.policy_manifest_pb2 import Evaluation, LogRange, PolicyManifest, TrainingLineage
+from training.config import PpoConfig, TrainingConfig
+from training.run_folder import RunFolder, SamplePair
+
+HOSTILE = "<script>alert('x')</script> & \"more\""
+RUN_ID = "20261124T101500-a1b2c3"
+START = 1_795_531_655.0
+SAMPLES = (
+    SamplePair(
+        "How do I defrost cooked chicken?",
+        "I'm sorry for any confusion, but as an AI I can only share general advice about chicken, and there are many "
+        "different ways in which one might consider",
+        "Put the chicken in the fridge overnight. If you are in a hurry, use the microwave's defrost setting.",
+    ),
+    SamplePair("Tell me about LEDs.\n<b>In bold!</b>", HOSTILE, "LEDs are made from semiconductors."),
+    SamplePair("When was the declaration of independence made?", "", "On 4 July 1776, in Philadelphia."),
+    SamplePair(
+        "How can I get better at proofreading?",
+        "Proofreading is a very important part of writing, and there are many things to know about it, such as that",
+        "Read the text aloud, slowly, a day after you wrote it, and look for one kind of mistake at a time.",
+    ),
+    SamplePair("Half a pair", "a lone surrogate: \ud83d", "fine"),
+    SamplePair("Can you tell me when it is cheaper to buy than to lease?", "It depends.", "When you keep it for long."),
+)
+EVALUATION = {
+    "reward_model/held_out_accuracy": 0.684,
+    "reward_model/accuracy_low": 0.642,
+    "reward_model/accuracy_high": 0.726,
+    "reward_model/held_out_comparisons": 912,
+    "reward_model/parent_accuracy": 0.671,
+    "reward_model/refused": 0,
+    "by_k": [[4, 0.66, 432], [6, 0.69, 300], [9, 0.75, 180]],
+    "by_labeler": [["ana", 0.71, 300], ["ben", 0.70, 280], ["cy", 0.64, 332]],
+    "by_length_difference": [
+        [None, -20, 0.55, 180], [-20, -5, 0.62, 190], [-5, 5, 0.68, 172], [5, 20, 0.75, 186], [20, None, 0.82, 184],
+    ],
+    "calibration": [[0.53, 0.54, 183], [0.60, 0.58, 183], [0.68, 0.66, 182], [0.79, 0.74, 182], [0.91, 0.84, 182]],
+    "uncertainty": [[0.1, 0.79, 183], [0.2, 0.72, 183], [0.3, 0.68, 182], [0.45, 0.63, 182], [0.8, 0.60, 182]],
+}  # fmt: skip
+
+
+def ppo_step(i: int, num_steps: int) -> dict[str, float | str]:
+    """A made-up step that reads like a real one: the judge follows the reward model, and then parts from it."""
+    wave, part = math.sin(2.3 * i), i / max(1, num_steps)
+    return {
+        "objective/kl": 0.01 + 6.5 * part**1.4 + 0.15 * abs(wave),
+        "objective/score": 2.1 * (1 - math.exp(-3 * part)) + 0.07 * wave,
+        "objective/judge_score": 2.2 * part - 1.8 * part**2 + 0.09 * math.cos(2.9 * i),
+        "objective/entropy": 2.4 - 0.9 * part + 0.05 * wave,
+        "completion/length": 60 - 22 * part + 1.5 * wave,
+        "completion/eos_rate": min(1.0, 0.12 + 0.85 * part + 0.02 * wave),
+        "rollout/sampler_gap": 0.006 + 0.002 * abs(wave),
+        "policy/loss": -0.01 + 0.002 * wave,
+        "policy/clipfrac": 0.02 + 0.08 * part + 0.01 * abs(wave),
+        "policy/approx_kl": 0.004 + 0.01 * part + 0.002 * abs(wave),
+        "policy/grad_norm": 0.6,
+        "policy/kl_coef": 0.1,
+        "val/loss": 0.8 - 0.5 * part,
+        "val/clipfrac": 0.1 - 0.06 * part + 0.01 * abs(wave),
+        "val/explained_variance": 0.6 - 2.2 * math.exp(-6 * part),
+        "ptx/loss": 3.1,
+        "ptx/gamma": 2.5,
+        "ptx/grad_ratio": 1.1,
+        "seconds/rollouts": 14 + 2 * abs(wave),
+        "seconds/scoring": 5.5 + 0.4 * wave,
+        "seconds/update": 9.0,
+    }
+
+
+def make_lines(num_steps: int = 40) -> list[dict[str, Any]]:
+    """All lines of a run that went through."""
+    lines: list[dict[str, Any]] = []
+
+    def log(phase: str, step: int, count: int, metrics: Mapping[str, Any]) -> None:
+        time = lines[-1]["time"] + 7.5 if lines else START
+        lines.append({"time": time, "phase": phase, "step": step, "num_steps": count, **metrics})
+
+    for step in (7, 15, 23):
+        log("reward_model", step, 24, {"reward_model/loss": 0.58, "reward_model/accuracy": 0.74} if step == 23 else {})
+    log("reward_model_evaluation", 0, 1, EVALUATION)
+    log("normalise", 0, 1, {"reward_model/reference_std": 1.31})
+    for step in range(num_steps):
+        log("ppo", step, num_steps, ppo_step(step, num_steps))
+    won = {
+        "reward_model/win_rate_over_reference": 0.711,
+        "low": 0.59,
+        "high": 0.806,
+        "wins": 45,
+        "ties": 1,
+        "losses": 18,
+    }
+    log("evaluate", 0, 1, won)
+    log("register", 0, 1, {"version": 2, "promoted": 1.0})
+    log("done", 0, 1, {"version": 2})
+    return lines
+
+
+def make_manifest() -> PolicyManifest:
+    return PolicyManifest(
+        version=2,
+        parent_version=1,
+        reference_version=1,
+        weight_digest="5c1f" * 16,
+        training=TrainingLineage(
+            run_id=RUN_ID,
+            algorithm="ppo-ptx",
+            reward_model_digest="9d07" * 16,
+            rankings=[LogRange(topic="alignd.rankings.v1", partition=0, first_offset=0, last_offset=319)],
+            num_rankings=320,
+            num_prompts=240,
+        ),
+        evaluations=[Evaluation(name="gsm8k/accuracy", value=0.041, low=0.03, high=0.055, count=1319)],
+        code_version="0.1.0",
+    )
+
+
+def make_folder(
+    root: Path, lines: Sequence[Mapping[str, Any]], *, samples: Sequence[SamplePair] = SAMPLES, manifest: bool = True
+) -> Path:
+    """A run's folder, written as a run writes it."""
+    run = RunFolder(root / RUN_ID)
+    run.path.mkdir(parents=True)
+    recipe = TrainingConfig(seed=7, ppo=PpoConfig(num_steps=40, target_kl=6.0))
+    (run.path / "recipe.json").write_text(recipe.model_dump_json())
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if samples:
+        run.write_samples(samples)
+    if manifest:
+        (run.path / "manifest.json").write_text(MessageToJson(make_manifest()))
+    return run.path
+
+
+def phase(lines: Sequence[Mapping[str, Any]], *names: str) -> list[Mapping[str, Any]]:
+    return [line for line in lines if line["phase"] in names]

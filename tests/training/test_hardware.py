@@ -1,0 +1,21 @@
+"""Roofs are measured, and a machine of several devices has theirs together."""
+
+import os
+
+from training.hardware import Hardware, this_machine
+
+
+def test_this_machine_is_measured() -> None:
+    found = this_machine(read_bytes=1 << 20)
+    assert found.bandwidth_gb_s > 0
+    assert found.matmul_gflop_s > 0
+    assert 0 < found.memory_gib
+    if found.name.startswith("CPU"):
+        assert found.memory_gib == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        assert found.num_devices == 1
+
+
+def test_devices_add_up() -> None:
+    eight = Hardware("some GPU", bandwidth_gb_s=3350.0, matmul_gflop_s=989e3, memory_gib=79.0, num_devices=8)
+    assert eight.bandwidth == 8 * 3.35e12
+    assert eight.flops == 8 * 989e12

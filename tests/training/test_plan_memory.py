@@ -1,0 +1,242 @@
+"""Bytes are those that torch allocates for the tiny model, and grow with what makes them grow."""
+
+import itertools
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tests.training.model_configs import QWEN, SMOLLM2, size_of
+from training.config import LoraConfig, TrainingConfig
+from training.experience import gather
+from training.groups import Group, pack
+from training.learner import make_learner
+from training.model_size import read_model
+from training.plan_memory import Memory, activation_bytes, logit_bytes, plan_memory, round_bytes
+from training.policy_model import SharedLayers, UpperLayers, autocast, completion_logprobs
+from training.reward_model import RewardModel
+from training.rollouts import Rollout
+from training.workload import Workload, assume
+
+# Of one length, so that nothing is padded, and long enough for activations to outweigh everything else.
+PROMPT, COMPLETION = tuple(range(3, 35)), tuple(range(40, 64))
+CONFIG = TrainingConfig.model_validate(
+    {
+        "reward_model": {"num_layers": 2, "num_trained_layers": 1},
+        "ppo": {
+            "prompts_per_step": 4, "rollouts_per_prompt": 3, "max_prompt_tokens": 32, "max_tokens": 24,
+            "num_frozen_layers": 1, "num_minibatches": 2, "micro_batch_tokens": 2 * 104,
+        },
+    }
+)  # fmt: skip
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of tensors that came to be inside, are there now, and were there at most."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in before}
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._sizes:
+                storage = tensor.untyped_storage()
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, place: int) -> None:
+        self.live -= self._sizes.pop(place)
+
+
+def tiny_work(tiny_folder: Path, config: TrainingConfig = CONFIG) -> Workload:
+    return assume(config, read_model(tiny_folder), len(PROMPT), len(COMPLETION))
+
+
+def part(memory: Memory, name: str) -> float:
+    (found,) = [each for each in memory.parts if each.name == name]
+    return found.bytes
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_trained_weights_gradients_and_moments_are_what_torch_allocates(
+    shared: SharedLayers, tiny_folder: Path, frozen: int
+) -> None:
+    config = TrainingConfig.model_validate({"ppo": {"num_frozen_layers": frozen}})
+    memory = plan_memory(tiny_work(tiny_folder, config))
+    policy = UpperLayers(shared.model, frozen, shared.num_layers).trainable(LoraConfig())
+    optimizer = torch.optim.AdamW(policy.parameters())
+    for parameter in policy.parameters():
+        parameter.sum().backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert part(memory, "policy: trained weights, fp32") == sum(each.nbytes for each in policy.parameters())
+    assert part(memory, "policy: gradients, fp32") == sum(
+        each.grad.nbytes for each in policy.parameters() if each.grad is not None
+    )
+    assert part(memory, "policy: Adam's moments, fp32") == sum(each.nbytes for each in moments)
+
+
+def test_adapters_have_as_many_parameters_as_peft_gives_them(shared: SharedLayers, tiny_folder: Path) -> None:
+    config = TrainingConfig.model_validate({"ppo": {"num_frozen_layers": 1, "lora": {"rank": 3}}})
+    policy = UpperLayers(shared.model, 1, 2).trainable(config.ppo.lora)
+    adapters = [each for each in policy.parameters() if each.requires_grad]
+    assert tiny_work(tiny_folder, config).policy_parameters == sum(each.numel() for each in adapters)
+    assert part(plan_memory(tiny_work(tiny_folder, config)), "policy under its adapters, bf16") == sum(
+        each.nbytes for each in policy.parameters() if not each.requires_grad
+    )
+
+
+def test_frozen_weights_are_what_the_models_hold(shared: SharedLayers, tiny_folder: Path) -> None:
+    memory = plan_memory(tiny_work(tiny_folder))
+    assert part(memory, "reference, bf16") == sum(each.nbytes for each in shared.model.parameters())
+    upper = UpperLayers(shared.model, 1, 2)
+    assert part(memory, "reference: its upper layers again") == sum(each.nbytes for each in upper.parameters())
+    own = RewardModel(shared, CONFIG.reward_model).layers.bfloat16()
+    assert part(memory, "reward model: own layers, bf16") == sum(each.nbytes for each in own.parameters())
+
+
+def learner_of(shared: SharedLayers, config: TrainingConfig) -> Any:
+    rewards, judge = (
+        RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": layers})) for layers in (1, 0)
+    )
+    policy = UpperLayers(shared.model, config.ppo.num_frozen_layers, shared.num_layers).trainable(config.ppo.lora)
+    return make_learner(shared, policy, rewards, judge, config.ppo)
+
+
+def test_rollouts_of_a_round_take_what_is_planned(shared: SharedLayers, tiny_folder: Path) -> None:
+    learner, work = learner_of(shared, CONFIG), tiny_work(tiny_folder)
+    assert part(plan_memory(work), "value model: weights, fp32") == sum(
+        each.nbytes for each in learner.value.parameters()
+    )
+    modules = (shared.model, learner.reference, learner.policy, learner.value, learner.reward_model, learner.judge)
+    held = itertools.chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
+    rollout = Rollout(COMPLETION, (-1.0,) * len(COMPLETION), finished=True)
+    with Allocations(held) as allocations:
+        minibatches = gather(learner, CONFIG.ppo, [(PROMPT, [rollout] * 3)] * 4, 0.1, 0)
+    assert len(minibatches) == 2
+    assert allocations.live == pytest.approx(round_bytes(work), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "rank", "tolerance"),
+    [
+        pytest.param(False, 0, 0.02, id="full weights"),
+        pytest.param(False, 4, 0.06, id="adapters"),
+        pytest.param(True, 0, 0.10, id="checkpointing"),
+    ],
+)
+def test_activations_and_logits_peak_where_planned(
+    shared: SharedLayers, tiny_folder: Path, checkpointing: bool, rank: int, tolerance: float
+) -> None:
+    model, groups = read_model(tiny_folder), [Group(PROMPT * 4, (COMPLETION * 2, COMPLETION * 2))] * 4
+    packed = pack(groups)
+    angles, hidden_GTD = shared.angles(packed), shared.encode(packed, [0])[0]
+    policy = UpperLayers(shared.model, 0, 2).trainable(LoraConfig(rank=rank))
+    policy.checkpointing = checkpointing
+    tokens, row, predicted = packed.tokens_GT.numel(), packed.tokens_GT.shape[1], int(packed.mask_NC.sum())
+    with Allocations([*shared.model.parameters(), *policy.parameters(), hidden_GTD, *angles]) as allocations:
+        with autocast(hidden_GTD.device):
+            normed_GTD = policy(hidden_GTD, packed, angles)
+        loss = completion_logprobs(normed_GTD, shared.head_VD, packed).sum()
+        kept = allocations.live
+        loss.backward()
+    activations = activation_bytes(model, 2, tokens, row, checkpointing=checkpointing, adapters=rank > 0)
+    last = 6 * tokens * model.hidden + 4 * predicted * model.hidden
+    working = 0 if rank else 2 * sum(each.numel() for each in policy.parameters())
+    if checkpointing:
+        # Logits are gone by the time that a layer is computed again, with the bf16 weights of that layer alone.
+        assert kept < 0.5 * allocations.peak
+        assert allocations.peak == pytest.approx(activations + last + working / 2, rel=tolerance)
+    else:
+        assert kept == pytest.approx(activations + last + working, rel=tolerance)
+        logits = logit_bytes(model, predicted)
+        assert allocations.peak == pytest.approx(activations + last + working + logits, rel=tolerance)
+
+
+ppo_values = st.fixed_dictionaries(
+    {
+        "prompts_per_step": st.integers(1, 64),
+        "rollouts_per_prompt": st.integers(1, 9),
+        "max_tokens": st.integers(1, 512),
+        "max_prompt_tokens": st.integers(1, 512),
+        "micro_batch_tokens": st.integers(1, 8192),
+        "num_frozen_layers": st.integers(0, 30),
+        "gradient_checkpointing": st.booleans(),
+        "num_minibatches": st.just(1),
+    }
+)
+
+
+def planned(values: Mapping[str, object], num_devices: int = 1, **more: object) -> Memory:
+    config = TrainingConfig.model_validate({"ppo": {**values, **more}, "reward_model": {"num_trained_layers": 2}})
+    return plan_memory(assume(config, size_of(SMOLLM2)), num_devices)
+
+
+@given(ppo_values)
+def test_memory_never_falls_with_rollouts_lengths_or_batches(values: dict[str, int]) -> None:
+    before = planned(values)
+    for name in ("prompts_per_step", "rollouts_per_prompt", "max_tokens", "max_prompt_tokens", "micro_batch_tokens"):
+        after = planned(values, **{name: values[name] + 1})
+        for old, new in zip(before.parts, after.parts, strict=True):
+            assert new.bytes >= old.bytes, (name, old.name)
+        assert after.peak >= before.peak
+
+
+@given(ppo_values, st.integers(2, 8))
+def test_a_round_grows_with_its_prompts_and_activations_with_a_micro_batch(values: dict[str, int], times: int) -> None:
+    more = planned(values, prompts_per_step=times * values["prompts_per_step"])
+    assert part(more, "rollouts of a round") == pytest.approx(times * part(planned(values), "rollouts of a round"))
+    longest = values["max_prompt_tokens"] + values["rollouts_per_prompt"] * values["max_tokens"]
+    one, many = (planned(values, micro_batch_tokens=factor * longest) for factor in (1, times))
+    assert part(many, "policy: activations") == pytest.approx(times * part(one, "policy: activations"))
+
+
+@given(ppo_values)
+def test_frozen_layers_and_checkpointing_save_memory(values: dict[str, int]) -> None:
+    whole = planned(values, num_frozen_layers=0, gradient_checkpointing=False)
+    assert planned(values, num_frozen_layers=1, gradient_checkpointing=False).total("update") < whole.total("update")
+    assert planned(values, num_frozen_layers=0, gradient_checkpointing=True).total("update") < whole.total("update")
+
+
+@given(ppo_values, st.integers(2, 16))
+def test_devices_share_the_models_and_the_round_but_not_the_engine(values: dict[str, int], num_devices: int) -> None:
+    alone, shared = planned(values), planned(values, num_devices)
+    for name in ("reference, bf16", "policy: Adam's moments, fp32", "value model: weights, fp32", "rollouts of a round"):
+        assert num_devices * part(shared, name) == pytest.approx(part(alone, name))
+    for name in ("engine: weights, bf16", "engine: KV cache", "policy: activations"):
+        assert part(shared, name) == part(alone, name)
+
+
+def test_what_is_not_used_takes_nothing() -> None:
+    plain = plan_memory(assume(TrainingConfig(), size_of(QWEN)))
+    mixed = planned({"ema_decay": 0.9, "ptx": {"data": "text.txt"}})
+    for name in ("policy: average of weights", "policy: PPO's gradient set apart"):
+        assert part(plain, name) == 0
+        assert part(mixed, name) == part(mixed, "policy: trained weights, fp32")
+    assert part(plain, "policy under its adapters, bf16") == 0
+    assert part(planned({"checkpoint_every": 2, "num_steps": 1}), "copy for the checkpoint") == 0
+    assert part(planned({"ptx": {"data": "text.txt", "gamma": 1.0}}), "policy: PPO's gradient set apart") == 0
+
+
+def test_the_fullest_moment_holds_the_peak() -> None:
+    memory = planned({})
+    held = memory.at(memory.fullest)
+    assert memory.peak == sum(each.bytes for each in held) == max(map(memory.total, ("update", "checkpoint")))
+    assert [each.bytes for each in held] == sorted((each.bytes for each in held), reverse=True)
+    assert "copy for the checkpoint" not in [each.name for each in memory.at("update")]

@@ -1,0 +1,121 @@
+"""The reward model's fit: a convex minimum, weights, warm starts, layers of its own, and what it is unsure of."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.training.learning import REWARD_MODEL, fitted, ranked_examples, silent
+from training.groups import Group, RankedExample
+from training.policy_model import SharedLayers
+from training.ranking_loss import compare
+from training.reward_evaluation import clustered_share, evaluate_rewards
+from training.reward_fit import bootstrap_weights, ensemble_losses, fit, labeler_weights, shuffled_batches
+from training.reward_model import RewardModel, load, save, score_groups
+
+LAYERED = REWARD_MODEL.model_copy(update={"num_layers": 2, "num_trained_layers": 1, "learning_rate": 1e-3})
+
+
+def test_heads_alone_have_one_answer_whatever_the_order(shared: SharedLayers) -> None:
+    examples = ranked_examples(shared, 60, seed=3)
+    models = []
+    for order in (examples, examples[::-1]):
+        model = RewardModel(shared, REWARD_MODEL)
+        fit(model, shared, order, REWARD_MODEL, seed=0, warm=False, log=silent)
+        models.append(model)
+    probed = [example.group for example in ranked_examples(shared, 8, seed=4)]
+    first, second = (torch.cat(score_groups(model, shared, probed)) for model in models)
+    assert float(torch.corrcoef(torch.stack([first, second]))[0, 1]) > 0.999
+
+
+def test_layers_of_its_own_learn_and_start_warm(shared: SharedLayers, tmp_path: Path) -> None:
+    model = fitted(shared, LAYERED)
+    held_out = ranked_examples(shared, 40, seed=2)
+    cold = evaluate_rewards(model, shared, held_out)
+    assert cold is not None
+    assert cold.accuracy > 0.6
+    own = shared.model.model.layers[1].state_dict()
+    assert any(not torch.equal(tensor, own[name]) for name, tensor in model.layers[0].state_dict().items())
+    save(model, tmp_path / "m.safetensors", "digest")
+    again = RewardModel(shared, LAYERED)
+    assert load(again, tmp_path / "m.safetensors", "digest")
+    assert not load(RewardModel(shared, REWARD_MODEL), tmp_path / "m.safetensors", "digest")
+    assert not load(again, tmp_path / "m.safetensors", "another reference")
+    groups = [example.group for example in held_out]
+    for a, b in zip(score_groups(model, shared, groups), score_groups(again, shared, groups), strict=True):
+        assert torch.equal(a, b)
+    fit(again, shared, ranked_examples(shared, 64, seed=9), LAYERED, seed=1, warm=True, log=silent)
+    warm = evaluate_rewards(again, shared, held_out)
+    assert warm is not None
+    assert warm.accuracy > cold.accuracy - 0.05
+
+
+def test_scores_of_a_group_equal_scores_one_by_one(shared: SharedLayers) -> None:
+    model = fitted(shared, count=30)
+    shared.model.float()
+    for example in ranked_examples(shared, 6, seed=5):
+        together = score_groups(model, shared, [example.group])[0]
+        alone = [
+            float(score_groups(model, shared, [Group(example.group.prompt, (completion,))])[0])
+            for completion in example.group.completions
+        ]
+        assert together.tolist() == pytest.approx(alone, abs=1e-4)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.floats(0.05, 1.0))
+def test_no_labeler_weighs_more_than_the_share(labelers: list[str], share: float) -> None:
+    weights = labeler_weights(labelers, share)
+    for labeler in set(labelers):
+        total = sum(weight for weight, name in zip(weights, labelers, strict=True) if name == labeler)
+        assert total <= share * len(labelers) + 1e-9 or total == labelers.count(labeler)
+    assert all(0 < weight <= 1 for weight in weights)
+
+
+def test_a_head_with_even_weights_has_the_plain_loss() -> None:
+    ranks, scores_N = [[0, 1, 2], [1, 0]], torch.tensor([0.5, 1.0, -1.0, 2.0, 0.1])
+    losses_E = ensemble_losses(scores_N[:, None].expand(-1, 2), compare(ranks), torch.ones(2, 2))
+    one_by_one = [
+        ensemble_losses(scores[:, None], compare([each]), torch.ones(1, 1))
+        for scores, each in zip(scores_N.split([3, 2]), ranks, strict=True)
+    ]
+    assert losses_E.tolist() == pytest.approx([float(sum(one_by_one)) / 2] * 2)
+
+
+def test_heads_weigh_rankings_differently_and_evenly_on_average(shared: SharedLayers) -> None:
+    weights_RE = bootstrap_weights(ranked_examples(shared, 400, seed=0), 3, seed=0)
+    assert weights_RE.mean(0).tolist() == pytest.approx([1.0] * 3, abs=0.2)
+    assert float(torch.corrcoef(weights_RE.T)[0, 1]) < 0.2
+
+
+def test_batches_hold_every_ranking_once() -> None:
+    lengths = [random.Random(1).randrange(5, 90) for _ in range(133)]
+    batches = shuffled_batches(lengths, 8, seed=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(133))
+    assert batches != shuffled_batches(lengths, 8, seed=1)
+
+
+def test_the_evaluation_counts_what_it_says(shared: SharedLayers) -> None:
+    found = evaluate_rewards(fitted(shared), shared, ranked_examples(shared, 30, seed=6))
+    assert found is not None
+    assert found.low < found.accuracy < found.high
+    for table in (found.by_k, found.by_labeler, found.by_length_difference, found.calibration, found.uncertainty):
+        assert sum(int(row[-1] or 0) for row in table) == found.num_comparisons
+    assert [row[0] for row in found.by_labeler] == ["l0", "l1", "l2", "l3"]
+    assert all(0.5 <= float(row[0] or 0) <= 1 for row in found.calibration)
+
+
+def test_no_comparison_no_evaluation(shared: SharedLayers) -> None:
+    tied = [RankedExample(Group((1, 2), ((3,), (4,))), (0, 0))]
+    assert evaluate_rewards(RewardModel(shared, REWARD_MODEL), shared, tied) is None
+
+
+def test_the_interval_counts_rankings_not_comparisons() -> None:
+    # Ten rankings of six comparisons each, all right or all wrong: as if there were ten observations.
+    right_M = torch.tensor([1.0] * 36 + [0.0] * 24)
+    share, low, high = clustered_share(right_M, torch.arange(60) // 6)
+    by_hand = 1.96 * (0.6 * 0.4 / 9) ** 0.5
+    assert share == pytest.approx(0.6)
+    assert high - low == pytest.approx(2 * by_hand, rel=1e-3)

@@ -1,0 +1,50 @@
+"""When PPO stops itself: pure functions of what its rounds have shown so far.
+
+A reward model is believed less and less the further the policy goes from where it was fitted (Gao et al. 2022), so a
+run ends at a KL budget, or when its score goes up while the judge, fitted to other labelers, goes down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from training.config import PpoConfig
+
+Metrics = Mapping[str, float]
+
+WATCHED = ("objective/kl", "objective/score", "objective/judge_score", "objective/entropy", "rollout/sampler_gap")
+
+
+def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
+    """Why PPO should not go on from the last of these rounds; None if it should."""
+    now = rounds[-1]
+    broken = [name for name in WATCHED if not math.isfinite(now[name])]
+    if broken:
+        return f"not finite: {', '.join(broken)}"
+    if now["objective/kl"] > config.max_kl:
+        return f"KL is {now['objective/kl']:.2f} nats, over ppo.max_kl = {config.max_kl:g}"
+    if now["rollout/sampler_gap"] > config.max_sampler_gap:
+        return (
+            f"sampler and trainer differ by {now['rollout/sampler_gap']:.3f} nats a token, "
+            f"over ppo.max_sampler_gap = {config.max_sampler_gap:g}"
+        )
+    drop = judge_drop(rounds)
+    if drop > config.max_judge_drop:
+        return (
+            f"the two rewards part: by the judge the policy is {drop:.1f} standard errors below its best, "
+            f"by the reward model above it"
+        )
+    return None
+
+
+def judge_drop(rounds: Sequence[Metrics]) -> float:
+    """How far the judge's score of the last round is below its best, in standard errors of the difference.
+
+    0 where the reward model does not hold the last round for better than the best one.
+    """
+    now, best = rounds[-1], max(rounds, key=lambda each: each["objective/judge_score"])
+    if now is best or now["objective/score"] <= best["objective/score"]:
+        return 0.0
+    error = math.hypot(now["objective/judge_error"], best["objective/judge_error"])
+    return (best["objective/judge_score"] - now["objective/judge_score"]) / max(error, 1e-12)

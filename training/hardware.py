@@ -1,0 +1,87 @@
+"""The roofs that a plan is made against: how fast a device reads memory and multiplies matrices, and what it holds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GIB = 2**30
+MATMUL_SECONDS = 0.3
+# Square matrices in bf16 that fill the device, and memory to read that no cache holds.
+MATMUL_WIDTH = {"cpu": 2048, "cuda": 8192}
+READ_BYTES = GIB
+NUM_READS = 3
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What each of some equal devices reaches at best."""
+
+    name: str
+    bandwidth_gb_s: float
+    """Memory read, in 10⁹ bytes a second."""
+    matmul_gflop_s: float
+    """Products of bf16 matrices, in 10⁹ floating-point operations a second."""
+    memory_gib: float
+    num_devices: int = 1
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of all devices together."""
+        return self.bandwidth_gb_s * 1e9 * self.num_devices
+
+    @property
+    def flops(self) -> float:
+        """FLOPs a second of all devices together."""
+        return self.matmul_gflop_s * 1e9 * self.num_devices
+
+
+def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
+    """Measures this machine in about a second: its GPUs, by the first of them, or else its CPU.
+
+    Memory is all of the machine's on a CPU, and on a GPU what is free of it now: what is taken there does not go away.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        name, num_devices = torch.cuda.get_device_name(), torch.cuda.device_count()
+        memory = torch.cuda.mem_get_info()[0]
+    else:
+        name, num_devices = f"CPU, {torch.get_num_threads()} threads", 1
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(
+        name=name,
+        bandwidth_gb_s=_read_rate(device, read_bytes) / 1e9,
+        matmul_gflop_s=_matmul_rate(device) / 1e9,
+        memory_gib=memory / GIB,
+        num_devices=num_devices,
+    )
+
+
+def _read_rate(device: torch.device, num_bytes: int) -> float:
+    """Bytes a second: the best of a few sums over memory."""
+    values = torch.ones(num_bytes // 4, device=device)
+    return values.nbytes / min(_seconds(device, values.sum) for _ in range(NUM_READS))
+
+
+def _matmul_rate(device: torch.device) -> float:
+    """FLOPs a second: the best product in a fixed time."""
+    width = MATMUL_WIDTH[device.type]
+    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+    best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    while True:
+        best = min(best, _seconds(device, lambda: a @ b))
+        if time.perf_counter() > until:
+            return 2 * width**3 / best
+
+
+def _seconds(device: torch.device, run: Callable[[], Tensor]) -> float:
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

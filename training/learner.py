@@ -1,0 +1,126 @@
+"""The models of a PPO run: which are trained and by what, and the state from which training goes on bit for bit.
+
+The value model starts as the reward model (InstructGPT, appendix C.4): the value of an unfinished completion starts as
+its score were it to end there. Shapes: see training.groups and training.reward_model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training.config import PpoConfig
+from training.groups import PackedGroups
+from training.policy_model import SharedLayers, UpperLayers, autocast, run_layers
+from training.reward_model import RewardModel, running_features
+
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-5
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+Weights = dict[str, Tensor]
+
+
+class ValueModel(nn.Module):
+    """The reward model's own layers and mean head, copied to be trained, read at every token."""
+
+    center_F: Tensor
+    spread_F: Tensor
+    offset: Tensor
+
+    def __init__(self, reward_model: RewardModel) -> None:
+        super().__init__()
+        self.first = reward_model.first
+        self.layers = copy.deepcopy(reward_model.layers).float().requires_grad_(True)
+        self.head_F = nn.Parameter((reward_model.head_F * reward_model.scale).detach().clone())
+        self.register_buffer("center_F", reward_model.center_F.clone())
+        self.register_buffer("spread_F", reward_model.spread_F.clone())
+        self.register_buffer("offset", (reward_model.shift * reward_model.scale).clone())
+
+    def forward(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Values [N, C] of the states before each token, from the hidden states that enter layer `first`."""
+        with autocast(hidden_GTD.device):
+            hidden_GTD = run_layers(self.layers, hidden_GTD, packed, angles)
+        features_NCF = (running_features(hidden_GTD, packed) - self.center_F) / self.spread_F
+        return features_NCF @ self.head_F - self.offset
+
+
+@dataclass(frozen=True)
+class Learner:
+    """All models of a run. `policy` and `value` are trained, the others are not."""
+
+    shared: SharedLayers
+    reference: UpperLayers
+    policy: UpperLayers
+    value: ValueModel
+    reward_model: RewardModel
+    judge: RewardModel
+    """Fitted to the rankings of held-out labelers; only watches."""
+    optimizer: torch.optim.Optimizer
+
+
+def make_learner(
+    shared: SharedLayers, policy: UpperLayers, reward_model: RewardModel, judge: RewardModel, config: PpoConfig
+) -> Learner:
+    """Puts the models together, and an AdamW over what is trained."""
+    reference = UpperLayers(shared.model, policy.first, shared.num_layers)
+    policy.checkpointing = config.gradient_checkpointing
+    value = ValueModel(reward_model)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": trained_parameters(policy), "peak_lr": config.learning_rate},
+            {"params": list(value.parameters()), "peak_lr": config.value_learning_rate},
+        ],
+        betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, foreach=True,
+    )  # fmt: skip
+    frozen = [model.requires_grad_(False) for model in (reward_model, judge)]
+    return Learner(shared, reference, policy, value, frozen[0], frozen[1], optimizer)
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that take gradients, in order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def trained_weights(module: nn.Module) -> Weights:
+    """Copies of the parameters that take gradients, by name."""
+    return {name: each.detach().clone() for name, each in module.named_parameters() if each.requires_grad}
+
+
+@torch.no_grad()
+def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Puts back what `trained_weights` returned."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)
+
+
+@torch.no_grad()
+def average(averaged: Weights, module: nn.Module, decay: float) -> None:
+    """Moves `averaged` towards the module's weights: w̄ ← decay w̄ + (1 - decay) w (InstructGPT, appendix C.4)."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in averaged.items():
+        tensor.lerp_(parameters[name], 1 - decay)
+
+
+def learner_state(learner: Learner) -> Weights:
+    """Copies of all that training changes: both models' weights and the optimizer's moments."""
+    state = {f"policy.{name}": tensor for name, tensor in trained_weights(learner.policy).items()}
+    state |= {f"value.{name}": tensor for name, tensor in trained_weights(learner.value).items()}
+    for index, moments in learner.optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{name}": moments[name].clone() for name in MOMENTS}
+    return state
+
+
+def restore_learner(learner: Learner, state: Mapping[str, Tensor]) -> None:
+    """Puts back what `learner_state` returned."""
+    for prefix, module in (("policy.", learner.policy), ("value.", learner.value)):
+        set_weights(module, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+    optimizer = learner.optimizer.state_dict()
+    indices = {int(name.split(".")[1]) for name in state if name.startswith("optimizer.")}
+    moments = {index: {name: state[f"optimizer.{index}.{name}"] for name in MOMENTS} for index in sorted(indices)}
+    learner.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})

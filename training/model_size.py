@@ -1,0 +1,136 @@
+"""How large a model is, part by part, and what a forward pass costs, from its config.json alone.
+
+The model is built without memory (on torch's meta device), so the counts are those of the code that will run it.
+D is the width of the hidden state, V the vocabulary, A the width of all query heads, T the tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+CONFIG_FILE = "config.json"
+
+
+class UnknownModelError(ValueError):
+    """The model cannot be planned for; the message says why."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters by part, and the widths that decide what passes cost."""
+
+    name: str
+    num_layers: int
+    embedding: int
+    """Parameters of the token embedding."""
+    layer: int
+    """Parameters of one layer."""
+    norm: int
+    """Parameters of the final norm."""
+    head: int
+    """Parameters of the output embedding; 0 where it is the token embedding."""
+    layer_matrices: int
+    """Parameters of one layer that tokens are multiplied by."""
+    linear_widths: int
+    """Sum of inputs and outputs of a layer's matrices: what a LoRA adapter of rank 1 has as parameters."""
+    hidden: int
+    vocabulary: int
+    intermediate: int
+    attention: int
+    """Width of all query heads."""
+    key_value: int
+    """Width of all key heads, which is that of all value heads."""
+    num_heads: int
+    head_width: int
+    max_positions: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.num_layers * self.layer + self.norm + self.head
+
+    @property
+    def read_per_token(self) -> int:
+        """Parameters read to predict a token: of the token embedding, only a row is."""
+        return self.total - (self.embedding if self.head else 0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the bf16 KV cache for one token."""
+        return 2 * 2 * self.num_layers * self.key_value
+
+    def weight_flops(self, tokens: float, num_layers: int) -> float:
+        """FLOPs of multiplying tokens by the matrices of some layers, once."""
+        return 2.0 * tokens * num_layers * self.layer_matrices
+
+    def attention_flops(self, tokens: float, context: float, num_layers: int) -> float:
+        """FLOPs of q·kᵀ and of its product with v, where every token meets `context` others.
+
+        In a packed row that is all T of it: the kernel is given a mask and computes what the mask then hides.
+        """
+        return 4.0 * tokens * context * self.attention * num_layers
+
+    def forward_flops(self, tokens: float, row: float, num_layers: int) -> float:
+        """FLOPs of a forward pass through some layers, in rows of `row` tokens; matrix products alone count."""
+        return self.weight_flops(tokens, num_layers) + self.attention_flops(tokens, row, num_layers)
+
+    def head_flops(self, tokens: float) -> float:
+        """FLOPs of the logits of some tokens."""
+        return 2.0 * tokens * self.hidden * self.vocabulary
+
+
+def read_model(path: Path) -> ModelSize:
+    """Measures the model of a folder's config.json, or of the file itself. No weights are read.
+
+    Raises UnknownModelError if there is none, or its layers are not what the trainer knows: alike, in `model.layers`.
+    """
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UnknownModelError(f"there is no {file}")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(file, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError) as error:
+        raise UnknownModelError(f"{file}: {error}") from error
+    return _measure(model, config, file)
+
+
+def _measure(model: nn.Module, config: Any, file: Path) -> ModelSize:
+    body: Any = getattr(model, "model", None)
+    layers = list(getattr(body, "layers", ()))
+    if not layers or len({_count(layer) for layer in layers}) > 1:
+        raise UnknownModelError(f"{file}: the trainer wants layers that are all alike in model.layers")
+    matrices = [each for each in layers[0].modules() if isinstance(each, nn.Linear)]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    tied = config.tie_word_embeddings
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ModelSize(
+        name=config.model_type,
+        num_layers=len(layers),
+        embedding=_count(body.embed_tokens),
+        layer=_count(layers[0]),
+        norm=_count(body.norm),
+        head=0 if tied else _count(head),
+        layer_matrices=sum(each.weight.numel() for each in matrices),
+        linear_widths=sum(each.in_features + each.out_features for each in matrices),
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        intermediate=config.intermediate_size,
+        attention=config.num_attention_heads * head_width,
+        key_value=config.num_key_value_heads * head_width,
+        num_heads=config.num_attention_heads,
+        head_width=head_width,
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

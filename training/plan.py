@@ -1,0 +1,155 @@
+"""Foretells what a training run will hold in memory and how long it will take, before anything is loaded.
+
+Pure functions of a configuration, the model's config.json and the hardware's roofs; training.workload says what is
+assumed, training.plan_memory and training.plan_phases how it is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from training.config import TrainingConfig
+from training.hardware import GIB, Hardware
+from training.model_size import ModelSize
+from training.plan_memory import Memory, plan_memory
+from training.plan_phases import Phase, plan_once, plan_round
+from training.workload import Workload, assume
+
+# The allocator's rounding and fragments, and what libraries take for themselves.
+SAFE_SHARE = 0.9
+NUM_NAMED_FIELDS = 3
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A part of the models, and how many of its parameters are trained and frozen."""
+
+    name: str
+    trained: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. Memory is that of each device, phases are those of all devices together."""
+
+    work: Workload
+    hardware: Hardware
+    parameters: tuple[Parameters, ...]
+    memory: Memory
+    round: tuple[Phase, ...]
+    """Phases of one of the `ppo.num_steps` rounds."""
+    once: tuple[Phase, ...]
+    """Phases that a run has once."""
+    warnings: tuple[str, ...]
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of PPO."""
+        return self.work.config.ppo.num_steps
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of one round."""
+        return sum(phase.seconds for phase in self.round)
+
+    @property
+    def run_seconds(self) -> float:
+        """Seconds of the run."""
+        return self.num_rounds * self.round_seconds + sum(phase.seconds for phase in self.once)
+
+    @property
+    def run_flops(self) -> float:
+        """FLOPs of the run."""
+        return self.num_rounds * sum(each.flops for each in self.round) + sum(each.flops for each in self.once)
+
+
+def make_plan(
+    config: TrainingConfig,
+    model: ModelSize,
+    hardware: Hardware,
+    prompt_tokens: float | None = None,
+    completion_tokens: float | None = None,
+) -> Plan:
+    """Plans a run. Mean lengths of prompts and rollouts are assumed where they are not given."""
+    work = assume(config, model, prompt_tokens, completion_tokens)
+    memory = plan_memory(work, hardware.num_devices)
+    return Plan(
+        work=work,
+        hardware=hardware,
+        parameters=count_parameters(work),
+        memory=memory,
+        round=plan_round(work, hardware),
+        once=plan_once(work, hardware),
+        warnings=tuple(_warnings(work, hardware, memory)),
+    )
+
+
+def count_parameters(work: Workload) -> tuple[Parameters, ...]:
+    """The policy's parts from below, and then what the reward and value models have as their own."""
+    model, adapters = work.model, work.lora_parameters
+    upper = work.policy_layers * model.layer
+    parts = (
+        Parameters("token embedding", 0, model.embedding),
+        Parameters(f"layers, {work.frozen_layers} frozen", 0, work.frozen_layers * model.layer),
+        Parameters(f"layers, {work.policy_layers} of the policy's own", *((0, upper) if adapters else (upper, 0))),
+        Parameters("final norm", *((0, model.norm) if adapters else (model.norm, 0))),
+        Parameters("output embedding", 0, model.head),
+        Parameters(f"adapters of rank {work.config.ppo.lora.rank}", adapters, 0),
+        Parameters("reward model", 0, work.reward_parameters),
+        Parameters("value model", work.value_parameters, 0),
+    )
+    return tuple(part for part in parts if part.trained or part.frozen)
+
+
+def _warnings(work: Workload, hardware: Hardware, memory: Memory) -> Iterator[str]:
+    yield from _fit_warnings(hardware, memory)
+    yield from _length_warnings(work)
+    config, num_layers = work.config, work.model.num_layers
+    if config.ppo.num_frozen_layers >= num_layers:
+        yield f"ppo.num_frozen_layers: the model has {num_layers} layers, so only the last is trained"
+    if config.reward_model.num_layers > num_layers:
+        yield f"reward_model.num_layers: the model has {num_layers} layers, and all are taken"
+    if config.ppo.ptx.gamma is not None and not config.ppo.ptx.data:
+        yield "ppo.ptx.data: none is named, so this is plain PPO, and ppo.ptx.gamma does nothing"
+    per_step = config.ppo.prompts_per_step // config.ppo.num_minibatches
+    if per_step % hardware.num_devices:
+        yield (
+            f"ppo.num_minibatches: an optimizer step has {per_step} prompts, "
+            f"which {hardware.num_devices} devices cannot share evenly"
+        )
+
+
+def _fit_warnings(hardware: Hardware, memory: Memory) -> Iterator[str]:
+    moment, peak = memory.fullest, memory.peak / GIB
+    if peak <= SAFE_SHARE * hardware.memory_gib:
+        return
+    says = "does not fit" if peak > hardware.memory_gib else "leaves less than a tenth free"
+    fields = dict.fromkeys(part.field for part in memory.at(moment) if part.field)
+    yield (
+        f"memory: {peak:.1f} GiB of {hardware.memory_gib:.1f} GiB at its fullest ({moment}) {says}; "
+        f"what would help most: {', '.join(list(fields)[:NUM_NAMED_FIELDS])}"
+    )
+
+
+def _length_warnings(work: Workload) -> Iterator[str]:
+    config, model = work.config, work.model
+    longest = config.ppo.max_prompt_tokens + config.ppo.max_tokens
+    if longest > model.max_positions:
+        yield (
+            f"ppo.max_tokens: with a prompt a rollout may have {longest} tokens, "
+            f"but the model was made for {model.max_positions}"
+        )
+    held = (config.kv_cache_mib << 20) // (model.cache_bytes * longest)
+    wanted = min(config.max_num_seqs, work.rollouts)
+    if held < wanted:
+        yield (
+            f"kv_cache_mib: {config.kv_cache_mib} MiB hold {held} of the {wanted} rollouts drawn at once, at their "
+            f"longest; {-(-wanted * model.cache_bytes * longest >> 20)} MiB would hold all"
+        )
+    if work.longest_row > config.ppo.micro_batch_tokens:
+        yield (
+            f"ppo.micro_batch_tokens: a prompt with its rollouts may have {work.longest_row} tokens, and is then "
+            "passed as one, whatever it takes; memory is planned for that"
+        )

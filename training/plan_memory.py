@@ -1,0 +1,211 @@
+"""What a training run holds in memory, part by part, on each device, and when.
+
+Weights and optimizer state are counted exactly. Activations are what autograd keeps of a layer of Llama's kind (RMSNorm
+in fp32, gated MLP, SDPA with a mask, which each layer keeps in bf16), as if those of both models were there at once.
+Under FSDP all that has the size of a model is divided by the devices, as is a round of rollouts; activations and the
+engine are each device's own, and two layers at a time are gathered in bf16.
+
+Rows are as long as the configuration allows, but for a round of rollouts, where the mean decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from training.logprobs import CHUNK_TOKENS
+from training.model_size import ModelSize
+from training.workload import Workload
+
+Moment = Literal["reward model", "update", "optimizer step", "checkpoint"]
+"""The moments of a run at which memory may be fullest."""
+
+MOMENTS: tuple[Moment, ...] = ("reward model", "update", "optimizer step", "checkpoint")
+PPO: tuple[Moment, ...] = ("update", "optimizer step", "checkpoint")
+
+BF16, FP32 = 2, 4
+ADAM = 2 * FP32
+# A chunk's logits, their softmax, and its copy in bf16.
+LOGIT_BYTES = 2 * FP32 + BF16
+# Rankings on which the heads are fitted first, where layers are trained too (training.reward_fit).
+PROBED_RANKINGS = 256
+ROLLOUT_FIELDS = 9
+"""Numbers kept of each rollout's token: log-probabilities, values, advantages and the like."""
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """Bytes on each device, the moments at which they are held, and the field that makes them fewer ("" if none)."""
+
+    name: str
+    bytes: float
+    moments: tuple[Moment, ...]
+    field: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """All parts."""
+
+    parts: tuple[MemoryPart, ...]
+
+    def at(self, moment: Moment) -> tuple[MemoryPart, ...]:
+        """What is held then, the largest first."""
+        held = [part for part in self.parts if moment in part.moments and part.bytes]
+        return tuple(sorted(held, key=lambda part: -part.bytes))
+
+    def total(self, moment: Moment) -> float:
+        """Bytes held then."""
+        return sum(part.bytes for part in self.at(moment))
+
+    @property
+    def fullest(self) -> Moment:
+        """The moment at which most is held."""
+        return max(MOMENTS, key=self.total)
+
+    @property
+    def peak(self) -> float:
+        """Most bytes held at a moment."""
+        return self.total(self.fullest)
+
+
+def plan_memory(work: Workload, num_devices: int = 1) -> Memory:
+    """Counts what each of `num_devices` holds."""
+    parts = (
+        *_engine(work),
+        *_frozen(work, num_devices),
+        *_trained(work, num_devices),
+        *_reward_fit(work, num_devices),
+        *_passes(work, num_devices),
+    )
+    return Memory(parts)
+
+
+def activation_bytes(
+    model: ModelSize, num_layers: int, tokens: float, row: float, *, checkpointing: bool = False, adapters: bool = False
+) -> float:
+    """Bytes that autograd keeps of `tokens` tokens, in rows of `row`, in some layers that are trained.
+
+    With checkpointing: the states that enter each layer, and one layer's activations while they are computed again.
+    Under adapters the norms' weights need no gradients, and all matrices take the same bf16 states.
+    """
+    # Two norms: each in fp32, in bf16, and cast to bf16 anew for each of q, k and v, or gate and up.
+    norms = (12 if adapters else 22) * model.hidden
+    attention = 8 * model.attention + FP32 * model.num_heads  # q, k, v, and what comes out, with its logsumexp.
+    gated = 8 * model.intermediate  # gate, its activation, up, and their product.
+    layer = tokens * (norms + attention + gated + 2 * FP32 + BF16 * row)
+    if checkpointing and num_layers:
+        return tokens * num_layers * BF16 * model.hidden + layer
+    return num_layers * layer
+
+
+def logit_bytes(model: ModelSize, tokens: float) -> float:
+    """Bytes of the logits that are there at one time, and of what is made of them."""
+    return LOGIT_BYTES * min(CHUNK_TOKENS, tokens) * model.vocabulary
+
+
+def _engine(work: Workload) -> tuple[MemoryPart, ...]:
+    return (
+        MemoryPart("engine: weights, bf16", BF16 * work.model.total, MOMENTS),
+        MemoryPart("engine: KV cache", float(work.config.kv_cache_mib << 20), MOMENTS, "kv_cache_mib"),
+    )
+
+
+def _frozen(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
+    upper = BF16 * work.upper_parameters / num_devices
+    own = work.reward_layers * work.model.layer
+    return (
+        MemoryPart("reference, bf16", BF16 * work.model.total / num_devices, MOMENTS),
+        MemoryPart("reference: its upper layers again", upper, PPO, "ppo.num_frozen_layers"),
+        MemoryPart(
+            "reward model: own layers, bf16", BF16 * own / num_devices, PPO, "reward_model.num_trained_layers"
+        ),
+        MemoryPart(
+            "policy under its adapters, bf16", upper if work.lora_parameters else 0, PPO, "ppo.num_frozen_layers"
+        ),
+    )  # fmt: skip
+
+
+def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
+    config = work.config.ppo
+    policy, value = work.policy_parameters / num_devices, work.value_parameters / num_devices
+    few = "ppo.num_frozen_layers" if work.lora_parameters else "ppo.num_frozen_layers or ppo.lora.rank"
+    rare = config.checkpoint_every <= config.num_steps
+    calibrates = bool(config.ptx.data) and config.ptx.gamma is None
+    layers = "reward_model.num_trained_layers"
+    return (
+        MemoryPart("policy: trained weights, fp32", FP32 * policy, PPO, few),
+        MemoryPart("policy: gradients, fp32", FP32 * policy, PPO, few),
+        MemoryPart("policy: Adam's moments, fp32", ADAM * policy, PPO, few),
+        MemoryPart("policy: last good weights", FP32 * policy, PPO, few),
+        MemoryPart("policy: average of weights", FP32 * policy if config.ema_decay else 0, PPO, "ppo.ema_decay"),
+        MemoryPart(
+            "policy: PPO's gradient set apart", FP32 * policy if calibrates else 0, ("update",), "ppo.ptx.gamma"
+        ),
+        MemoryPart("value model: weights, fp32", FP32 * value, PPO, layers),
+        MemoryPart("value model: gradients and moments", (FP32 + ADAM) * value, PPO, layers),
+        # AdamW goes through the two models one after the other.
+        MemoryPart("optimizer's scratch", FP32 * max(policy, value), ("optimizer step",), few),
+        MemoryPart(
+            "copy for the checkpoint", (FP32 + ADAM) * (policy + value) if rare else 0, ("checkpoint",), few
+        ),
+    )  # fmt: skip
+
+
+def _reward_fit(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
+    """While the reward model is fitted there is no policy yet, but the reward model before."""
+    config, model, layers = work.config.reward_model, work.model, work.reward_layers
+    own = layers * model.layer / num_devices
+    rankings = min(work.learned_rankings, PROBED_RANKINGS) if layers else work.learned_rankings
+    features = 2 * FP32 * rankings * work.config.ppo.rollouts_per_prompt * work.features
+    tokens = -(-config.batch_size // num_devices) * work.longest_row
+    moment: tuple[Moment, ...] = ("reward model",)
+    return (
+        MemoryPart("reward model: trained", (2 * FP32 + ADAM) * own, moment, "reward_model.num_trained_layers"),
+        MemoryPart("reward model: the one before", BF16 * own, moment),
+        MemoryPart("reward model: weights as used, bf16", BF16 * own, moment),
+        MemoryPart("reward model: what the heads read", features, moment, "reward_model.max_rankings"),
+        MemoryPart(
+            "reward model: activations of a batch", activation_bytes(model, layers, tokens, work.longest_row), moment,
+            "reward_model.batch_size",
+        ),
+    )  # fmt: skip
+
+
+def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
+    """What the update's passes need, beside the models."""
+    config, model = work.config.ppo, work.model
+    row = work.longest_row
+    tokens = max(config.micro_batch_tokens, row)
+    checkpointing = config.gradient_checkpointing
+    policy = activation_bytes(
+        model, work.policy_layers, tokens, row, checkpointing=checkpointing, adapters=bool(work.lora_parameters)
+    )
+    last = tokens * (6 * model.hidden + FP32 * model.hidden)
+    value = activation_bytes(model, work.reward_layers, tokens, row) + FP32 * tokens * work.features
+    fewer = "ppo.micro_batch_tokens" if checkpointing else "ppo.micro_batch_tokens or ppo.gradient_checkpointing"
+    if num_devices == 1:
+        working = BF16 * ((0 if work.lora_parameters else work.upper_parameters) + work.value_parameters)
+    else:
+        working = BF16 * (2 * model.layer + model.embedding + model.head)
+    return (
+        MemoryPart("trained weights as used, bf16", working, ("update",)),
+        MemoryPart("policy: activations", policy + last, ("update",), fewer),
+        MemoryPart("value model: activations", value, ("update",), "ppo.micro_batch_tokens"),
+        MemoryPart("logits of a chunk", logit_bytes(model, tokens), ("update",)),
+        MemoryPart(
+            "rollouts of a round", round_bytes(work) / num_devices, ("update", "optimizer step"), "ppo.prompts_per_step"
+        ),
+    )  # fmt: skip
+
+
+def round_bytes(work: Workload) -> float:
+    """Bytes of a round's rollouts and what was found out about them, kept until the update is done.
+
+    States that enter the trained layers, masks, rotations, and numbers for each token of a rollout.
+    """
+    model = work.model
+    reward_first = work.reward_level - work.reward_layers
+    states = 1 if reward_first == work.frozen_layers else 2
+    row = states * BF16 * model.hidden + work.row_tokens + 2 * BF16 * model.head_width + 2 * 8
+    return work.round_tokens * row + work.predicted_tokens * (FP32 * ROLLOUT_FIELDS + 2 * 8 + 1)

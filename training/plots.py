@@ -1,0 +1,230 @@
+"""The plots of a training run: each states its finding in its title, and what a run has not measured is not drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from training.reward_plots import accuracy_plot, calibration_plot
+from training.run_record import Change, Record, duration, fall_from_best, greatest, last_finite, series
+from training.svg import (
+    DASHED,
+    HEIGHT,
+    JUDGE,
+    NEUTRAL,
+    POLICY,
+    REWARD_MODEL,
+    STYLE,
+    VALUE,
+    Plot,
+    legend,
+    panels,
+    to_svg,
+)
+
+Floats = NDArray[np.float64]
+MOST_MARKERS, MOST_POINTS = 30, 100
+
+
+def draw_plots(steps: Sequence[Record], rewards: Record, limits: Mapping[str, Any]) -> list[Plot]:
+    """All plots that the run has figures for.
+
+    Args:
+        steps: those of phase "ppo", each step once.
+        rewards: the record of phase "reward_model_evaluation"; empty if there is none.
+        limits: the recipe's "ppo", whose limits are marked where the run comes near them.
+    """
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
+        plots = (
+            _score_by_kl(steps),
+            _kl_and_entropy(steps, limits),
+            _completions(steps),
+            _updates(steps),
+            _value_and_sampler(steps, limits),
+            accuracy_plot(rewards),
+            calibration_plot(rewards),
+            _seconds(steps),
+        )
+    return [plot for plot in plots if plot]
+
+
+def _score_by_kl(steps: Sequence[Record]) -> Plot | None:
+    size = max(1, math.ceil(len(steps) / MOST_POINTS))
+    root_kl = _block_means(np.sqrt(np.maximum(series(steps, "objective/kl"), 0.0)), size)
+    figure, (axes,) = panels(1, HEIGHT)
+    told = []
+    for key, name, whose, color in (
+        ("objective/score", "reward model", "the reward model’s score", REWARD_MODEL),
+        ("objective/judge_score", "held-out judge", "the held-out judge’s", JUDGE),
+    ):
+        scores = _block_means(series(steps, key), size)
+        if np.isfinite(root_kl + scores).any():
+            axes.plot(root_kl, scores, color=color, linewidth=1, alpha=0.5)
+            axes.scatter(root_kl, scores, s=np.linspace(12, 48, len(scores)), color=color, label=name)
+            told.append(f"{whose} {Change.of(series(steps, key)).words}")
+    if told and (fall := fall_from_best(series(steps, "objective/judge_score"))):
+        told[-1] += f" and ends {fall:.2g} below its best"
+    if not told:
+        return None
+    axes.set(xlabel="√KL from the reference policy (√nat)", ylabel="score (reference: mean 0, deviation 1)")
+    legend(axes)
+    caption = (
+        f"n = {len(steps)} PPO steps{f', in means of {size}' if size > 1 else ''}; later ones are larger. KL is summed "
+        "over a completion."
+    )
+    if len(told) > 1:
+        caption += (
+            " The judge is fitted to labelers unknown to the reward model: where the two part, the policy is "
+            "over-optimised (Gao et al. 2022)."
+        )
+    return Plot(_sentence(*told), to_svg(figure, "score-by-kl"), caption)
+
+
+def _kl_and_entropy(steps: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
+    kl, entropy = series(steps, "objective/kl"), series(steps, "objective/entropy")
+    figure, (upper, lower) = panels(2, HEIGHT, shared=True)
+    drawn = _line(upper, steps, kl, POLICY), _line(lower, steps, entropy, POLICY)
+    if not any(drawn):
+        return None
+    marked = _mark_limit(upper, kl, limits.get("max_kl"))
+    upper.set_ylabel("KL (nats)")
+    lower.set(ylabel="entropy (nats)", xlabel="PPO step")
+    title = _sentence(
+        f"the last rollouts are {last_finite(kl):.2g} nats from the reference" if drawn[0] else "",
+        f"their entropy {Change.of(entropy).words}" if drawn[1] else "",
+    )
+    caption = (
+        f"n = {len(steps)} PPO steps. KL from the reference policy is summed over a completion; entropy is per token."
+    )
+    return Plot(title, to_svg(figure, "kl-and-entropy"), caption + (" Dashed: where PPO stops." if marked else ""))
+
+
+def _completions(steps: Sequence[Record]) -> Plot | None:
+    length, ended = series(steps, "completion/length"), 100 * series(steps, "completion/eos_rate")
+    figure, (upper, lower) = panels(2, HEIGHT, shared=True)
+    drawn = _line(upper, steps, length, POLICY), _line(lower, steps, ended, POLICY)
+    if not any(drawn):
+        return None
+    upper.set(ylabel="length (tokens)", ylim=(0, None))
+    lower.set(ylabel="ended by itself (%)", xlabel="PPO step", ylim=(-4, 104))
+    tokens, share = Change.of(length), Change.of(ended)
+    title = _sentence(
+        f"completions go from {tokens.before:.0f} to {tokens.after:.0f} tokens" if drawn[0] else "",
+        f"{share.before:.0f}% end by themselves at first, {share.after:.0f}% at last" if drawn[1] else "",
+    )
+    caption = f"n = {len(steps)} PPO steps, means over the rollouts of each. The others are cut at the greatest length."
+    return Plot(title, to_svg(figure, "completions"), caption)
+
+
+def _updates(steps: Sequence[Record]) -> Plot | None:
+    clipped, moved = 100 * series(steps, "policy/clipfrac"), series(steps, "policy/approx_kl")
+    figure, (upper, lower) = panels(2, HEIGHT, shared=True)
+    drawn = (
+        _line(upper, steps, clipped, POLICY, "policy"),
+        _line(upper, steps, 100 * series(steps, "val/clipfrac"), VALUE, "value function"),
+        _line(lower, steps, moved, POLICY),
+    )
+    if not any(drawn):
+        return None
+    upper.set(ylabel="clipped tokens (%)", ylim=(0, None))
+    lower.set(ylabel="approx. KL (nats)", xlabel="PPO step", ylim=(0, None))
+    legend(upper)
+    title = _sentence(
+        f"an update clips at most {greatest(clipped):.2g}% of the policy’s tokens" if drawn[0] else "",
+        f"it moves the policy by at most {greatest(moved):.2g} nats a token" if drawn[2] else "",
+    )
+    caption = (
+        f"n = {len(steps)} PPO steps. Approximate KL is per token, between the policies before and after an update."
+    )
+    return Plot(title or "Only the value function’s clipping is known", to_svg(figure, "updates"), caption)
+
+
+def _value_and_sampler(steps: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
+    explained, gap = series(steps, "val/explained_variance"), series(steps, "rollout/sampler_gap")
+    figure, (upper, lower) = panels(2, HEIGHT, shared=True)
+    drawn = _line(upper, steps, explained, VALUE), _line(lower, steps, gap, POLICY)
+    if not any(drawn):
+        return None
+    upper.axhline(0, **DASHED)
+    # The first steps may be far below 0, and would flatten all that follows.
+    cut = drawn[0] and np.nanmin(explained) < -1 < np.nanmedian(explained)
+    if cut:
+        upper.set_ylim(-1.05, 1.05)
+    upper.set_ylabel("explained variance")
+    lower.set(ylabel="sampler gap (nats)", xlabel="PPO step", ylim=(0, None))
+    marked = _mark_limit(lower, gap, limits.get("max_sampler_gap"))
+    change = Change.of(explained)
+    title = _sentence(
+        f"the value function’s explained variance goes from {change.before:.2f} to {change.after:.2f}"
+        if drawn[0]
+        else "",
+        f"sampler and trainer differ by at most {greatest(gap):.2g} nats a token" if drawn[1] else "",
+    )
+    caption = (
+        f"n = {len(steps)} PPO steps. At 0 the values explain no more than the mean return would"
+        f"{'; below -1 is cut off' if cut else ''}. The gap is the mean difference of a token’s log-probability."
+        f"{' Dashed below: where PPO stops.' if marked else ''}"
+    )
+    return Plot(title, to_svg(figure, "value-and-sampler"), caption)
+
+
+def _seconds(steps: Sequence[Record]) -> Plot | None:
+    parts = (("rollouts", POLICY), ("scoring", REWARD_MODEL), ("update", NEUTRAL))
+    seconds = {name: np.nan_to_num(series(steps, f"seconds/{name}")) for name, _ in parts}
+    total = sum(float(spent.sum()) for spent in seconds.values())
+    if not total:
+        return None
+    figure, (axes,) = panels(1, HEIGHT)
+    number = series(steps, "step") + 1
+    edges = np.append(number - 0.5, number[-1] + 0.5)
+    below = np.zeros(len(steps))
+    for name, color in parts:
+        axes.stairs(below + seconds[name], edges, baseline=below, fill=True, color=color, label=name)
+        below = below + seconds[name]
+    axes.set(xlabel="PPO step", ylabel="time (s)", xlim=(edges[0], edges[-1]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    legend(axes)
+    longest = max(seconds, key=lambda name: float(seconds[name].sum()))
+    share = float(seconds[longest].sum()) / total
+    title = f"{longest.capitalize()} took {share:.0%} of PPO’s {duration(total)}"
+    caption = f"n = {len(steps)} PPO steps, {total / len(steps):.1f} s each on average."
+    return Plot(title, to_svg(figure, "seconds"), caption)
+
+
+def _line(axes: Axes, steps: Sequence[Record], values: Floats, color: str, label: str | None = None) -> bool:
+    """Draws a metric by step. False, and a panel's only line says so, if none of it is finite."""
+    if not np.isfinite(values).any():
+        if not label:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+        return False
+    # Alone between two gaps, a value is seen only if it is marked.
+    marker = "o" if len(values) <= MOST_MARKERS or not np.isfinite(values).all() else ""
+    axes.plot(series(steps, "step") + 1, values, color=color, marker=marker, markersize=4, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return True
+
+
+def _mark_limit(axes: Axes, values: Floats, limit: object) -> bool:
+    """Marks where PPO stops, if the run comes so near that the rest stays readable."""
+    if not isinstance(limit, int | float) or not greatest(values) > 0.4 * limit:
+        return False
+    axes.axhline(limit, **DASHED)
+    return True
+
+
+def _block_means(values: Floats, size: int) -> Floats:
+    """Means of [steps] over blocks of `size`; what is over makes a smaller block. NaN where a block has one."""
+    starts = np.arange(0, len(values), size)
+    return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values))) if len(values) else values
+
+
+def _sentence(*clauses: str) -> str:
+    text = "; ".join(clause for clause in clauses if clause)
+    return text[:1].upper() + text[1:]

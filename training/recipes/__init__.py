@@ -1,0 +1,57 @@
+"""Values of TrainingConfig for machines of several sizes, each a TOML file here, and how one is loaded.
+
+A recipe names fields of TrainingConfig alone; those that it does not name keep their defaults.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from training.config import TrainingConfig
+
+FOLDER = Path(__file__).parent
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be used; each line names a field and says what is wrong with it."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with alignd."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(name_or_path: str | Path) -> TrainingConfig:
+    """Loads a recipe that comes with alignd, by its name, or any other, by the path of its .toml file.
+
+    Raises RecipeError if there is none, or it is not TOML, or a field is unknown, of the wrong type or out of range.
+    """
+    path = _find(str(name_or_path))
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        # Strict: a number in quotes is a mistake, not a number.
+        return TrainingConfig.model_validate(values, strict=True)
+    except ValidationError as error:
+        lines = [f"{path.name}: {_field(each['loc'])}: {_says(each['type'], each['msg'])}" for each in error.errors()]
+        raise RecipeError("\n".join(lines)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _find(name: str) -> Path:
+    if name in recipe_names():
+        return FOLDER / f"{name}.toml"
+    if not name.endswith(".toml"):
+        raise RecipeError(f"there is no recipe {name!r}: take one of {', '.join(recipe_names())}, or a .toml file")
+    return Path(name)
+
+
+def _field(steps: tuple[str | int, ...]) -> str:
+    return ".".join(str(step) for step in steps) or "the recipe"
+
+
+def _says(kind: str, message: str) -> str:
+    return "there is no such field" if kind == "extra_forbidden" else message.removeprefix("Value error, ")

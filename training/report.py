@@ -1,0 +1,49 @@
+"""Writes what a training run found, from the folder it left: one HTML file that needs nothing but a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from training.plots import draw_plots
+from training.run_folder import replace_file
+from training.run_record import Run, last_of, read_run
+from training.run_summary import figures, finding, fitting_figures, settings, stops
+
+REPORT, TEMPLATE = "REPORT.html", "report.html.jinja"
+NUM_OPEN_SAMPLES = 5
+
+
+def write_report(folder: Path) -> Path:
+    """Writes REPORT.html into a run's folder, whole or not at all, and returns its path.
+
+    A run that stopped early, or that is still under way, is told as far as it came.
+    """
+    path = folder / REPORT
+    # A policy may write half a surrogate pair, which UTF-8 has no bytes for.
+    html = render(read_run(folder)).encode("utf-8", errors="backslashreplace").decode("utf-8")
+    replace_file(path, html)
+    return path
+
+
+def render(run: Run) -> str:
+    """The report as one HTML page, with its style and plots inside. All text in it is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rewards = last_of(run.records, "reward_model_evaluation")
+    return environment.get_template(TEMPLATE).render(
+        run=run,
+        finding=finding(run),
+        figures=figures(run),
+        fitting=fitting_figures(run),
+        plots=draw_plots(run.steps, rewards, run.recipe.get("ppo", {})),
+        stops=stops(run),
+        settings=list(settings(run.recipe)),
+        num_open=NUM_OPEN_SAMPLES,
+    )

@@ -1,0 +1,174 @@
+"""What a run left behind, read back: its records, those of each phase, and what a metric came to over the steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf.json_format import ParseDict, ParseError
+from numpy.typing import NDArray
+
+from alignd.v1.policy_manifest_pb2 import PolicyManifest
+from training.run_folder import SamplePair
+
+Record = Mapping[str, Any]
+RECORD_KEYS = frozenset({"time", "phase", "step", "num_steps"})
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The objects of a .jsonl file, in order, and how many lines were not what they should be."""
+
+    found: Sequence[Record]
+    num_unreadable: int
+
+
+def read_lines(path: Path, keys: Set[str] = RECORD_KEYS) -> Lines:
+    """Reads a .jsonl file of objects that have `keys`; nothing if there is no such file.
+
+    What follows the last line end is left out: it is still being written, or was when the run was killed.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [_object(line) for line in text.split("\n")[:-1]]
+    found = [line for line in lines if keys <= line.keys()]
+    return Lines(found, len(lines) - len(found))
+
+
+def _object(line: str) -> Record:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds."""
+
+    name: str
+    records: Sequence[Record]
+    samples: Sequence[SamplePair]
+    recipe: Mapping[str, Any]
+    manifest: PolicyManifest | None
+    notes: Sequence[str]
+    """What of it could not be read."""
+
+    @property
+    def steps(self) -> list[Record]:
+        """PPO's."""
+        return [record for record in self.records if record["phase"] == "ppo"]
+
+
+def read_run(folder: Path) -> Run:
+    """Reads what is there; what is not, or cannot be read, is left empty."""
+    metrics = read_lines(folder / "metrics.jsonl")
+    samples = read_lines(folder / "samples.jsonl", {"prompt", "before", "after"})
+    notes = [
+        f"{lines.num_unreadable} of the lines of {name} could not be read."
+        for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples))
+        if lines.num_unreadable
+    ]
+    recipe = _read_json(folder / "recipe.json", notes)
+    manifest = None
+    if found := _read_json(folder / "manifest.json", notes):
+        try:
+            manifest = ParseDict(found, PolicyManifest(), ignore_unknown_fields=True)
+        except ParseError as error:
+            notes.append(f"manifest.json is no policy manifest: {error}")
+    pairs = [SamplePair(str(s["prompt"]), str(s["before"]), str(s["after"])) for s in samples.found]
+    return Run(folder.resolve().name, metrics.found, pairs, recipe, manifest, notes)
+
+
+def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        notes.append(f"{path.name} could not be read: {error}")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def last_of(records: Sequence[Record], phase: str) -> Record:
+    """The newest record of a phase; empty if there is none."""
+    return next((record for record in reversed(records) if record["phase"] == phase), {})
+
+
+def series(records: Sequence[Record], key: str) -> NDArray[np.float64]:
+    """One metric, [records]: NaN where it is absent or not finite."""
+    found = [record.get(key) for record in records]
+    values = np.array([value if isinstance(value, int | float) else math.nan for value in found], dtype=np.float64)
+    return np.where(np.isfinite(values), values, math.nan)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
+
+
+def last_finite(values_S: NDArray[np.float64]) -> float:
+    """The last value of [steps] that is finite; NaN if none is."""
+    finite = values_S[np.isfinite(values_S)]
+    return float(finite[-1]) if len(finite) else math.nan
+
+
+def greatest(values_S: NDArray[np.float64]) -> float:
+    """The greatest finite value of [steps]; NaN if none is."""
+    finite = values_S[np.isfinite(values_S)]
+    return float(finite.max()) if len(finite) else math.nan
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a series came to: its means over the first and the last fifth of the steps, NaN where nothing is finite."""
+
+    before: float
+    after: float
+    clear: bool
+    """False where the series' own noise, taken from neighbouring steps (von Neumann 1941), may explain it."""
+
+    @classmethod
+    def of(cls, values_S: NDArray[np.float64]) -> Change:
+        """Reads [steps]; what is NaN is left out."""
+        finite = values_S[np.isfinite(values_S)]
+        if not len(finite):
+            return cls(math.nan, math.nan, False)
+        size = max(1, len(finite) // 5)
+        before, after = float(finite[:size].mean()), float(finite[-size:].mean())
+        return cls(before, after, len(finite) > 2 * size and abs(after - before) > 2 * _error(finite, size))
+
+    @property
+    def words(self) -> str:
+        """The change as a predicate."""
+        if math.isnan(self.before):
+            return "was never finite"
+        if not self.clear:
+            return "did not clearly change"
+        return f"{'rose' if self.after > self.before else 'fell'} by {abs(self.after - self.before):.2g}"
+
+
+def fall_from_best(values_S: NDArray[np.float64]) -> float:
+    """How far the mean over the last fifth of [steps] is below the best over any; 0 where noise may explain it.
+
+    The best of many is high by chance alone, hence three standard errors and not two.
+    """
+    finite = values_S[np.isfinite(values_S)]
+    if len(finite) < 3:
+        return 0.0
+    size = max(1, len(finite) // 5)
+    means = np.convolve(finite, np.full(size, 1 / size), mode="valid")
+    fall = float(means.max() - means[-1])
+    return fall if fall > 3 * _error(finite, size) else 0.0
+
+
+def _error(values_S: NDArray[np.float64], size: int) -> float:
+    """Standard error of the difference of two means over `size` steps, the noise taken from neighbours."""
+    noise = math.sqrt(float((np.diff(values_S) ** 2).mean()) / 2) if len(values_S) > 1 else math.inf
+    return noise * math.sqrt(2 / size)

@@ -1,0 +1,274 @@
+"""What a run came to, in words and figures: the sentence, the table, why it stopped, and how its recipe was set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from training.config import TrainingConfig
+from training.reward_plots import shares
+from training.run_record import Change, Record, Run, duration, fall_from_best, last_of, series
+
+MOST_REASON = 160  # characters of a reason in the finding; it stands in full further down
+MOST_STEPS = 8  # steps named where a metric is not finite
+WIN_RATE = "reward_model/win_rate_over_reference"
+COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
+ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
+PHASES = {
+    "reward_model": "fitting the reward model",
+    "reward_model_evaluation": "judging the reward model",
+    "normalise": "sampling the reference policy",
+    "ppo": "PPO",
+    "evaluate": "evaluating the new policy",
+    "register": "registering the new version",
+}
+# Metric, what it is called, how it is written, its unit.
+POLICY_FIGURES = (
+    ("objective/score", "score, by the reward model", "{:.2f}", "deviations of the reference policy’s scores"),
+    ("objective/judge_score", "score, by the held-out judge", "{:.2f}", "deviations of the reference policy’s scores"),
+    ("objective/kl", "KL from the reference policy", "{:.2f}", "nats a completion"),
+    ("objective/entropy", "entropy", "{:.2f}", "nats a token"),
+    ("completion/length", "completion length", "{:.0f}", "tokens"),
+    ("completion/eos_rate", "completions that end by themselves", "{:.0%}", ""),
+)
+OPTIMISER_FIGURES = (
+    ("policy/loss", "policy loss", "{:.2g}", ""),
+    ("policy/clipfrac", "policy’s tokens clipped", "{:.1%}", ""),
+    ("policy/approx_kl", "approximate KL of an update", "{:.2g}", "nats a token"),
+    ("policy/grad_norm", "gradient norm, before clipping", "{:.2g}", ""),
+    ("policy/kl_coef", "KL coefficient", "{:.3g}", "scores a nat"),
+    ("val/loss", "value loss", "{:.2g}", ""),
+    ("val/clipfrac", "values clipped", "{:.1%}", ""),
+    ("val/explained_variance", "explained variance of the value function", "{:.2f}", ""),
+    ("rollout/sampler_gap", "sampler gap", "{:.2g}", "nats a token"),
+    ("ptx/loss", "pretraining loss", "{:.3f}", "nats a token"),
+    ("ptx/gamma", "pretraining weight γ", "{:.3g}", ""),
+    ("ptx/grad_ratio", "pretraining gradient over PPO’s", "{:.2g}", ""),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table of figures."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of the recipe. `default` is empty where the value is the default."""
+
+    name: str
+    value: str
+    default: str
+
+
+def finding(run: Run) -> str:
+    """What the run came to, in one sentence."""
+    records = run.records
+    if not records:
+        return "This run has left no measurements."
+    last, version = records[-1], last_of(records, "register").get("version")
+    if last["phase"] == "stopped":
+        reason = _short(str(last.get("reason", "no reason given")))
+        if version:
+            return f"The run registered version {version}, then stopped: {reason}"
+        return f"The run stopped {_where(records[:-1])}, and made no version: {reason}"
+    won = last_of(records, "evaluate")
+    if not won:
+        return f"The run has not ended: its records break off {_where(records)}."
+    clauses = [_win_rate(won, f"version {version}" if version else "the new policy"), *_judge(run.steps)]
+    if version:
+        promoted = last_of(records, "register").get("promoted")
+        clauses.append(f"it was {'' if promoted else 'not '}promoted")
+    clauses += [f"PPO stopped itself at step {step['step'] + 1} of {step['num_steps']}" for step in _cut_short(run)]
+    return _capitalized("; ".join(clauses)) + "."
+
+
+def _where(records: Sequence[Record]) -> str:
+    if not records:
+        return "at once"
+    last = records[-1]
+    name = PHASES.get(last["phase"], last["phase"])
+    if last["num_steps"] == 1:
+        return f"after {name}"
+    return f"in {name}, after step {last['step'] + 1} of {last['num_steps']}"
+
+
+def _win_rate(won: Record, policy: str) -> str:
+    value, low, high = _number(won, WIN_RATE), _number(won, "low"), _number(won, "high")
+    share = f"{value:.0%} of {_count(won)} held-out prompts, by the reward model"
+    if low > 0.5:
+        return f"{policy} beats the reference policy on {share}"
+    if high < 0.5:
+        return f"{policy} falls behind the reference policy: it wins on only {share}"
+    return f"{policy} is not clearly better or worse than the reference policy: it wins on {share}"
+
+
+def _judge(steps: Sequence[Record]) -> list[str]:
+    """What the second reward model says to the gain of the first."""
+    judged, score = series(steps, "objective/judge_score"), Change.of(series(steps, "objective/score"))
+    change, fall = Change.of(judged), fall_from_best(judged)
+    if math.isnan(change.before):
+        return []
+    parted = ", a sign of over-optimisation" if fall and score.clear and score.after > score.before else ""
+    ends = f" and ends {fall:.2g} below its best{parted}" if fall else ""
+    return [f"its score by the held-out judge {change.words}{ends}"]
+
+
+def _short(reason: str) -> str:
+    line = reason.strip().partition("\n")[0]
+    return line if len(line) <= MOST_REASON else line[: MOST_REASON - 1].rstrip() + "…"
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _number(record: Record, key: str) -> float:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _count(won: Record) -> int:
+    return sum(int(won.get(key, 0)) for key in COUNTS)
+
+
+def stops(run: Run) -> list[str]:
+    """Why PPO or the run ended before its end; nothing if neither did."""
+    found = [
+        f"PPO stopped itself at step {record['step'] + 1} of {record['num_steps']}: {record['stopped/reason']}"
+        for record in _cut_short(run)
+    ]
+    records = run.records
+    if not records:
+        return ["The run has not measured anything: it was killed at once, or has only begun."]
+    if records[-1]["phase"] == "stopped":
+        found.append(f"The run stopped: {records[-1].get('reason', 'no reason given')}")
+    elif records[-1]["phase"] != "done":
+        found.append(f"The records break off {_where(records)}: the run was killed, or is still under way.")
+    return found
+
+
+def _cut_short(run: Run) -> list[Record]:
+    return [step for step in run.steps if "stopped/reason" in step]
+
+
+def figures(run: Run) -> list[Figure]:
+    """The run's main figures, without those that it has not measured."""
+    won, rewards = last_of(run.records, "evaluate"), last_of(run.records, "reward_model_evaluation")
+    return [
+        *_outcome(won, last_of(run.records, "register")),
+        *_of_metrics(run.steps, POLICY_FIGURES),
+        *_reward_model(rewards),
+        *_evaluations(run),
+        *_time(run),
+        *_not_finite(run.steps),
+    ]
+
+
+def fitting_figures(run: Run) -> list[Figure]:
+    """How the fitting itself went, for whoever looks into it."""
+    return [
+        *_fit(last_of(run.records, "reward_model"), last_of(run.records, "normalise")),
+        *_of_metrics(run.steps, OPTIMISER_FIGURES),
+    ]
+
+
+def _outcome(won: Record, registered: Record) -> Iterator[Figure]:
+    if registered:
+        promoted = "promoted" if registered.get("promoted") else "not promoted"
+        yield Figure("version registered", str(registered.get("version", "?")), promoted)
+    if won:
+        interval = f"95% interval {_number(won, 'low'):.1%} to {_number(won, 'high'):.1%}"
+        counts = ", ".join(f"{won.get(key, '?')} {name}" for key, name in COUNTS.items())
+        yield Figure("win rate, by the reward model", f"{_number(won, WIN_RATE):.1%}", f"{interval}; {counts}")
+
+
+def _of_metrics(steps: Sequence[Record], rows: Sequence[tuple[str, str, str, str]]) -> Iterator[Figure]:
+    for key, name, form, unit in rows:
+        if any(key in step for step in steps):
+            change = Change.of(series(steps, key))
+            before, after = form.format(change.before), form.format(change.after)
+            unclear = "within its noise" if len(steps) > 2 and before != after and not change.clear else ""
+            value = "not finite" if math.isnan(change.before) else after if before == after else f"{before} → {after}"
+            yield Figure(name, value, "; ".join(part for part in (unit, unclear) if part))
+
+
+def _not_finite(steps: Sequence[Record]) -> Iterator[Figure]:
+    keys = dict.fromkeys(key for step in steps for key, value in step.items() if isinstance(value, float))
+    for key in keys:
+        bad = [step["step"] + 1 for step in steps if key in step and not math.isfinite(_number(step, key))]
+        if bad:
+            named = ", ".join(map(str, bad[:MOST_STEPS])) + (", …" if len(bad) > MOST_STEPS else "")
+            yield Figure(f"{key} is not finite", f"{len(bad)} of {len(steps)} steps", f"step {named}")
+
+
+def _fit(fitted: Record, normalised: Record) -> Iterator[Figure]:
+    if "reward_model/loss" in fitted:
+        accuracy = f"accuracy {_number(fitted, 'reward_model/accuracy'):.1%} on what it learned from"
+        yield Figure("reward model’s loss", f"{_number(fitted, 'reward_model/loss'):.3f}", accuracy)
+    if normalised:
+        deviation = f"{_number(normalised, 'reward_model/reference_std'):.2f}"
+        yield Figure("deviation of the reference policy’s scores", deviation, "before it was made 1")
+
+
+def _reward_model(rewards: Record) -> Iterator[Figure]:
+    if rewards:
+        accuracy, low, high = (_number(rewards, f"reward_model/{key}") for key in ACCURACY)
+        interval = "" if math.isnan(low + high) else f"95% interval {low:.1%} to {high:.1%}; "
+        count = f"{rewards.get('reward_model/held_out_comparisons', 0):.0f} held-out comparisons"
+        yield Figure("reward model’s accuracy", f"{accuracy:.1%}", interval + count)
+        if "reward_model/parent_accuracy" in rewards:
+            parent = _number(rewards, "reward_model/parent_accuracy")
+            verdict = (
+                "the new one was refused, and the old kept"
+                if rewards.get("reward_model/refused")
+                else "the new one was taken"
+            )
+            yield Figure("accuracy of the reward model before", f"{parent:.1%}", f"same comparisons; {verdict}")
+    if by_labeler := shares(rewards.get("by_labeler", ())):
+        percents = [each.percent for each in by_labeler]
+        detail = f"{len(percents)} labelers, median {np.median(percents):.0f}%"
+        yield Figure("accuracy by labeler", f"{min(percents):.0f}% to {max(percents):.0f}%", detail)
+
+
+def _evaluations(run: Run) -> Iterator[Figure]:
+    """What the manifest has besides the win rate, which the run's own record tells."""
+    for each in run.manifest.evaluations if run.manifest else ():
+        if each.name != WIN_RATE:
+            has_interval = each.HasField("low") and each.HasField("high")
+            interval = f"95% interval {each.low:.3g} to {each.high:.3g}; " if has_interval else ""
+            yield Figure(each.name, f"{each.value:.3g}", f"{interval}n = {each.count}")
+
+
+def _time(run: Run) -> Iterator[Figure]:
+    if len(run.records) > 1:
+        seconds = run.records[-1]["time"] - run.records[0]["time"]
+        yield Figure("time", duration(seconds), "from first to last record")
+
+
+def settings(recipe: Mapping[str, Any]) -> Iterator[Setting]:
+    """The recipe, one field a line, with the default where it was set to something else."""
+    defaults = dict(_flat(TrainingConfig().model_dump(mode="json")))
+    for name, value in _flat(recipe):
+        default = defaults.get(name, value)
+        yield Setting(name, _shown(value), "" if value == default else _shown(default))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(value: object) -> str:
+    return "not set" if value is None else "empty" if value == "" else str(value)

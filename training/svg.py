@@ -1,0 +1,96 @@
+"""Figures as SVG that takes its colours and its type from the page it stands in, so that light and dark both work.
+
+One colour means one thing everywhere: the policy, the reward model, the judge (a second reward model, fitted to
+held-out labelers), or the value function. What is none of them is grey.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Drawn in these colours, which nothing else uses, and handed to the page as CSS variables of these names.
+INK, GRID, NEUTRAL = "#010101", "#020202", "#030303"
+POLICY, REWARD_MODEL, JUDGE, VALUE = "#040404", "#050505", "#060606", "#070707"
+CSS_VARIABLES = {
+    INK: "--ink-soft",
+    GRID: "--grid",
+    NEUTRAL: "--neutral",
+    POLICY: "--policy",
+    REWARD_MODEL: "--reward-model",
+    JUDGE: "--judge",
+    VALUE: "--value",
+}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "alignd",  # the same run gives the same page
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "ytick.major.size": 0,
+    "lines.linewidth": 2,
+    "legend.frameon": False,
+}
+WIDTH, HEIGHT = 5.4, 3.9  # inches: about the size on a page of 900 px, so that 11 pt stay readable
+DASHED: Mapping[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3)), "zorder": 1}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn figure: what it shows in a sentence, the drawing, and what one must know to read it."""
+
+    title: str
+    svg: str
+    caption: str
+
+
+def panels(count: int, height: float, *, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of panels one above the other. `height` in inches; `shared` gives all one horizontal axis."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = [figure.add_subplot(count, 1, 1)]
+    for index in range(2, count + 1):
+        axes.append(figure.add_subplot(count, 1, index, sharex=axes[0] if shared else None))
+    for above in axes[:-1]:
+        above.tick_params(labelbottom=not shared)
+    figure.align_ylabels(axes)
+    return figure, axes
+
+
+def legend(axes: Axes) -> None:
+    """Names the colours above the panel, where nothing is drawn."""
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.2, fontsize=10)
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element to stand in HTML: with ids that begin with `name`, and no link to anywhere."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
+    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
+    for color, variable in CSS_VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg

@@ -1,0 +1,53 @@
+"""Shows a run in TensorBoard: writes the scalars of metrics.jsonl as event files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.run_record import RECORD_KEYS, Record, read_lines
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+def write_events(folder: Path) -> Path | None:
+    """Writes a run's scalars to `folder`/tensorboard, in place of what was written there before; returns that folder.
+
+    Every number of a record becomes a point at its step and time, under its own name, or under its phase's where the
+    name says none. None if the tensorboard package is not installed, which is logged once.
+    """
+    open_writer = _writer()
+    if not open_writer:
+        return None
+    events = folder / "tensorboard"
+    for old in events.glob("events.out.tfevents.*"):
+        old.unlink()
+    with open_writer(str(events)) as writer:
+        for record in read_lines(folder / "metrics.jsonl").found:
+            for tag, value in scalars(record):
+                writer.add_scalar(tag, value, global_step=record["step"], walltime=record["time"])
+    return events
+
+
+def scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """The numbers of a record with their tags. Tables and text are left out."""
+    for key, value in record.items():
+        if key not in RECORD_KEYS and isinstance(value, int | float):
+            yield key if "/" in key else f"{record['phase']}/{key}", float(value)
+
+
+@cache
+def _writer() -> type[SummaryWriter] | None:
+    """SummaryWriter, or None. Imported here, so that training does without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        logger.info("no TensorBoard events are written: %s", error)
+        return None
+    return SummaryWriter

@@ -1,0 +1,134 @@
+"""What a configuration asks of a model: which layers run and which learn, and how many tokens pass through them.
+
+Means are assumed where only the data knows: prompts of a quarter of `max_prompt_tokens`, and rollouts of three quarters
+of `max_tokens`. Rows are taken to be without padding. Names: see training.groups and training.model_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.config import TrainingConfig
+from training.model_size import ModelSize
+
+PROMPT_SHARE = 0.25
+COMPLETION_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A configuration, a model, and the mean lengths of prompts and rollouts, in tokens."""
+
+    config: TrainingConfig
+    model: ModelSize
+    prompt_tokens: float
+    completion_tokens: float
+
+    @property
+    def frozen_layers(self) -> int:
+        """Layers below the policy's own; at least one is trained, as in training.run."""
+        return min(self.config.ppo.num_frozen_layers, self.model.num_layers - 1)
+
+    @property
+    def policy_layers(self) -> int:
+        """Layers that the policy trains, whole or by adapters."""
+        return self.model.num_layers - self.frozen_layers
+
+    @property
+    def reward_level(self) -> int:
+        """The layer whose output the reward model's heads read."""
+        return min(self.config.reward_model.num_layers, self.model.num_layers)
+
+    @property
+    def reward_layers(self) -> int:
+        """Layers that the reward model has as its own, and the value model a copy of."""
+        return min(self.config.reward_model.num_trained_layers, self.reward_level)
+
+    @property
+    def shared_layers(self) -> int:
+        """Lower layers that are run once for all models."""
+        return max(self.frozen_layers, self.reward_level)
+
+    @property
+    def upper_parameters(self) -> int:
+        """Parameters of the policy's own layers and final norm."""
+        return self.policy_layers * self.model.layer + self.model.norm
+
+    @property
+    def lora_parameters(self) -> int:
+        """Parameters of the adapters; 0 where full weights are trained."""
+        return self.config.ppo.lora.rank * self.policy_layers * self.model.linear_widths
+
+    @property
+    def policy_parameters(self) -> int:
+        """Parameters of the policy that take gradients."""
+        return self.lora_parameters or self.upper_parameters
+
+    @property
+    def features(self) -> int:
+        """What a head reads: the last state and the mean of all."""
+        return 2 * self.model.hidden
+
+    @property
+    def value_parameters(self) -> int:
+        """Parameters of the value model, all of which take gradients."""
+        return self.reward_layers * self.model.layer + self.features
+
+    @property
+    def reward_parameters(self) -> int:
+        """Parameters that the reward model has as its own."""
+        return self.reward_layers * self.model.layer + self.features * self.config.reward_model.num_heads
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters that PPO's optimizer moves."""
+        return self.policy_parameters + self.value_parameters
+
+    @property
+    def learned_rankings(self) -> int:
+        """Rankings that the reward model learns from, at most; the others measure it."""
+        return round(self.config.reward_model.max_rankings * (1 - self.config.reward_model.held_out_share))
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of one round."""
+        return self.config.ppo.prompts_per_step * self.config.ppo.rollouts_per_prompt
+
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a prompt with its rollouts: p + K c."""
+        return self.prompt_tokens + self.config.ppo.rollouts_per_prompt * self.completion_tokens
+
+    @property
+    def longest_row(self) -> int:
+        """The same, for the longest that the configuration allows."""
+        ppo = self.config.ppo
+        return ppo.max_prompt_tokens + ppo.rollouts_per_prompt * ppo.max_tokens
+
+    @property
+    def round_tokens(self) -> float:
+        """Tokens of a round's rows."""
+        return self.config.ppo.prompts_per_step * self.row_tokens
+
+    @property
+    def predicted_tokens(self) -> float:
+        """Tokens of a round's rollouts, which alone need logits."""
+        return self.rollouts * self.completion_tokens
+
+    @property
+    def pretraining_tokens(self) -> float:
+        """Tokens of pretraining text in one pass over a round's rollouts; 0 for plain PPO."""
+        mix = self.config.ppo.ptx
+        return round(mix.examples_per_episode * self.rollouts) * mix.sequence_tokens if mix.data else 0
+
+
+def assume(
+    config: TrainingConfig, model: ModelSize, prompt_tokens: float | None = None, completion_tokens: float | None = None
+) -> Workload:
+    """Puts a workload together, with assumed mean lengths where none are given."""
+    return Workload(
+        config=config,
+        model=model,
+        prompt_tokens=prompt_tokens or PROMPT_SHARE * config.ppo.max_prompt_tokens,
+        completion_tokens=completion_tokens or COMPLETION_SHARE * config.ppo.max_tokens,
+    )
