@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make_url
 
 from feedback.sqlite_file import open_sqlite
 
@@ -46,7 +46,11 @@ def writing(engine: Engine) -> Connection:
     """Begins a transaction that no other writer is in before this one has ended. To be used as a context manager."""
     connection = engine.connect().execution_options(begin="BEGIN IMMEDIATE")
     if engine.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+        try:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+        except BaseException:
+            connection.close()
+            raise
     return connection
 
 
@@ -54,7 +58,8 @@ def _sqlite_engine(path: Path) -> Engine:
     def connect() -> sqlite3.Connection:
         return open_sqlite(path)
 
-    engine = create_engine("sqlite://", creator=connect)
+    # For the URL alone SQLAlchemy would take a memory database's pool, which closes what other threads are using.
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
 
     # sqlite3 begins transactions late and ends them early by itself; open_sqlite() turns that off.
     @event.listens_for(engine, "begin")

@@ -1,4 +1,4 @@
-"""How the trainer learns: when it starts, the reward model, PPO, SFT, and what it must show before it registers a policy.
+"""How the trainer learns: when it starts, reward model, PPO, SFT, and what it must show before it registers a policy.
 
 Imports nothing heavy, so that the command line can show and refuse a configuration at once. A tiny model is trained by
 other values of these fields, not by other code; training/recipes has a file of values for each size of machine.
@@ -18,8 +18,8 @@ class RewardModelConfig(BaseModel):
     num_trained_layers: int = Field(
         0,
         ge=0,
-        description="Upper ones of these that it trains as its own. 0 fits the heads alone, which is convex: best below "
-        "about a thousand rankings.",
+        description="Upper ones of these that it trains as its own. 0 fits the heads alone, which is convex: "
+        "best below about a thousand rankings.",
     )
     num_heads: int = Field(
         8, ge=2, description="Heads, each fitted to the rankings with random weights; where they differ it is unsure."

@@ -8,7 +8,7 @@ G groups, T tokens of the longest row, N completions over all groups, C tokens o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Self
 
@@ -65,8 +65,8 @@ class PackedGroups:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        values = (getattr(self, field.name) for field in fields(self))
-        return type(self)(*(value.to(device) if isinstance(value, Tensor) else value for value in values))
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group_sizes"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

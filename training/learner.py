@@ -36,6 +36,7 @@ class ValueModel(nn.Module):
         super().__init__()
         self.first = reward_model.first
         self.layers = copy.deepcopy(reward_model.layers).float().requires_grad_(True)
+        self.norm = copy.deepcopy(reward_model.norm).requires_grad_(False)
         self.head_F = nn.Parameter((reward_model.head_F * reward_model.scale).detach().clone())
         self.register_buffer("center_F", reward_model.center_F.clone())
         self.register_buffer("spread_F", reward_model.spread_F.clone())
@@ -44,7 +45,7 @@ class ValueModel(nn.Module):
     def forward(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Values [N, C] of the states before each token, from the hidden states that enter layer `first`."""
         with autocast(hidden_GTD.device):
-            hidden_GTD = run_layers(self.layers, hidden_GTD, packed, angles)
+            hidden_GTD = self.norm(run_layers(self.layers, hidden_GTD, packed, angles))
         features_NCF = (running_features(hidden_GTD, packed) - self.center_F) / self.spread_F
         return features_NCF @ self.head_F - self.offset
 
@@ -73,7 +74,7 @@ def make_learner(
     optimizer = torch.optim.AdamW(
         [
             {"params": trained_parameters(policy), "peak_lr": config.learning_rate},
-            {"params": list(value.parameters()), "peak_lr": config.value_learning_rate},
+            {"params": trained_parameters(value), "peak_lr": config.value_learning_rate},
         ],
         betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, foreach=True,
     )  # fmt: skip

@@ -44,6 +44,7 @@ def run_trainer(
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease
     from training.report import write_report
+    from training.tensorboard import write_events
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -61,6 +62,7 @@ def run_trainer(
                     cursor.write(folder.origin().last_ranking_seq)
                     folder.end()
                     write_report(folder.path)
+                    write_events(folder.path)
                 else:
                     time.sleep(RETRY_SECONDS)
 

@@ -91,7 +91,7 @@ def read_model(path: Path) -> ModelSize:
     """
     file = path / CONFIG_FILE if path.is_dir() else path
     if not file.is_file():
-        raise UnknownModelError(f"there is no {file}")
+        raise UnknownModelError(f"there is no {CONFIG_FILE} at {path}")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -4,8 +4,9 @@ The reference policy, the policy and the reward model stand on the same lower la
 three, and the backward pass ends above them. With no frozen layers, all are trained. Token embeddings and output
 embedding always stay as they are.
 
-The lower layers compute in bf16. What is trained is kept in fp32 and computes in bf16 by autocast: the upper layers whole,
-or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see training.groups. D is the width of the hidden state.
+The lower layers compute in bf16. What is trained is kept in fp32 and computes in bf16 by autocast: the upper layers
+whole, or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see training.groups. D is the width of the hidden
+state.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def load_model(path: Path) -> PreTrainedModel:
     )
     model.requires_grad_(False)
     model.eval()
-    return model.to(training_device())  # type: ignore[arg-type]
+    on_device: PreTrainedModel = model.to(training_device())  # type: ignore[arg-type]
+    return on_device
 
 
 class UpperLayers(nn.Module):
@@ -90,11 +92,10 @@ def run_layers(
     layers: Any, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor], *, checkpointing: bool = False
 ) -> Tensor:
     """Runs decoder layers, in order. `checkpointing` keeps only what enters each, and computes the rest again."""
-    attends_G1TT = packed.attends_GTT.unsqueeze(1)
     for layer in layers:
-        arguments: dict[str, Any] = {"attention_mask": attends_G1TT, "position_embeddings": angles}
+        arguments: dict[str, Any] = {"attention_mask": packed.attends_GTT.unsqueeze(1), "position_embeddings": angles}
         if checkpointing:
-            hidden_GTD = checkpoint(layer, hidden_GTD, use_reentrant=False, **arguments)  # type: ignore[assignment]
+            hidden_GTD = checkpoint(layer, hidden_GTD, use_reentrant=False, **arguments)
         else:
             hidden_GTD = layer(hidden_GTD, **arguments)
     return hidden_GTD

@@ -46,6 +46,8 @@ class RewardModel(nn.Module):
         self.level = min(config.num_layers, shared.num_layers)
         self.first = self.level - min(config.num_trained_layers, self.level)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[self.first : self.level])
+        # What leaves the topmost layer is read as the policy reads it.
+        self.norm = copy.deepcopy(body.norm) if self.level == shared.num_layers else nn.Identity()
         width = 2 * shared.head_VD.shape[1]
         # Zero: before it has learned anything it prefers nothing.
         self.heads_FE = nn.Parameter(torch.zeros(width, config.num_heads))
@@ -63,7 +65,8 @@ class RewardModel(nn.Module):
     def hidden(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
         """From the hidden states that enter layer `first` to those that the heads read."""
         with autocast(hidden_GTD.device):
-            return run_layers(self.layers, hidden_GTD, packed, angles)
+            read_GTD: Tensor = self.norm(run_layers(self.layers, hidden_GTD, packed, angles))
+        return read_GTD
 
     def score(self, features: Tensor) -> Tensor:
         """Normalised scores of features [..., F]."""

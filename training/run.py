@@ -126,7 +126,7 @@ def _open(place: Workplace, folder: RunFolder) -> Run:
     torch.manual_seed(config.seed)
     # An index's backward pass adds in whatever order threads come, unless told otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     parents = Parents(place.client.get(f"v{origin.live_version}"), place.client.get(f"v{origin.reference_version}"))
     data = make_dataset(
         place.tokenizer,

@@ -75,23 +75,23 @@ class RunFolder:
     def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. `step` counts from 0."""
         line = {"time": time.time(), "phase": phase, "step": step, "num_steps": num_steps, **metrics}
-        with (self.path / METRICS).open("a") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, phase: str, step: int) -> None:
         """Takes back the lines of `phase` from this step on, and all of later phases: they will be written again."""
         path = self.path / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         for index, line in enumerate(lines):
             # A kill while a line was written leaves a part of it, always the last.
-            entry = json.loads(line) if line.endswith("\n") else {"phase": phase, "step": step}
+            entry: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"phase": phase, "step": step}
             if entry["phase"] == phase and entry["step"] >= step:
                 replace_file(path, "".join(lines[:index]))
                 return
 
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:
         """Writes samples.jsonl."""
-        (self.path / "samples.jsonl").write_text("".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+        replace_file(self.path / "samples.jsonl", "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
 
     def end(self) -> None:
         """Removes what the run would have been resumed from."""
@@ -106,7 +106,7 @@ def write_json(path: Path, value: object) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Replaces a file by this text, at once or not at all."""
     draft = path.with_suffix(path.suffix + ".tmp")
-    with draft.open("w") as file:
+    with draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -1,1 +1,1 @@
-"""Whether alignd's training learns: real preferences, a second hidden utility, simple rivals, and what learning costs."""
+"""Whether alignd's training learns: real preferences, a second hidden utility, simple rivals, what it costs."""

@@ -1,6 +1,6 @@
 """What a reward model has to beat on held-out comparisons: the longer completion, and a linear model of its words.
 
-N comparisons, V words and word pairs of the vocabulary.
+N comparisons, V words and word pairs of the vocabulary, M entries of a sparse matrix; I is an axis of one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Compar
 def fit(comparisons: Sequence[Comparison], l2_weights: Sequence[float]) -> dict[float, BagOfWords]:
     """Fits one model to `comparisons` for each L2 weight."""
     vocabulary = _vocabulary(comparisons)
-    difference_NV = _differences(comparisons, vocabulary)
+    difference_NV = differences(comparisons, vocabulary)
     return {weight: BagOfWords(vocabulary, logistic_weights(difference_NV, weight)) for weight in l2_weights}
 
 
@@ -91,32 +92,32 @@ def logistic_weights(difference_NV: Tensor, l2_weight: float) -> Tensor:
 
     A row is the features of a chosen completion less those of the rejected one; an intercept would cancel out.
     """
-    weights_V1 = torch.zeros(difference_NV.shape[1], 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights_V1], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+    weights_VI = torch.zeros(difference_NV.shape[1], 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights_VI], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        margin_N1 = torch.sparse.mm(difference_NV, weights_V1)
-        value = softplus(-margin_N1).mean() + l2_weight / 2 * weights_V1.square().sum()
+        margin_NI = torch.sparse.mm(difference_NV, weights_VI)
+        value = softplus(-margin_NI).mean() + l2_weight / 2 * weights_VI.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return weights_V1.detach()[:, 0]
+    return weights_VI.detach()[:, 0]
 
 
 def accuracy(model: BagOfWords, comparisons: Sequence[Comparison]) -> WinRate:
     """How often the chosen completion scores higher. Raises ValueError if there are no comparisons."""
     if not comparisons:
         raise ValueError("accuracy needs at least one comparison")
-    margin_N = torch.sparse.mm(_differences(comparisons, model.vocabulary), model.weights_V[:, None])[:, 0]
+    margin_N = torch.sparse.mm(differences(comparisons, model.vocabulary), model.weights_V[:, None])[:, 0]
     return win_rate(margin_N.tolist(), [0.0] * len(comparisons))
 
 
 def terms(text: str) -> Counter[str]:
     """Counts the words of `text`, in lower case, and its pairs of neighbouring words."""
     words = re.findall(r"[^\W_]+(?:['\u2019][^\W_]+)?|[?!]", text.lower())
-    return Counter([*words, *(f"{first} {second}" for first, second in zip(words, words[1:], strict=False))])
+    return Counter([*words, *(f"{first} {second}" for first, second in pairwise(words))])
 
 
 def _vocabulary(comparisons: Sequence[Comparison]) -> dict[str, int]:
@@ -124,13 +125,13 @@ def _vocabulary(comparisons: Sequence[Comparison]) -> dict[str, int]:
     return {term: index for index, term in enumerate(sorted(t for t, n in found.items() if n >= MIN_COMPLETIONS))}
 
 
-def _differences(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Tensor:
+def differences(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Tensor:
     """Features of the chosen completions less those of the rejected, sparse, [N, V]."""
     entries = list(_entries(comparisons, vocabulary))
-    places_2M = torch.tensor([[row for row, _, _ in entries], [column for _, column, _ in entries]], dtype=torch.long)
+    places = torch.tensor([[row for row, _, _ in entries], [column for _, column, _ in entries]], dtype=torch.long)
     values_M = torch.tensor([value for _, _, value in entries])
     shape = len(comparisons), len(vocabulary)
-    return torch.sparse_coo_tensor(places_2M, values_M, shape, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(places, values_M, shape, check_invariants=True).coalesce()
 
 
 def _entries(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Iterator[tuple[int, int, float]]:

@@ -26,12 +26,22 @@ SEED = 20221220  # the day Self-Instruct was published
 MAX_PROMPT_CHARACTERS = 300
 MIN_OUTPUT_WORDS = 12  # whoever wants less does not want prose
 ANSWER_WORDS = range(20, 121)
-# What a labeler chose is at times the better of two poor answers.
-POOR_ANSWER = re.compile(
-    r"(?i)\b(?:i (?:don['’]t|do not)(?: really)? know|i['’]m (?:not sure|sorry)|human:|assistant:)|\?|https?:|\[\w"
+# What is asked for with these words is not prose, or not fit to be shown.
+UNWANTED_TASK = re.compile(
+    r"(?i)\b(?:python|program\w*|code|coding|sql|json|latex|regular expression|sudoku|pars(?:e|ing)|yaml|markdown|"
+    r"excel|notation|stereotyp\w+|ssn|address of)\b|[_\[<|]"
 )
-# Three demonstrations: a question of fact, a request for steps, a request for ideas.
-FEW_SHOT_PROMPTS = ()
+# What people chose is at times the better of two poor answers: of one who knows nothing, or tells of its own life.
+POOR_ANSWER = re.compile(
+    r"\b(?:I|[Mm]e|[Mm]y|[Yy]ou mean|[Yy]ou asked|not sure)\b|\?|(?:Human|Assistant|https?):|\w\.(?:com|org|net)\b"
+)
+HH_SOURCES = ("helpful-base", "helpful-online")
+# Demonstrations of a question of fact, of a request for advice, and of one for a list.
+FEW_SHOT_PROMPTS = (
+    "What is the pituitary gland?",
+    "I'm sooooooo hungry! What's a quick and easy afternoon snack?",
+    "Make a list of things to do in the given city.\n\nParis",
+)
 
 T = TypeVar("T")
 
@@ -66,11 +76,11 @@ def held_out_prompts(num: int) -> list[str]:
 def demonstrations(num: int) -> list[Demonstration]:
     """`num` demonstrations for SFT (InstructGPT, section 3.5), none with a held-out prompt nor one that is near it.
 
-    First answers that people chose in HH-RLHF's helpful-base, and outputs that people wrote in Self-Instruct's seed
-    tasks. No prompt is held out by `hh_rlhf.split` either: a reward model on an SFT model is not told the answers.
+    First answers that people chose in the helpful parts of HH-RLHF, and outputs that people wrote in Self-Instruct's
+    seed tasks. No prompt is held out by `hh_rlhf.split` either: a reward model on an SFT model is not told the answers.
     Raises ValueError if there are not as many, DataMissingError if a data set is not there.
     """
-    found = {each.prompt: each for each in [*_self_instruct("seed_tasks"), *_first_answers()] if _is_good(each.answer)}
+    found = {each.prompt: each for each in _answers()}
     fresh_prompts = _new([*load_prompts("held_out"), *_user_oriented()], list(found))
     return _first(num, [found[prompt] for prompt in fresh_prompts], "demonstrations")
 
@@ -80,12 +90,21 @@ def few_shot_prefix() -> list[Message]:
 
     InstructGPT's "GPT-3 (prompted)", section 3.5. Raises DataMissingError if a data set is not there.
     """
-    known = {each.prompt: each.answer for each in [*_self_instruct("seed_tasks"), *_first_answers()]}
+    known = {each.prompt: each.answer for each in _answers()}
     return [
         message
         for prompt in FEW_SHOT_PROMPTS
         for message in (Message("user", prompt), Message("assistant", known[prompt]))
     ]
+
+
+def _answers() -> Iterator[Demonstration]:
+    """Answers of middling length, those that a person wrote before those that a person chose."""
+    for task in _self_instruct("seed_tasks"):
+        if len(task.answer.split()) <= ANSWER_WORDS[-1] and not UNWANTED_WORD.search(task.answer):
+            yield task
+    for source in HH_SOURCES:
+        yield from (each for each in _first_answers(source) if _is_good(each.answer))
 
 
 def _user_oriented() -> list[str]:
@@ -101,19 +120,19 @@ def _self_instruct(name: str) -> Iterator[Demonstration]:
         given, output = (task["instances"][0][key].strip() for key in ("input", "output"))
         prompt = "\n\n".join(part for part in (task["instruction"].strip(), given) if part)
         wants_prose = not task.get("is_classification") and len(output.split()) >= MIN_OUTPUT_WORDS
-        unfit = any(pattern.search(prompt) for pattern in (UNWANTED_WORD, PRIVATE, TALKS_TO_MODEL))
+        unfit = any(pattern.search(prompt) for pattern in (UNWANTED_WORD, UNWANTED_TASK, PRIVATE, TALKS_TO_MODEL))
         if wants_prose and prompt.isascii() and len(prompt) <= MAX_PROMPT_CHARACTERS and not unfit:
             yield Demonstration(prompt, output, "self-instruct")
 
 
-def _first_answers() -> Iterator[Demonstration]:
-    """The first answer of each dialogue in helpful-base: chosen, whether the dialogue ended there or went on from it."""
-    with gzip.open(data_file("hh-rlhf/helpful-base.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
+def _first_answers(source: str) -> Iterator[Demonstration]:
+    """The first answer of each dialogue: chosen, whether the dialogue ended with it or went on from it."""
+    with gzip.open(data_file(f"hh-rlhf/{source}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
         for line in lines:
             asked, answered, *_ = *messages(json.loads(line)["chosen"]), Message("", ""), Message("", "")
             prompt = " ".join(asked.text.split())
             if answered.role == "assistant" and is_fit(prompt) and not is_held_out(prompt):
-                yield Demonstration(prompt, answered.text, "hh-rlhf")
+                yield Demonstration(prompt, answered.text, f"hh-rlhf {source}")
 
 
 def _is_good(answer: str) -> bool:

@@ -1,7 +1,7 @@
 """A second hidden utility: of readers who want advice that is easy to read and to follow, told to them in person.
 
-What deploy.simulation.utility's readers want (the subject met, by its meaning, and no preamble) is hardly asked for here,
-so a training that learns both has learned from rankings and not been made for one taste. Config names it as
+What deploy.simulation.utility's readers want (the subject met, by its meaning, and no preamble) is hardly asked for
+here, so a training that learns both has learned from rankings, and was not made for one taste. Config names it as
 "bench.learning.second_utility:plain_utility".
 """
 
@@ -30,27 +30,43 @@ VOWELS = re.compile(r"[aeiouy]+")
 MIN_PIECE_WORDS = 3  # what is shorter says nothing by itself, and lists of it are not steps
 
 YOU = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
-IMPERATIVES = frozenset(
-    """add apply ask avoid bake be begin blend boil bring build buy call check choose clean combine consider cook cover
-    cut do don't drain drink drop eat enjoy fill find focus get give go heat hold join keep learn leave let let's list
-    look make measure meet mix move note open pack pay pick place plan plant play pour practice prepare press pull push
-    put read remember remove repeat rest rinse rub save say scrub search see serve set show sit sleep soak speak spend
-    spread sprinkle start stay stir stop take talk tell think try turn use visit wait walk warm wash watch wear wipe
-    work write""".split()
+IMPERATIVE = re.compile(
+    r"""
+    add | apply | ask | avoid | bake | be | begin | blend | boil | bring | build | buy | call | check | choose |
+    clean | combine | consider | cook | cover | cut | do | don't | drain | drink | drop | eat | enjoy | fill |
+    find | focus | get | give | go | heat | hold | join | keep | learn | leave | let | let's | list | look |
+    make | measure | meet | mix | move | note | open | pack | pay | pick | place | plan | plant | play | pour |
+    practice | prepare | press | pull | push | put | read | remember | remove | repeat | rest | rinse | rub |
+    save | say | scrub | search | see | serve | set | show | sit | sleep | soak | speak | spend | spread |
+    sprinkle | start | stay | stir | stop | take | talk | tell | think | try | turn | use | visit | wait | walk
+    | warm | wash | watch | wear | wipe | work | write
+    """,
+    re.VERBOSE,
 )
 SEQUENCE = re.compile(
-    r"\b(first|second|third|next|then|after that|afterwards|finally|lastly|last|to start|begin by|once)\b", re.IGNORECASE
+    r"\b(first|second|third|next|then|after that|afterwards|finally|lastly|last|to start|begin by|once)\b",
+    re.IGNORECASE,
 )
 EXAMPLE = re.compile(r"\b(for example|for instance|such as|like (?:a|an|the)|e\.g|say,)", re.IGNORECASE)
 AMOUNT = re.compile(
-    r"""\$?\d+(?:[./,:]\d+)*%? | \b(?:half|two|three|four|five|six|seven|eight|nine|ten|twenty|thirty|few|couple\ of)\ (?:more\ )?
-    (?:seconds|minutes|hours|days|weeks|months|years|times|cups|spoons|teaspoons|tablespoons|pounds|inches|feet|miles|people)""",
+    r"""
+    \$?\d+(?:[./,:]\d+)*%?
+    | \b(?:half | two | three | four | five | six | seven | eight | nine | ten | twenty | thirty | a\ few)
+      \ (?:more\ )?
+      (?:second | minute | hour | day | week | month | year | time | cup | teaspoon | tablespoon | pound | inch | feet |
+      mile | people)
+    """,
     re.IGNORECASE | re.VERBOSE,
 )
 WARM = re.compile(
-    r"""\b(good\ luck | have\ fun | enjoy | don['\u2019]t\ worry | you\ can\ do | you['\u2019](?:ve|ll)\ (?:got|be|do|love|find) | great |
-    happy | glad | hope | congratulations | well\ done | feel\ free | take\ your\ time | be\ kind | be\ proud | friendly |
-    wonderful | good\ for\ you | it['\u2019]s\ (?:ok|okay|fine|easy|normal) | of\ course)\b""",
+    r"""
+    \b(?:
+      good\ luck | have\ fun | enjoy | don['\u2019]t\ worry | you\ can\ do
+      | you['\u2019](?:ve|ll)\ (?:got|be|do|love|find) |
+      great | happy | glad | hope | congratulations | well\ done | feel\ free | take\ your\ time | be\ kind |
+      be\ proud | friendly | wonderful | good\ for\ you | it['\u2019]s\ (?:ok|okay|fine|easy|normal) | of\ course
+    )\b
+    """,
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -78,7 +94,7 @@ def to_the_reader(completion: str) -> float:
     said = pieces(completion)
     if not said:
         return 0.0
-    addressed = sum(YOU.search(piece) is not None or words(piece)[0] in IMPERATIVES for piece in said)
+    addressed = sum(bool(YOU.search(piece) or IMPERATIVE.fullmatch(words(piece)[0])) for piece in said)
     return min(1.0, addressed / len(said) / 0.6)
 
 

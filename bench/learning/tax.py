@@ -2,7 +2,7 @@
 
 Two measures that need no generation: the loss on WikiText-2, and the accuracy on HellaSwag (Zellers et al., arXiv
 1905.07830) as EleutherAI's lm-evaluation-harness scores it. The tax is the paired `change` of a measure from one policy
-to another. Shapes: see training.groups.
+to another. Shapes: see training.groups; E counts endings, and I is an axis of one.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def natural(text: str) -> str:
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r' " ([^"\n]*) "', r' "\1"', text)
     text = re.sub(r"([(\[]) ", r"\1", text)
-    text = re.sub(r" ([.,;:!?)\]]|'s\b|n't\b|'(?= ))", r"\1", text)
+    text = re.sub(r" ([.,;:!?)\]]|'(?:s|t|re|m|ve|ll|d)\b|'(?= ))", r"\1", text)
     return re.sub(r" *\n[ \n]*", "\n\n", text).strip()
 
 
@@ -132,12 +132,12 @@ def wikitext_loss(
     token_ids = encode(tokenizer, text)[:num_tokens]
     starts = range(0, len(token_ids) - window + 1, window)
     windows = torch.tensor([token_ids[start : start + window] for start in starts], dtype=torch.long)
-    return Measure(tuple(_window_loss(model, tokens_1T.to(model.device)) for tokens_1T in windows.split(1)))
+    return Measure(tuple(_window_loss(model, tokens_IT.to(model.device)) for tokens_IT in windows.split(1)))
 
 
-def _window_loss(model: PreTrainedModel, tokens_1T: Tensor) -> float:
-    logits_TV = model(input_ids=tokens_1T, use_cache=False).logits[0, :-1]
-    return cross_entropy(logits_TV.float(), tokens_1T[0, 1:]).item()
+def _window_loss(model: PreTrainedModel, tokens_IT: Tensor) -> float:
+    logits_TV = model(input_ids=tokens_IT, use_cache=False).logits[0, :-1]
+    return cross_entropy(logits_TV.float(), tokens_IT[0, 1:]).item()
 
 
 def hellaswag_accuracy(
@@ -169,7 +169,7 @@ def ending_logprobs(
         packed = pack([groups[index] for index in batch]).to(shared.device)
         hidden_GTD = shared.encode(packed, [shared.num_layers])[shared.num_layers]
         normed_GTD = norm(hidden_GTD, packed, shared.angles(packed))
-        logprobs_MC, _ = completion_logprobs(normed_GTD, shared.head_VD, packed)
+        logprobs_MC = completion_logprobs(normed_GTD, shared.head_VD, packed)
         logprobs_NE[batch] = logprobs_MC.sum(-1).view(len(batch), -1).cpu()
     return logprobs_NE
 

@@ -1,4 +1,4 @@
-"""`alignd runs` on folders as the trainer writes them, and on a store: what it says, and what the trainer then reads."""
+"""`alignd runs` on folders as the trainer writes them, and on a store: what it says, and what is stored by it."""
 
 import json
 import math

@@ -4,8 +4,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tests.training.sampling import PlainSampler
 from training import ppo
 from training.config import PpoConfig, RewardModelConfig

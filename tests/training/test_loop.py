@@ -26,7 +26,7 @@ from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, TrainingConfig
 from training.dataset import is_held_out
-from training.loop import Cursor, is_due
+from training.loop import Cursor
 
 CONFIG = TrainingConfig(
     min_new_rankings=12,

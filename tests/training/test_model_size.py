@@ -66,7 +66,7 @@ def test_cache_bytes_are_keys_and_values_of_all_layers(tiny_folder: Path, shared
 
 
 def test_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
-    with pytest.raises(UnknownModelError, match=r"there is no .*config\.json"):
+    with pytest.raises(UnknownModelError, match=r"there is no config\.json at "):
         read_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1}))
     with pytest.raises(UnknownModelError, match=r"model\.layers"):

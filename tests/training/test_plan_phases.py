@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -146,6 +146,7 @@ ppo_values = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=30)
 @given(ppo_values, st.sampled_from([SMOLLM2, MISTRAL]), st.floats(1, 500), st.floats(1, 500))
 def test_no_phase_beats_the_roof_and_more_work_takes_longer(
     values: dict[str, int], model: str, prompt: float, completion: float
@@ -159,6 +160,7 @@ def test_no_phase_beats_the_roof_and_more_work_takes_longer(
         assert all(after[phase].seconds >= before[phase].seconds * (1 - 1e-9) for phase in before)
 
 
+@settings(max_examples=30)
 @given(ppo_values, st.integers(2, 8))
 def test_devices_share_the_work(values: dict[str, int], num_devices: int) -> None:
     many = Hardware("several", 20.0, 1000.0, 16.0, num_devices)

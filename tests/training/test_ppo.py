@@ -145,7 +145,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(
 def gradients(shared: SharedLayers, folder: Path, micro_batch_tokens: int, *, checkpointing: bool) -> list[Tensor]:
     config = PPO.model_copy(update={"micro_batch_tokens": micro_batch_tokens, "gradient_checkpointing": checkpointing})
     learner = learner_of(shared, folder, config, fitted(shared, count=20))
-    world, sampler = world_of(folder, config)
+    _, sampler = world_of(folder, config)
     drawn = sampler.sample(PROMPTS, seed=1)
     (minibatch, _) = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
     assert len(minibatch) == (1 if micro_batch_tokens > 1000 else 8)

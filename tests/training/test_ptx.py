@@ -69,7 +69,9 @@ def test_both_gradients_are_summed(shared: SharedLayers, policy: UpperLayers, ga
     metrics = ptx.accumulate(trained_parameters(policy), policy, shared, DRAWN, given, max_tokens=64)
     assert metrics["ptx/gamma"] == gamma
     expected = [one + gamma * other for one, other in zip(ppo, alone, strict=True)]
-    assert norm([a - b for a, b in zip(gradients(policy), expected, strict=True)]) < 0.01 * norm(expected)  # bf16 rounds what is scaled
+    assert norm([a - b for a, b in zip(gradients(policy), expected, strict=True)]) < 0.01 * norm(
+        expected
+    )  # bf16 rounds what is scaled
 
 
 def test_gamma_is_calibrated_to_the_ratio_of_norms_and_then_stays(shared: SharedLayers, policy: UpperLayers) -> None:

@@ -1,0 +1,153 @@
+"""PPO against TRL 1.12's PPOTrainer, the last release that has one: episodes a second for the same work, side by side.
+
+    python -m bench.ppo --json FILE [--quick]
+
+Both sides get the same prompts, lengths, batch, epochs, score and learning rate, and run in turns, each in a process
+of its own. `whole` is ours with policy and value model trained whole, as TRL's are; `shared` is the recipe as shipped,
+with two thirds of the layers frozen and shared by all models. `--quick` takes a tiny random model, and shows only that
+it runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from bench.peers.environment import VENV, run_trl_ppo, trl_python
+from bench.result import Figure, add_arguments, at_least, bench_result, report
+from bench.roofs import roofs
+from deploy.models import make_tiny_llama, prepare_smollm2
+from deploy.simulation.prompts import load_prompts
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, RESPONSE_TOKENS, NUM_EPOCHS = 16, 48, 4
+MAX_PROMPT_TOKENS = 64
+SPEED_GOAL, ROOF_GOAL = 6.0, 0.3
+SHARED_SHARE = 2 / 3
+
+Updates = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    measured = roofs()
+    trl_python(VENV)
+    with tempfile.TemporaryDirectory() as scratch:
+        sides, job = run_sides(Path(scratch), arguments.quick)
+        figures = [*measured, *compare(sides, job, roof=measured[-1].value)]
+    report(bench_result("ppo", figures), arguments.json)
+
+
+def run_sides(scratch: Path, quick: bool) -> tuple[dict[str, Updates], dict[str, Any]]:
+    """Runs each side in turn, with one seed after the other; the first update of a process warms it up."""
+    model = make_tiny_llama(scratch / "model") if quick else prepare_smollm2(scratch / "model")
+    num_layers = AutoConfig.from_pretrained(model).num_hidden_layers
+    job = make_job(model, scratch / "score.safetensors", num_updates=2 if quick else 5)
+    run: dict[str, Callable[[dict[str, Any], Path], Updates]] = {
+        "TRL": run_trl_ppo,
+        "whole": lambda job, folder: run_ours(job, folder, 0),
+        "shared": lambda job, folder: run_ours(job, folder, round(num_layers * SHARED_SHARE)),
+    }
+    sides: dict[str, Updates] = {name: [] for name in run}
+    for seed in range(1 if quick else 2):
+        for name, run_side in run.items():
+            updates = run_side({**job, "seed": seed}, scratch / f"{name}-{seed}")
+            print(f"{name}, seed {seed}: {statistics.median(u['seconds'] for u in updates[1:]):.1f} s an update")
+            sides[name] += updates[1:]
+    return sides, job
+
+
+def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
+    """What both sides run: a score that is a random direction of the hidden state, of about unit variance."""
+    width = AutoConfig.from_pretrained(model).hidden_size
+    generator = torch.Generator().manual_seed(0)
+    save_file({"score.weight": torch.randn(1, width, generator=generator) / width**0.5}, head)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chats = (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        for prompt in load_prompts("train")
+    )
+    return {
+        "model": str(model), "score_head": str(head),
+        "prompts": [chat for chat in chats if len(chat) <= MAX_PROMPT_TOKENS][: BATCH * num_updates],
+        "num_updates": num_updates, "batch": BATCH, "response_tokens": RESPONSE_TOKENS, "num_ppo_epochs": NUM_EPOCHS,
+        "num_mini_batches": 1, "learning_rate": 1e-5, "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "gamma": 1.0,
+        "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": "bf16", "seed": 0,
+        "threads": os.cpu_count() or 1,
+    }  # fmt: skip
+
+
+def run_ours(job: dict[str, Any], folder: Path, shared_layers: int) -> Updates:
+    """Runs alignd's PPO in a process of its own."""
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "bench.ppo_ours", str(folder / "job.json"), str(folder / "updates.jsonl")]
+    done = subprocess.run([*command, str(shared_layers)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"alignd's PPO failed:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
+
+
+def compare(sides: dict[str, Updates], job: dict[str, Any], roof: float) -> list[Figure]:
+    """Speeds with TRL's beside them, what the updates reached, and ours as a share of the roof (GFLOP/s)."""
+    seconds = {name: [update["seconds"] for update in updates] for name, updates in sides.items()}
+    peer = statistics.median(seconds["TRL"])
+    figures = [spread(f"TRL: seconds an update of {job['batch']} episodes", "s", seconds["TRL"])]
+    for name in ("whole", "shared"):
+        figures.append(spread(f"{name}: seconds an update", "s", seconds[name], peer=peer))
+        faster = [peer / each for each in seconds[name]]
+        figures.append(at_least(SPEED_GOAL, spread(f"{name}: times as fast as TRL", "x", faster)))
+        episodes = [job["batch"] / each for each in seconds[name]]
+        figures.append(spread(f"{name}: episodes a second", "1/s", episodes, peer=job["batch"] / peer))
+        for part in ("rollouts", "scoring", "update"):
+            figures.append(spread(f"{name}: {part}", "s", [each[f"seconds/{part}"] for each in sides[name]]))
+        rates = [update_gflop(job, each["length"], name == "shared") / each["seconds/update"] for each in sides[name]]
+        figures.append(
+            at_least(ROOF_GOAL, spread(f"{name}: update, share of bf16 roof", "", [r / roof for r in rates]))
+        )
+    for name, updates in sides.items():
+        figures.append(spread(f"{name}: score", "", [update["score"] for update in updates]))
+        figures.append(spread(f"{name}: KL", "nats", [update["kl"] for update in updates]))
+        figures.append(Figure(f"{name}: peak memory", max(u["peak_rss_mib"] for u in updates) / 1024, "GiB"))
+    return figures
+
+
+def update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> float:
+    """Matrix products of one update in GFLOP, without attention's: 2 a parameter and token forward, 4 backward.
+
+    Layers see prompts too, the output embedding sees completions alone, and is frozen: 2 forward, 4 backward with the
+    logits made again.
+    """
+    config: LlamaConfig = AutoConfig.from_pretrained(job["model"])
+    width, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads + config.num_key_value_heads
+    layer = 2 * width * heads * (width // config.num_attention_heads) + 3 * width * inner
+    trained = config.num_hidden_layers - (round(config.num_hidden_layers * SHARED_SHARE) if is_shared else 0)
+    completion_tokens = job["batch"] * mean_length
+    tokens = completion_tokens + sum(map(len, job["prompts"])) / len(job["prompts"]) * job["batch"]
+    layers: int = (1 if is_shared else 2) * trained * layer * tokens
+    return 6 * job["num_ppo_epochs"] * (layers + config.vocab_size * width * completion_tokens) / 1e9
+
+
+def spread(name: str, unit: str, values: list[float], peer: float | None = None) -> Figure:
+    """The median, with the least and the greatest."""
+    return Figure(name, statistics.median(values), unit, min(values), max(values), peer=peer)
+
+
+if __name__ == "__main__":
+    main()

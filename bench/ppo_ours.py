@@ -1,0 +1,134 @@
+"""Runs alignd's PPO on the job that bench.peers.ppo_trl describes, in a process of its own, for bench.ppo.
+
+    python -m bench.ppo_ours JOB UPDATES SHARED_LAYERS
+
+Writes the same lines to UPDATES as the peer does, and the seconds of each part besides. SHARED_LAYERS lower layers are
+frozen and shared by all models; with 0, policy and value model are trained whole, as the peer's are.
+"""
+
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
+
+from bench.peers.measure import peak_rss_mib
+from training import ppo
+from training.config import LoraConfig, PpoConfig, RewardModelConfig
+from training.learner import make_learner
+from training.policy_model import SharedLayers, load_model, upper_layers_of
+from training.reward_model import RewardModel
+from training.rollouts import RolloutEngine
+
+KV_CACHE_MIB = 256
+NO_LIMIT = 1e9
+
+
+def main() -> None:
+    """Runs the job named by the first argument, and writes to the second."""
+    job_path, updates_path, shared_layers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    job = json.loads(job_path.read_text())
+    torch.set_num_threads(job["threads"])
+    model, num_layers = Path(job["model"]), AutoConfig.from_pretrained(job["model"]).num_hidden_layers
+    config = ppo_config(job, shared_layers)
+    engine = RolloutEngine(
+        model,
+        max_model_len=max(map(len, job["prompts"])) + job["response_tokens"],
+        max_num_seqs=job["batch"],
+        kv_cache_mib=KV_CACHE_MIB,
+        seed=job["seed"],
+    )
+    shared = SharedLayers(load_model(model))
+    rewards = reward_model(shared, Path(job["score_head"]), num_layers, 0)
+    # The peer trains a whole value model; the recipe as shipped trains a head on the layers that all models share.
+    value_start = reward_model(shared, Path(job["score_head"]), num_layers, num_layers - shared_layers)
+    policy = upper_layers_of(model, shared, shared_layers, LoraConfig())
+    learner = make_learner(shared, policy, value_start, rewards, config)
+    eos = AutoTokenizer.from_pretrained(job["model"]).eos_token_id
+    updates, clock = itertools.count(1), Stopwatch()
+
+    def log(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
+        line = {
+            "update": next(updates),
+            "seconds": clock.lap(),
+            "score": metrics["objective/score"],
+            "kl": metrics["objective/kl"],
+            "ended": round(metrics["completion/eos_rate"] * job["batch"]),
+            "peak_rss_mib": peak_rss_mib(),
+            "length": metrics["completion/length"],
+            **{name: value for name, value in metrics.items() if name.startswith("seconds/")},
+        }
+        with updates_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    world = ppo.World(
+        prompts=[tuple(prompt) for prompt in job["prompts"]],
+        sample=lambda prompts, seed: engine.sample(
+            prompts, num_completions=1, max_tokens=job["response_tokens"], seed=seed, eos_token_id=eos
+        ),
+        load_weights=engine.load_weights,
+        log=log,
+    )
+    updates_path.unlink(missing_ok=True)
+    clock.lap()
+    ppo.train(learner, config, world, seed=job["seed"])
+
+
+class Stopwatch:
+    """Seconds from one lap to the next."""
+
+    def __init__(self) -> None:
+        self.began_at = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last."""
+        ended_at = time.perf_counter()
+        seconds, self.began_at = ended_at - self.began_at, ended_at
+        return seconds
+
+
+def ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
+    """The job in our words. The peer clips no gradients and no scores, and never stops itself."""
+    return PpoConfig(
+        num_steps=job["num_updates"],
+        prompts_per_step=job["batch"],
+        rollouts_per_prompt=1,
+        max_tokens=job["response_tokens"],
+        num_epochs=job["num_ppo_epochs"],
+        num_minibatches=job["num_mini_batches"],
+        num_frozen_layers=shared_layers,
+        learning_rate=job["learning_rate"],
+        value_learning_rate=job["learning_rate"],
+        num_warmup_steps=0,
+        kl_coef=job["kl_coef"],
+        missing_eos_penalty=job["missing_eos_penalty"] or 0.0,
+        score_clip=NO_LIMIT,
+        gamma=job["gamma"],
+        gae_lambda=job["lam"],
+        clip_range=job["cliprange"],
+        value_clip_range=job["cliprange"],
+        value_coef=job["vf_coef"],
+        max_grad_norm=NO_LIMIT,
+        max_kl=NO_LIMIT,
+        max_sampler_gap=NO_LIMIT,
+        max_judge_drop=NO_LIMIT,
+    )
+
+
+def reward_model(shared: SharedLayers, head: Path, num_layers: int, num_trained_layers: int) -> RewardModel:
+    """The job's score: linear in the normed hidden state at the last token, and not in the mean that ours reads too."""
+    model = RewardModel(shared, RewardModelConfig(num_layers=num_layers, num_trained_layers=num_trained_layers))
+    weight_D = load_file(head)["score.weight"][0].float()
+    with torch.no_grad():
+        model.heads_FE.zero_()
+        model.heads_FE[: len(weight_D)] = weight_D[:, None]
+    return model
+
+
+if __name__ == "__main__":
+    main()

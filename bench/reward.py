@@ -1,0 +1,196 @@
+"""The reward model against TRL's RewardTrainer on the same rankings of HH-RLHF-length text: groups a second, by K.
+
+    python -m bench.reward --json FILE [--quick]
+
+Both train the whole of SmolLM2 in bf16 autocast, one ranking of K completions an optimizer step. TRL reads a ranking
+expanded into its K (K - 1) / 2 pairs, as all open trainers do; ours reads the prompt once and each completion once.
+They run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from bench.learning.hh_rlhf import read_comparisons
+from bench.result import Figure, add_arguments, at_least, bench_result, report
+from bench.roofs import roofs
+from deploy.models import make_tiny_llama, prepare_smollm2
+from feedback.comparisons import comparisons
+from training.config import RewardModelConfig
+from training.groups import Group, RankedExample
+from training.policy_model import SharedLayers, load_model
+from training.reward_fit import fit
+from training.reward_model import RewardModel
+
+KS = (4, 6, 9)
+MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 128
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    figures = roofs()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = make_tiny_llama(folder / "model") if arguments.quick else prepare_smollm2(folder / "model")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        for k in KS:
+            examples = rankings(tokenizer, k, count=2 if arguments.quick else 4)
+            figures += compare(k, examples, model, tokenizer, folder)
+    report(bench_result("reward", figures), arguments.json)
+
+
+def rankings(tokenizer: PreTrainedTokenizerBase, k: int, count: int) -> list[RankedExample]:
+    """Rankings of K completions each: real prompts, with real answers to them and to other prompts, in random order.
+
+    What is ranked has no influence on how long it takes; lengths do, and are those of HH-RLHF.
+    """
+    drawn = random.Random(k)
+    found = drawn.sample(read_comparisons(("helpful-base",)).comparisons, count * k)
+    examples = []
+    for index in range(count):
+        prompt: Any = tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.text} for message in found[index].prompt],
+            add_generation_prompt=True, return_dict=False,
+        )  # fmt: skip
+        answers = [found[index].chosen, found[index].rejected]
+        answers += [other.chosen for other in found[count + index * (k - 2) : count + (index + 1) * (k - 2)]]
+        completions = [
+            (*tokenizer.encode(text, add_special_tokens=False)[:MAX_COMPLETION_TOKENS], tokenizer.eos_token_id)
+            for text in answers
+        ]
+        ranks = tuple(drawn.sample(range(k), k))
+        examples.append(
+            RankedExample(Group(tuple(prompt[-MAX_PROMPT_TOKENS:]), tuple(completions)), ranks, f"l{index}", index)
+        )
+    return examples
+
+
+def compare(
+    k: int, examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[Figure]:
+    """Both sides on these rankings, in turns; the first step of each run warms up and does not count."""
+    ours, peer = [], []
+    for _ in range(2):
+        ours += run_ours(examples, model)
+        peer += run_trl(examples, model, tokenizer, folder)
+    rates, peer_rates = ([1 / seconds for seconds in side] for side in (ours, peer))
+    faster = [rate * statistics.median(peer) for rate in rates]
+    shared = sum(len(example.group) for example in examples)
+    prompts = [len(example.group.prompt) for example in examples]
+    pairs = [
+        len(prompt) + len(group.completions[side])
+        for example in examples
+        for group, prompt in [(example.group, example.group.prompt)]
+        for pair in comparisons(example.ranks)
+        for side in pair
+    ]
+    return [
+        spread(f"K={k}: groups a second", "1/s", rates, peer=statistics.median(peer_rates)),
+        at_least(k - 1, spread(f"K={k}: times as fast as TRL", "x", faster)),
+        Figure(f"K={k}: tokens a group", shared / len(examples), "tokens", peer=sum(pairs) / len(examples)),
+        Figure(f"K={k}: share of prompt in one completion's row", _prompt_share(examples, prompts), ""),
+        Figure(f"K={k}: padding", 0.0, "share of tokens", peer=trl_padding(examples)),
+    ]
+
+
+def _prompt_share(examples: Sequence[RankedExample], prompts: Sequence[int]) -> float:
+    k = len(examples[0].ranks)
+    rows = sum(len(example.group) + (k - 1) * len(example.group.prompt) for example in examples)
+    return k * sum(prompts) / rows
+
+
+def trl_padding(examples: Sequence[RankedExample]) -> float:
+    """Share of padding in TRL's batches: all pairs of a ranking, padded to the longest."""
+    real, padded = 0, 0
+    for example in examples:
+        lengths = [len(example.group.prompt) + len(each) for each in example.group.completions]
+        rows = [lengths[side] for pair in comparisons(example.ranks) for side in pair]
+        real, padded = real + sum(rows), padded + max(rows) * len(rows)
+    return 1 - real / padded
+
+
+def run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
+    """Seconds of each optimizer step but the first."""
+    shared = SharedLayers(load_model(model))
+    config = RewardModelConfig(num_layers=shared.num_layers, num_trained_layers=shared.num_layers, batch_size=1)
+    ended = []
+    fit(
+        RewardModel(shared, config), shared, examples, config, seed=0, warm=True,
+        log=lambda step, num_steps, metrics: ended.append(time.perf_counter()),
+    )  # fmt: skip
+    return [after - before for before, after in itertools.pairwise(ended)]
+
+
+def run_trl(
+    examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> list[float]:
+    """Seconds of each optimizer step but the first, on the same rankings as pairs."""
+    rows = [
+        {
+            "chosen_ids": [*example.group.prompt, *example.group.completions[chosen]],
+            "rejected_ids": [*example.group.prompt, *example.group.completions[rejected]],
+        }
+        for example in examples
+        for chosen, rejected in comparisons(example.ranks)
+    ]
+    scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    clock = Clock()
+    trainer = RewardTrainer(
+        model=scored,
+        args=RewardConfig(
+            output_dir=str(folder / "trl"),
+            num_train_epochs=1,
+            # In the order given: each step has all pairs of one ranking.
+            per_device_train_batch_size=len(rows) // len(examples),
+            train_sampling_strategy="sequential",
+            max_length=None,
+            bf16=True,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    return [after - before for before, after in itertools.pairwise(clock.ended)]
+
+
+class Clock(TrainerCallback):
+    """Notes when each step ends."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Called by the trainer."""
+        self.ended.append(time.perf_counter())
+
+
+def spread(name: str, unit: str, values: Sequence[float], peer: float | None = None) -> Figure:
+    """The median, with the least and the greatest."""
+    return Figure(name, statistics.median(values), unit, min(values), max(values), peer=peer)
+
+
+if __name__ == "__main__":
+    main()

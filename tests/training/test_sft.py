@@ -1,0 +1,66 @@
+"""Supervised fine-tuning: the demonstrated completions become likelier, prompts do not, and the judge picks the epoch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from training.config import SftConfig
+from training.errors import TrainingError
+from training.logprobs import label_logprobs
+from training.policy_model import load_model, load_weights
+from training.sft import Demonstration, fine_tune
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+EOS = 2
+DEMONSTRATIONS = [Demonstration((1, 40 + i, 7), (90 + i, 91, 92, EOS)) for i in range(24)]
+CONFIG = SftConfig(num_epochs=3, learning_rate=5e-3, batch_size=8)
+
+
+def mean_logprob(folder: Path, weights: dict[str, Tensor], which: slice) -> float:
+    """Mean log-probability of the tokens of the demonstrations in this place, each given those before it."""
+    model = load_model(folder)
+    model.load_state_dict(weights, strict=False)
+    tokens_NT = torch.tensor([[*each.prompt, *each.completion] for each in DEMONSTRATIONS])
+    hidden_NTD = model.model(tokens_NT).last_hidden_state
+    places = range(tokens_NT.shape[1])[which]
+    hidden_MD = hidden_NTD[:, [place - 1 for place in places]].flatten(0, 1)
+    head_VD = model.get_output_embeddings().weight
+    return float(label_logprobs(hidden_MD, head_VD, tokens_NT[:, list(places)].flatten()).mean())
+
+
+def test_the_epoch_that_the_judge_likes_best_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    scores, seen = iter([0.1, 0.9, 0.3]), []
+    given: list[dict[str, Tensor]] = []
+
+    def judge(weights: dict[str, Tensor]) -> float:
+        given.append(weights)
+        return next(scores)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    weights, epochs = fine_tune(
+        tiny_folder, tokenizer, DEMONSTRATIONS, judge, CONFIG, tmp_path, seed=0, log=seen.append
+    )
+    assert epochs == seen
+    assert [epoch.score for epoch in epochs] == [0.1, 0.9, 0.3]
+    assert epochs[0].loss > epochs[-1].loss
+    assert all(torch.equal(tensor, given[1][name]) for name, tensor in weights.items())
+    assert set(weights) == set(load_weights(tiny_folder))
+
+    before = load_weights(tiny_folder)
+    completion, prompt = slice(3, 7), slice(1, 2)
+    assert mean_logprob(tiny_folder, weights, completion) > mean_logprob(tiny_folder, before, completion) + 1
+    # The second token is a prompt's alone: 24 of the vocabulary, never trained on.
+    assert mean_logprob(tiny_folder, weights, prompt) < mean_logprob(tiny_folder, before, prompt) + 1
+
+
+def test_too_few_or_too_long_demonstrations_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    for config in (SftConfig(min_demonstrations=25), SftConfig(max_tokens=5)):
+        with pytest.raises(TrainingError, match=r"sft\.min_demonstrations"):
+            fine_tune(
+                tiny_folder, tokenizer, DEMONSTRATIONS, lambda _: 0.0, config, tmp_path, seed=0, log=lambda _: None
+            )

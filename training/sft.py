@@ -1,0 +1,163 @@
+"""Supervised fine-tuning on demonstrations, with TRL's SFTTrainer: the policy that PPO starts from and is held to.
+
+As in InstructGPT, appendix C.1: loss on the demonstrated completions alone, cosine to 10 %, and of all epochs the one
+whose completions of validation prompts the reward model likes best; validation loss overfits long before that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from trl.trainer.sft_config import SFTConfig as TrlConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from training.config import SftConfig
+from training.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the completion that somebody wanted, in tokens; the completion has its end token."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to."""
+
+    index: int
+    loss: float
+    score: float
+    """Mean score, by the reward model, of completions of the validation prompts."""
+
+
+Judge = Callable[[dict[str, Tensor]], float]
+"""Mean score of what a policy of these weights writes to the validation prompts."""
+
+
+def fine_tune(
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    demonstrations: Sequence[Demonstration],
+    judge: Judge,
+    config: SftConfig,
+    scratch: Path,
+    *,
+    seed: int,
+    log: Callable[[Epoch], None],
+) -> tuple[dict[str, Tensor], list[Epoch]]:
+    """Returns the weights of the epoch that `judge` liked best, in bf16 by the checkpoint's names, and all epochs.
+
+    Raises TrainingError if there are too few demonstrations, or if the loss is not finite.
+    """
+    short = [each for each in demonstrations if len(each.prompt) + len(each.completion) <= config.max_tokens]
+    if len(short) < config.min_demonstrations:
+        raise TrainingError(
+            f"SFT: {len(short)} demonstrations of at most {config.max_tokens} tokens, "
+            f"fewer than sft.min_demonstrations = {config.min_demonstrations}"
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+    )
+    chosen = _Chosen(judge, log)
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(config, scratch, seed),
+        train_dataset=_rows(short, seed),
+        processing_class=tokenizer,
+        callbacks=[chosen],
+    )
+    trainer.train()
+    if chosen.best is None:
+        raise TrainingError("SFT: no epoch had a finite loss")
+    return chosen.weights, chosen.epochs
+
+
+def _rows(demonstrations: Sequence[Demonstration], seed: int) -> Dataset:
+    shuffled = random.Random(seed).sample(list(demonstrations), len(demonstrations))
+    return Dataset.from_dict(
+        {
+            "input_ids": [[*each.prompt, *each.completion] for each in shuffled],
+            "completion_mask": [[0] * len(each.prompt) + [1] * len(each.completion) for each in shuffled],
+        }
+    )
+
+
+def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
+    return TrlConfig(
+        output_dir=str(scratch),
+        num_train_epochs=config.num_epochs,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        completion_only_loss=True,
+        max_length=config.max_tokens,
+        adam_beta2=0.95,
+        bf16=True,
+        gradient_checkpointing=False,
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+class _Chosen(TrainerCallback):
+    """Judges each epoch as it ends, and keeps a copy of the best."""
+
+    def __init__(self, judge: Judge, log: Callable[[Epoch], None]) -> None:
+        self.judge, self.log_epoch = judge, log
+        self.epochs: list[Epoch] = []
+        self.best: Epoch | None = None
+        self.weights: dict[str, Tensor] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Called with the mean loss of an epoch, once at its end."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        weights = checkpoint_weights(model)
+        epoch = Epoch(len(self.epochs), float(loss), self.judge(weights))
+        self.epochs.append(epoch)
+        self.log_epoch(epoch)
+        if torch.isfinite(torch.tensor(epoch.loss)) and (self.best is None or epoch.score > self.best.score):
+            self.best, self.weights = epoch, weights
+
+
+def checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's weights in bf16, copied, by the names of its checkpoint."""
+    weights = {name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    return weights
