@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from bench.peers.environment import VENV, run_trl_ppo, trl_python
 from bench.result import Figure, add_arguments, at_least, bench_result, report
@@ -133,15 +133,15 @@ def update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> fl
     Layers see prompts too, the output embedding sees completions alone, and is frozen: 2 forward, 4 backward with the
     logits made again.
     """
-    config: LlamaConfig = AutoConfig.from_pretrained(job["model"])
-    width, inner = config.hidden_size, config.intermediate_size
+    config: Any = AutoConfig.from_pretrained(job["model"])
+    width, head_width = config.hidden_size, config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads + config.num_key_value_heads
-    layer = 2 * width * heads * (width // config.num_attention_heads) + 3 * width * inner
+    layer = 2 * width * heads * head_width + 3 * width * config.intermediate_size
     trained = config.num_hidden_layers - (round(config.num_hidden_layers * SHARED_SHARE) if is_shared else 0)
     completion_tokens = job["batch"] * mean_length
     tokens = completion_tokens + sum(map(len, job["prompts"])) / len(job["prompts"]) * job["batch"]
-    layers: int = (1 if is_shared else 2) * trained * layer * tokens
-    return 6 * job["num_ppo_epochs"] * (layers + config.vocab_size * width * completion_tokens) / 1e9
+    layers = (1 if is_shared else 2) * trained * layer * tokens
+    return float(6 * job["num_ppo_epochs"] * (layers + config.vocab_size * width * completion_tokens) / 1e9)
 
 
 def spread(name: str, unit: str, values: list[float], peer: float | None = None) -> Figure:

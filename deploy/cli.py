@@ -75,8 +75,17 @@ def ingest(dry_run: DryRun = False) -> None:
 
 
 @app.command()
-def train(dry_run: DryRun = False) -> None:
-    """Learn from new rankings, and register what was learned."""
+def train(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan of a run, and do nothing.")
+    ] = False,
+    recipe: Annotated[
+        str, typer.Option(help="Values of `training`: a recipe's name, such as smollm2, or the path of a .toml file.")
+    ] = "",
+) -> None:
+    """Learn from new rankings, and register what was learned. `alignd runs` operates it."""
+    if recipe:
+        os.environ["ALIGND_TRAINING"] = read_recipe(recipe)
     config = start(dry_run)
     if config:
         from training.loop import run_trainer
@@ -88,6 +97,21 @@ def train(dry_run: DryRun = False) -> None:
             runs_dir=config.runs_dir,
             serving_address=config.server_address,
         )
+    else:
+        from deploy.train_plan import print_plan
+
+        # On standard error, so that standard output remains a configuration file.
+        print_plan(load_config(), console=Console(stderr=True, highlight=False))
+
+
+def read_recipe(name_or_path: str) -> str:
+    """Returns a recipe as JSON. Raises ConfigError if it cannot be used."""
+    from training.recipes import RecipeError, load_recipe
+
+    try:
+        return load_recipe(name_or_path).model_dump_json()
+    except RecipeError as error:
+        raise ConfigError(f"recipe {name_or_path}: {error}") from error
 
 
 @app.command()

@@ -77,7 +77,7 @@ class PpoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_steps: int = Field(12, ge=1, description="Rounds of rollouts and update.")
+    num_steps: int = Field(10, ge=1, description="Rounds of rollouts and update.")
     prompts_per_step: int = Field(16, ge=1, description="Prompts that rollouts are drawn for in one round.")
     rollouts_per_prompt: int = Field(4, ge=1, description="Rollouts of each of these prompts.")
     max_tokens: int = Field(64, ge=1, description="Most tokens in one rollout.")

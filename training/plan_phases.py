@@ -7,7 +7,7 @@ without regard to its mask, as kernels compute it. What the engine takes to load
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.hardware import Hardware
 from training.workload import Workload
@@ -66,10 +66,8 @@ def plan_once(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
     """
     asked = work.config.num_evaluation_prompts
     evaluation = _rollouts(work, hardware, "evaluation", asked, 1)
-    twice = Phase(
-        evaluation.name, 2 * evaluation.tokens, 2 * evaluation.flops, 2 * evaluation.bytes, 2 * evaluation.seconds
-    )
-    return _reward_fit(work, hardware), twice
+    twice = {name: 2 * getattr(evaluation, name) for name in ("tokens", "flops", "bytes", "seconds")}
+    return _reward_fit(work, hardware), replace(evaluation, **twice)
 
 
 def layer_update_flops(work: Workload, tokens: float, row: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-VARIABLE = "ALIGND_DATA"
+VARIABLE = "ALIGND_TEST_DATA"
 BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
@@ -16,8 +16,8 @@ class DataMissingError(FileNotFoundError):
 def data_file(name: str) -> Path:
     """Returns the path of a file such as "hh-rlhf/helpful-base.test.jsonl.gz".
 
-    It is looked for in the folder that ALIGND_DATA names, else in ../shared/data as seen from the root of the checkout.
-    Raises DataMissingError if it is not there.
+    It is looked for in the folder that ALIGND_TEST_DATA names, else in ../shared/data as seen from the root of the
+    checkout. Raises DataMissingError if it is not there.
     """
     folder = Path(os.environ.get(VARIABLE) or BESIDE_THE_CHECKOUT)
     path = folder / name

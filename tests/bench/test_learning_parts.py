@@ -29,7 +29,7 @@ ASKED = "\n\nHuman: Is honey sweet?\n\nAssistant:"
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder where data is looked for."""
-    monkeypatch.setenv("ALIGND_DATA", str(tmp_path))
+    monkeypatch.setenv("ALIGND_TEST_DATA", str(tmp_path))
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def comparison(chosen: str, rejected: str, prompt: str = "Say something.") -> Co
 
 
 def test_missing_data_is_named_with_the_variable_that_says_where_it_is(data: Path) -> None:
-    with pytest.raises(DataMissingError, match=r"no hh-rlhf/x\.gz in .*set ALIGND_DATA"):
+    with pytest.raises(DataMissingError, match=r"no hh-rlhf/x\.gz in .*set ALIGND_TEST_DATA"):
         data_file("hh-rlhf/x.gz")
     with pytest.raises(DataMissingError, match="helpful-base"):
         read_comparisons()

@@ -110,6 +110,24 @@ def test_scoring_runs_shared_layers_once_and_each_models_own() -> None:
     assert found.seconds == pytest.approx(found.flops / 1e12 / EFFICIENCY.scoring)
 
 
+def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
+    work = work_of(ppo={"num_epochs": 2, "num_minibatches": 4}, reward_model={"num_trained_layers": 3})
+    found, model, tokens = phases(work)["update"], work.model, 16 * (50 + 4 * 40)
+    once = 3 * model.forward_flops(tokens, 210, 10 + 3) + 3 * model.head_flops(64 * 40)
+    assert found.flops == pytest.approx(2 * once)
+    # Eight steps of AdamW: four numbers read and three written, of policy and value model.
+    trained = 13 * model.layer + model.norm + 2 * 576
+    assert found.bytes == 8 * 7 * 4 * trained
+    assert found.seconds == pytest.approx((found.flops / 1e12 + found.bytes / 20e9) / EFFICIENCY.update)
+
+
+def test_held_out_prompts_are_asked_twice_once_each() -> None:
+    work = work_of(num_evaluation_prompts=32, ppo={"prompts_per_step": 32, "rollouts_per_prompt": 1})
+    drawn, asked = phases(work)["rollouts"], phases(work)["evaluation"]
+    once = (drawn.tokens, drawn.flops, drawn.bytes, drawn.seconds)
+    assert (asked.tokens, asked.flops, asked.bytes, asked.seconds) == tuple(2 * each for each in once)
+
+
 def test_the_pretraining_mix_costs_what_its_tokens_cost() -> None:
     mix = {"data": "text.txt", "examples_per_episode": 8, "sequence_tokens": 100}
     work = work_of(ppo={"ptx": mix, "num_frozen_layers": 12})

@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_is_an_error(shared: SharedLayers, tiny_folder
         ppo.train(learner, PPO, world, seed=0)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for kill -9 between two rounds."""
 
 
@@ -125,14 +125,14 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(
 
         def between(rounds: "itertools.count[int]" = rounds, kills: int = kills) -> None:
             if next(rounds) == killed_after and kills:
-                raise Killed
+                raise KilledError
 
         for attempt in range(kills + 1):
             learner = learner_of(shared, tiny_folder, EVERYTHING, rewards)
             world, _ = world_of(tiny_folder, EVERYTHING, kept(seen), pretraining=endless_text())
             world = replace(world, checkpoints=tmp_path / str(kills), between_rounds=between)
             if attempt < kills:
-                with pytest.raises(Killed):
+                with pytest.raises(KilledError):
                     ppo.train(learner, EVERYTHING, world, seed=5)
             else:
                 assert ppo.train(learner, EVERYTHING, world, seed=5) is None

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the demonstrated completions become likelier, prompts do not, and the judge picks the epoch."""
+"""Supervised fine-tuning: demonstrations become likelier, their prompts do not, and the judge picks the epoch."""
 
 from pathlib import Path
 
