@@ -14,11 +14,11 @@ from rich.text import Text
 from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
-from training.hardware import GIB, Hardware, this_machine
-from training.model_size import CONFIG_FILE, UnknownModelError, read_model
-from training.plan import Plan, make_plan
-from training.plan_memory import MOMENTS
-from training.plan_phases import EFFICIENCY, Phase
+from training.planning.hardware import GIB, Hardware, this_machine
+from training.planning.memory import MOMENTS
+from training.planning.model_size import CONFIG_FILE, UnknownModelError, read_model
+from training.planning.phases import EFFICIENCY, Phase
+from training.planning.plan import Plan, make_plan
 from training.publish import artifact_folder
 
 TIMEOUT_S = 5.0

@@ -109,11 +109,12 @@ def average(averaged: Weights, module: nn.Module, decay: float) -> None:
 
 
 def learner_state(learner: Learner) -> Weights:
-    """Copies of all that training changes: both models' weights and the optimizer's moments."""
-    state = {f"policy.{name}": tensor for name, tensor in trained_weights(learner.policy).items()}
-    state |= {f"value.{name}": tensor for name, tensor in trained_weights(learner.value).items()}
+    """All that training changes, not copied: both models' weights and the optimizer's moments. Save it at once."""
+    state: Weights = {}
+    for prefix, module in (("policy", learner.policy), ("value", learner.value)):
+        state |= {f"{prefix}.{name}": each.detach() for name, each in module.named_parameters() if each.requires_grad}
     for index, moments in learner.optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{name}": moments[name].clone() for name in MOMENTS}
+        state |= {f"optimizer.{index}.{name}": moments[name] for name in MOMENTS}
     return state
 
 

@@ -43,8 +43,8 @@ def run_trainer(
     from feedback.engine import open_engine
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease
-    from training.report import write_report
-    from training.tensorboard import write_events
+    from training.report.page import write_report
+    from training.report.tensorboard import write_events
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)

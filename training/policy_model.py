@@ -83,6 +83,10 @@ class UpperLayers(nn.Module):
             targets = sorted({name.rpartition(".")[2] for name in found})
             adapters = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
             inject_adapter_in_model(adapters, self, adapter_name=ADAPTER)
+            # peft makes them in the base's type; in bf16 most steps would be too small to change a weight.
+            for parameter in self.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
         else:
             self.float().requires_grad_(True)
         return self

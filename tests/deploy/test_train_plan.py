@@ -15,9 +15,9 @@ from deploy.train_plan import FoundModel, amount, bar, duration, find_model, pri
 from serving.config import ServingConfig
 from tests.kafka_broker import free_port
 from training.config import TrainingConfig
-from training.hardware import Hardware
-from training.model_size import read_model
-from training.plan import make_plan
+from training.planning.hardware import Hardware
+from training.planning.model_size import read_model
+from training.planning.plan import make_plan
 from training.recipes import load_recipe
 
 MACHINE = Hardware("a machine", bandwidth_gb_s=20.0, matmul_gflop_s=1000.0, memory_gib=16.0)

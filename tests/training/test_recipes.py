@@ -10,11 +10,11 @@ from pydantic import BaseModel
 from training.config import TrainingConfig
 from training.recipes import FOLDER, RecipeError, load_recipe, recipe_names
 
-LARGE = ("gpu-1.3b", "fsdp-8gpu")
+LARGE = ("gpu-1.3b",)
 
 
 def test_all_recipes_load() -> None:
-    assert recipe_names() == ["fsdp-8gpu", "gpu-1.3b", "smollm2", "tiny"]
+    assert recipe_names() == ["gpu-1.3b", "smollm2", "tiny"]
     assert all(isinstance(load_recipe(name), TrainingConfig) for name in recipe_names())
 
 
@@ -94,7 +94,7 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no recipe 'gpu': take one of fsdp-8gpu, gpu-1\.3b, smollm2, tiny"):
+    with pytest.raises(RecipeError, match=r"no recipe 'gpu': take one of gpu-1\.3b, smollm2, tiny"):
         load_recipe("gpu")
     with pytest.raises(RecipeError, match=r"none\.toml: .*No such file"):
         load_recipe(tmp_path / "none.toml")

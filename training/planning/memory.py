@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.logprobs import CHUNK_TOKENS
-from training.model_size import ModelSize
-from training.workload import Workload
+from training.planning.model_size import ModelSize
+from training.planning.workload import Workload
 
 Moment = Literal["reward model", "update", "optimizer step", "checkpoint"]
 """The moments of a run at which memory may be fullest."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.training.made_run import make_folder, make_lines, phase
+from tests.training.report.made_run import make_folder, make_lines, phase
 from training.config import PpoConfig, TrainingConfig
-from training.run_record import read_run
-from training.run_summary import finding, settings, stops
+from training.report.record import read_run
+from training.report.summary import finding, settings, stops
 
 
 def finding_of(root: Path, lines: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from training.reward_plots import accuracy_plot, calibration_plot
-from training.run_record import Change, Record, duration, fall_from_best, greatest, last_finite, series
-from training.svg import (
+from training.report.record import Change, Record, duration, fall_from_best, greatest, last_finite, series
+from training.report.reward_plots import accuracy_plot, calibration_plot
+from training.report.svg import (
     DASHED,
     HEIGHT,
     JUDGE,

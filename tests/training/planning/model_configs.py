@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from training.model_size import ModelSize, read_model
+from training.planning.model_size import ModelSize, read_model
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"

@@ -2,7 +2,7 @@
 
 import os
 
-from training.hardware import Hardware, this_machine
+from training.planning.hardware import Hardware, this_machine
 
 
 def test_this_machine_is_measured() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.made_run import make_folder, make_lines, ppo_step
-from training import tensorboard
+from tests.training.report.made_run import make_folder, make_lines, ppo_step
+from training.report import tensorboard
 
 
 def test_events_are_the_scalars_of_the_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.run_record import RECORD_KEYS, Record, read_lines
+from training.report.record import RECORD_KEYS, Record, read_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.training.made_run import HOSTILE, START, make_folder, make_lines, phase, ppo_step
-from training.report import write_report
+from tests.training.report.made_run import HOSTILE, START, make_folder, make_lines, phase, ppo_step
+from training.report.page import write_report
 
 NUM_PLOTS = 8
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from training.config import TrainingConfig
-from training.reward_plots import shares
-from training.run_record import Change, Record, Run, duration, fall_from_best, last_of, series
+from training.report.record import Change, Record, Run, duration, fall_from_best, last_of, series
+from training.report.reward_plots import shares
 
 MOST_REASON = 160  # characters of a reason in the finding; it stands in full further down
 MOST_STEPS = 8  # steps named where a metric is not finite

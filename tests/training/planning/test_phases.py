@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.training.model_configs import MISTRAL, SMOLLM2, size_of
+from tests.training.planning.model_configs import MISTRAL, SMOLLM2, size_of
 from training.config import TrainingConfig
 from training.groups import Group, pack
-from training.hardware import Hardware
-from training.model_size import read_model
-from training.plan_phases import (
+from training.planning.hardware import Hardware
+from training.planning.model_size import read_model
+from training.planning.phases import (
     EFFICIENCY,
     FORWARD_BACKWARD,
     Phase,
@@ -23,8 +23,8 @@ from training.plan_phases import (
     plan_round,
     sequences_at_once,
 )
+from training.planning.workload import Workload, assume
 from training.policy_model import SharedLayers, UpperLayers, autocast, completion_logprobs
-from training.workload import Workload, assume
 
 MACHINE = Hardware("a machine", bandwidth_gb_s=20.0, matmul_gflop_s=1000.0, memory_gib=16.0)
 GROUPS = [Group((1, 5, 9, 300), ((7, 8, 2), (11, 12, 2))), Group((1, 40, 41, 42), ((200, 201, 2), (204, 205, 2)))]

@@ -1,7 +1,7 @@
 """Foretells what a training run will hold in memory and how long it will take, before anything is loaded.
 
-Pure functions of a configuration, the model's config.json and the hardware's roofs; training.workload says what is
-assumed, training.plan_memory and training.plan_phases how it is counted.
+Pure functions of a configuration, the model's config.json and the hardware's roofs; what is assumed is in
+training.planning.workload, how it is counted in training.planning.memory and training.planning.phases.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from training.config import TrainingConfig
-from training.hardware import GIB, Hardware
-from training.model_size import ModelSize
-from training.plan_memory import Memory, plan_memory
-from training.plan_phases import Phase, plan_once, plan_round
-from training.workload import Workload, assume
+from training.planning.hardware import GIB, Hardware
+from training.planning.memory import Memory, plan_memory
+from training.planning.model_size import ModelSize
+from training.planning.phases import Phase, plan_once, plan_round
+from training.planning.workload import Workload, assume
 
 # The allocator's rounding and fragments, and what libraries take for themselves.
 SAFE_SHARE = 0.9

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from training.hardware import Hardware
-from training.workload import Workload
+from training.planning.hardware import Hardware
+from training.planning.workload import Workload
 
 FORWARD_BACKWARD = 3
 # Per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.

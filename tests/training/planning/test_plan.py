@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from tests.training.model_configs import MISTRAL, QWEN, SMOLLM2, size_of
+from tests.training.planning.model_configs import MISTRAL, QWEN, SMOLLM2, size_of
 from training.config import TrainingConfig
-from training.hardware import Hardware
-from training.plan import Plan, make_plan
+from training.planning.hardware import Hardware
+from training.planning.plan import Plan, make_plan
 from training.recipes import load_recipe
 
 LARGE = Hardware("large", bandwidth_gb_s=30.0, matmul_gflop_s=4000.0, memory_gib=64.0)
@@ -100,12 +100,7 @@ def test_prompts_that_devices_cannot_share_are_warned_of() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "model", "machine"),
-    [("smollm2", SMOLLM2, LARGE), ("gpu-1.3b", QWEN, H100), ("fsdp-8gpu", MISTRAL, EIGHT_H100)],
+    [("smollm2", SMOLLM2, LARGE), ("gpu-1.3b", QWEN, H100)],
 )
 def test_each_recipe_fits_the_machine_that_it_is_meant_for(recipe: str, model: str, machine: Hardware) -> None:
     assert make_plan(load_recipe(recipe), size_of(model), machine).warnings == ()
-
-
-def test_a_recipe_for_eight_devices_does_not_fit_one() -> None:
-    (warning,) = make_plan(load_recipe("fsdp-8gpu"), size_of(MISTRAL), H100).warnings
-    assert "does not fit" in warning

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.run_record import Change, fall_from_best, read_lines, series
+from training.report.record import Change, fall_from_best, read_lines, series
 
 
 def test_a_line_that_is_still_being_written_is_no_line(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a configuration asks of a model: which layers run and which learn, and how many tokens pass through them.
 
 Means are assumed where only the data knows: prompts of a quarter of `max_prompt_tokens`, and rollouts of three quarters
-of `max_tokens`. Rows are taken to be without padding. Names: see training.groups and training.model_size.
+of `max_tokens`. Rows are taken to be without padding. Names: see training.groups and training.planning.model_size.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.config import TrainingConfig
-from training.model_size import ModelSize
+from training.planning.model_size import ModelSize
 
 PROMPT_SHARE = 0.25
 COMPLETION_SHARE = 0.75

@@ -1,0 +1,1 @@
+"""What a run would hold in memory and how long it would take, from formulas."""
