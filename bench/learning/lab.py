@@ -1,0 +1,114 @@
+"""A laboratory for learning: one engine on SmolLM2, simulated labelers over a hidden utility, and what they say.
+
+Everything but the labelers is alignd's own: rollouts, rankings in groups, reward model, PPO. What is drawn depends on
+the seed of the experiment alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from alignd.v1 import types_pb2
+from bench.learning.hh_rlhf import Message
+from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
+from deploy.simulation.utility import Utility, measure
+from feedback.rendering import prompt_token_ids
+from training.groups import Group, RankedExample
+from training.policy_model import load_weights
+from training.rollouts import Rollout, RolloutEngine
+
+SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sentences."
+NUM_LABELERS = 40  # about as many as InstructGPT's contractors
+ROLES = {"user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
+CALIBRATION_K = 4
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as people wrote it, and in tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What the experiments share."""
+
+    engine: RolloutEngine
+    tokenizer: PreTrainedTokenizerBase
+    base: Path
+    utility: Utility
+    max_tokens: int
+    seed: int
+
+    def ask(self, prompts: Sequence[str], shots: Sequence[Message] = ()) -> list[Asked]:
+        """Renders prompts as the demo's application does, after `shots` if there are any."""
+        return [Asked(text, self._tokens(text, shots)) for text in prompts]
+
+    def _tokens(self, text: str, shots: Sequence[Message]) -> tuple[int, ...]:
+        messages = [types_pb2.Message(role=types_pb2.ROLE_SYSTEM, content=SYSTEM_PROMPT)]
+        messages += [types_pb2.Message(role=ROLES[shot.role], content=shot.text) for shot in shots]
+        messages.append(types_pb2.Message(role=types_pb2.ROLE_USER, content=text))
+        return tuple(prompt_token_ids(self.tokenizer, types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))))
+
+    def load(self, folder: Path) -> None:
+        """Draws from the policy in this folder from here on."""
+        self.engine.load_weights(load_weights(folder))
+
+    def draw(self, asked: Sequence[Asked], num_completions: int, salt: int) -> list[list[Rollout]]:
+        """Completions of each prompt by the policy that is loaded."""
+        return self.draw_tokens([each.token_ids for each in asked], num_completions, self.seed * 1_000_003 + salt)
+
+    def draw_tokens(self, prompts: Sequence[Sequence[int]], num_completions: int, seed: int) -> list[list[Rollout]]:
+        """The same of prompts in tokens, as PPO asks."""
+        return self.engine.sample(
+            prompts,
+            num_completions=num_completions,
+            max_tokens=self.max_tokens,
+            seed=seed,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+
+    def text(self, rollout: Rollout) -> str:
+        """What a user would read."""
+        return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+
+    def utilities(self, asked: Sequence[Asked], drawn: Sequence[Sequence[Rollout]]) -> list[list[float]]:
+        """The hidden utility of each completion."""
+        return [
+            measure(self.utility, each.text, [self.text(rollout) for rollout in rollouts])
+            for each, rollouts in zip(asked, drawn, strict=True)
+        ]
+
+    def labelers(self, asked: Sequence[Asked]) -> list[Labeler]:
+        """Labelers who agree on 72.6 % of comparisons of what the loaded policy writes."""
+        drawn = self.draw(asked, CALIBRATION_K, salt=1)
+        temperature = calibrate_temperature(self.utilities(asked, drawn))
+        return make_labelers(NUM_LABELERS, self.seed, temperature)
+
+    def rank(
+        self, asked: Sequence[Asked], labelers: Sequence[Labeler], ks: range, salt: int, first_seq: int = 0
+    ) -> list[RankedExample]:
+        """One ranking of each prompt, of K completions by the loaded policy, with K from `ks`, by one labeler each."""
+        drawn_by = random.Random(self.seed * 7919 + salt)
+        sizes = [drawn_by.choice(ks) for _ in asked]
+        by_size = {k: [i for i, size in enumerate(sizes) if size == k] for k in sorted(set(sizes))}
+        examples: dict[int, RankedExample] = {}
+        for k, indices in by_size.items():
+            chosen = [asked[index] for index in indices]
+            drawn = self.draw(chosen, k, salt + k)
+            worth = self.utilities(chosen, drawn)
+            for index, each, rollouts, values in zip(indices, chosen, drawn, worth, strict=True):
+                labeler = labelers[index % len(labelers)]
+                groups = labeler.rank(each.text, [self.text(rollout) for rollout in rollouts], values)
+                ranks = {member: rank for rank, group in enumerate(groups) for member in group}
+                group = Group(each.token_ids, tuple(rollout.token_ids for rollout in rollouts))
+                in_order = tuple(ranks[i] for i in range(k))
+                examples[index] = RankedExample(group, in_order, labeler.user_id, first_seq + index)
+        return [examples[index] for index in range(len(asked))]
