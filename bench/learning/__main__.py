@@ -2,9 +2,9 @@
 
     python -m bench.learning --json FILE [--quick] [--seeds 3]
 
-`--quick` runs one seed of one utility in miniature, in under 20 minutes: it shows that all of it works, and is no claim.
-The whole takes hours and can be stopped and gone on with: what is done lies in var/bench/learning. The results and their
-plots go to docs/results/learning.md.
+`--quick` runs one seed of one utility in miniature, in under 20 minutes: it shows that all of it works, and is no
+claim. The whole takes hours and can be stopped and gone on with: what is done lies in var/bench/learning. The results
+and their plots go to docs/results/learning.md.
 """
 
 import argparse
