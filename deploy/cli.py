@@ -104,6 +104,28 @@ def train(
         print_plan(load_config(), console=Console(stderr=True, highlight=False))
 
 
+@app.command()
+def sft(dry_run: DryRun = False) -> None:
+    """Fine-tune on demonstrations, and register the result as a reference policy of its own."""
+    config = start(dry_run)
+    if config:
+        from training.errors import TrainingError
+        from training.loop import run_sft_once
+
+        try:
+            version = run_sft_once(
+                config.training,
+                store_url=config.store_url,
+                policies_dir=config.policies_dir,
+                runs_dir=config.runs_dir,
+                serving_address=config.server_address,
+            )
+        except TrainingError as error:
+            Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(EXIT_FAILED) from error
+        typer.echo(f"v{version} is registered. `alignd policies promote {version}` makes it live, and the reference.")
+
+
 def read_recipe(name_or_path: str) -> str:
     """Returns a recipe as JSON. Raises ConfigError if it cannot be used."""
     from training.recipes import RecipeError, load_recipe

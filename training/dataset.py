@@ -72,9 +72,16 @@ def is_held_out(user_id: str, share: float) -> bool:
 
 def completion_token_ids(tokenizer: PreTrainedTokenizerBase, completion: RankedCompletion) -> tuple[int, ...]:
     """A stored completion's text in tokens, with the end token if the policy ended it."""
+    return completion_token_ids_of(
+        tokenizer, completion.text, ended=completion.finish_reason == types_pb2.FINISH_REASON_STOP
+    )
+
+
+def completion_token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, ended: bool) -> tuple[int, ...]:
+    """A completion's text in tokens, with the end token if it ended there."""
     # Text that looks like a special token was never one: the server decodes without them.
-    tokens: list[int] = tokenizer.encode(completion.text, add_special_tokens=False, split_special_tokens=True)
-    if completion.finish_reason == types_pb2.FINISH_REASON_STOP:
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if ended:
         tokens.append(int(tokenizer.eos_token_id))
     return tuple(tokens)
 

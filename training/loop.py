@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease
-    from training.run import Workplace
+    from training.workplace import Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,37 @@ def run_trainer(
                     write_events(folder.path)
                 else:
                     time.sleep(RETRY_SECONDS)
+
+
+def run_sft_once(
+    config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
+) -> int:
+    """Fine-tunes on the store's demonstrations, and returns the version that was registered.
+
+    Raises TrainingError if that cannot be done, or another trainer works on the store; the message says what to do.
+    """
+    from feedback.engine import open_engine
+    from feedback.store import Store
+    from feedback.trainer_lease import TrainerLease, read_control
+    from training.sft_run import run_sft
+    from training.workplace import find_parents
+
+    engine = open_engine(store_url)
+    lease = TrainerLease(engine, f"{socket.gethostname()}/{os.getpid()}", config.lease_seconds)
+    if not lease.acquire():
+        raise TrainingError(f"{read_control(engine).holder} trains on this store; stop it first")
+    with PolicyClient(serving_address) as client, lease.held():
+        place = _open_workplace(config, Store(store_url), client, policies_dir, Desk(config, engine, lease))
+        folder = RunFolder.create(runs_dir, _new_run_id(), config, origin=None)
+        try:
+            version = run_sft(place, folder, find_parents(client, START_SECONDS)).version
+            folder.log("done", 0, 1, {"version": version})
+        except TrainingError as error:
+            folder.log("stopped", 0, 1, {"reason": str(error)})
+            raise
+        finally:
+            folder.end()
+    return version
 
 
 def _acquire(lease: TrainerLease, config: TrainingConfig) -> None:
@@ -128,7 +159,7 @@ def _open_workplace(
     from transformers import AutoTokenizer
 
     from training.rollouts import RolloutEngine
-    from training.run import Workplace, find_parents
+    from training.workplace import Workplace, find_parents
 
     while not client.is_serving():
         time.sleep(config.poll_seconds)
@@ -168,7 +199,7 @@ def is_due(
 
 def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: Path, seen: int) -> RunFolder:
     """Waits until a run is due, and makes its folder."""
-    from training.run import find_parents
+    from training.workplace import find_parents
 
     store = place.store
     # An abort that came too late for its run is nobody else's.
@@ -184,8 +215,12 @@ def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: P
     desk.between_rounds("")
     parents = find_parents(place.client, START_SECONDS)
     origin = Origin(parents.live.version, parents.reference.version, store.last_seq(), store.last_sample_seq())
-    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    return RunFolder.create(runs_dir, run_id, config, origin)
+    return RunFolder.create(runs_dir, _new_run_id(), config, origin)
+
+
+def _new_run_id() -> str:
+    """Sorts by time."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
 def _last_began(runs_dir: Path) -> float | None:

@@ -210,11 +210,16 @@ def merged_weights(shared: SharedLayers, upper: UpperLayers) -> dict[str, Tensor
 
 def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:
     """Writes the policy's weights, and copies from `source` all that a version holds besides."""
+    copy_settings(source, folder)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in merged_weights(shared, upper).items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def copy_settings(source: Path, folder: Path) -> None:
+    """Copies what a version holds besides weights and manifest: tokenizer and configuration."""
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "manifest.json":
             (folder / file.name).write_bytes(file.read_bytes())
-    weights = {name: tensor.contiguous().cpu() for name, tensor in merged_weights(shared, upper).items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -7,100 +7,33 @@ goes on from its last checkpoint, so that the result is the same, bit for bit, a
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
-from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import write_artifact
 from training import ppo, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
-from training.config import TrainingConfig
-from training.dataset import Dataset, TokenizedPrompt, make_dataset
+from training.dataset import TokenizedPrompt, make_dataset
 from training.errors import TrainingError
 from training.evaluate import WinRate, win_rate
 from training.groups import Group
+from training.handover import WIN_RATE, go_live, register
 from training.learner import make_learner
-from training.policy_model import SharedLayers, UpperLayers, load_model, load_weights, save_policy, upper_layers_of
-from training.probes import probes_of
-from training.publish import PolicyClient, artifact_folder, next_version, prompts_digest, registered_by
+from training.policy_model import SharedLayers, UpperLayers, load_model, load_weights, upper_layers_of
+from training.publish import registered_by
 from training.refresh import Fitted, accept, fit_judge, refresh
 from training.reward_model import RewardModel, normalise, score_groups
-from training.rollouts import Rollout, RolloutEngine
+from training.rollouts import Rollout
 from training.run_folder import RunFolder, SamplePair
+from training.workplace import Parents, Rewards, Run, Workplace
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+logger = logging.getLogger(__name__)
 
-    from feedback.store import Store
-
-WIN_RATE = "reward_model/win_rate_over_reference"
 MAX_STORED_PROMPTS = 100_000
 NUM_SAMPLE_PAIRS = 20
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """What outlives a run: where things are read and written, and who may interrupt."""
-
-    store: Store
-    engine: RolloutEngine
-    client: PolicyClient
-    policies_dir: Path
-    tokenizer: PreTrainedTokenizerBase
-    between_rounds: Callable[[str], None]
-    """Called with the run's id between two steps: waits while the trainer is paused, raises to end the run."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run works with throughout."""
-
-    place: Workplace
-    folder: RunFolder
-    config: TrainingConfig
-    parents: Parents
-    shared: SharedLayers
-    data: Dataset
-
-
-@dataclass(frozen=True)
-class Parents:
-    """The versions that a run starts from."""
-
-    live: policy_service_pb2.Policy
-    reference: policy_service_pb2.Policy
-
-    @property
-    def live_folder(self) -> Path:
-        """Where the policy that PPO goes on from lies."""
-        return artifact_folder(self.live)
-
-    @property
-    def reference_folder(self) -> Path:
-        """Where the policy that KL is measured from lies."""
-        return artifact_folder(self.reference)
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """What scores, and what the reference policy wrote to the held-out prompts, which it scores 0 on average."""
-
-    model: RewardModel
-    judge: RewardModel
-    fitted: Fitted
-    before: list[Rollout]
-
-
-def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
-    """Asks serving for the live policy and for the reference policy that its lineage is measured from."""
-    live = client.get("live", timeout_seconds)
-    return Parents(live, client.get(f"v{live.manifest.reference_version}"))
 
 
 def run(place: Workplace, folder: RunFolder) -> int:
@@ -111,14 +44,14 @@ def run(place: Workplace, folder: RunFolder) -> int:
     started = _open(place, folder)
     earlier = registered_by(place.client, folder.path.name)
     if earlier:
-        return _go_live(started, earlier)
+        return go_live(started, earlier)
     rewards = _rewards(started)
     judged = _judged(started)
     policy = _optimise(started, rewards)
     place.between_rounds(folder.path.name)
     after = _sample(started, judged, started.config.seed + 1)
     won = _judge(started, rewards, judged, after)
-    return _go_live(started, _register(started, rewards, policy, won, judged))
+    return go_live(started, register(started, rewards, policy, won, judged))
 
 
 def _open(place: Workplace, folder: RunFolder) -> Run:
@@ -222,13 +155,22 @@ def _optimise(run: Run, rewards: Rewards) -> UpperLayers:
         prompts=[prompt.token_ids for prompt in run.data.training_prompts],
         sample=lambda prompts, seed: _draw(run, prompts, config.rollouts_per_prompt, seed),
         load_weights=run.place.engine.load_weights,
-        log=lambda step, num_steps, metrics: folder.log("ppo", step, num_steps, metrics),
+        log=lambda step, num_steps, metrics: _log_round(folder, step, num_steps, metrics),
         pretraining=_pretraining(run),
         checkpoints=checkpoints,
         between_rounds=lambda: run.place.between_rounds(folder.path.name),
     )
     ppo.train(learner, config, world, seed=run.config.seed)
     return policy
+
+
+def _log_round(folder: RunFolder, step: int, num_steps: int, metrics: dict[str, Any]) -> None:
+    folder.log("ppo", step, num_steps, metrics)
+    logger.info(
+        "round %d of %d: score %.2f  kl %.2f  len %.0f  clipfrac %.3f", step + 1, num_steps,
+        metrics["objective/score"], metrics["objective/kl"], metrics["completion/length"],
+        metrics.get("policy/clipfrac", 0.0),
+    )  # fmt: skip
 
 
 def _pretraining(run: Run) -> Iterator[tuple[int, ...]] | None:
@@ -255,61 +197,3 @@ def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after
 
 def _decode(run: Run, rollout: Rollout) -> str:
     return str(run.place.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
-
-
-def _manifest(run: Run, rewards: Rewards, won: WinRate) -> policy_manifest_pb2.PolicyManifest:
-    """All of the manifest but what depends on the files."""
-    data = run.data
-    manifest = policy_manifest_pb2.PolicyManifest(
-        version=next_version(run.place.client, run.place.policies_dir),
-        parent_version=run.parents.live.version,
-        reference_version=run.parents.reference.version,
-        training=policy_manifest_pb2.TrainingLineage(
-            run_id=run.folder.path.name,
-            algorithm="ppo-ptx" if run.config.ppo.ptx.data else "ppo",
-            recipe_json=run.config.model_dump_json(),
-            seed=run.config.seed,
-            reward_model_digest=rewards.fitted.digest,
-            rankings=data.rankings,
-            num_rankings=len(data.training),
-            num_prompts=len(data.training_prompts),
-            prompts_digest=prompts_digest([prompt.sample_id for prompt in data.training_prompts]),
-        ),
-        evaluations=[
-            policy_manifest_pb2.Evaluation(name=WIN_RATE, value=won.value, low=won.low, high=won.high, count=won.count)
-        ],
-        code_version=metadata.version("alignd"),
-    )
-    manifest.create_time.FromNanoseconds(time.time_ns())
-    return manifest
-
-
-def _register(
-    run: Run, rewards: Rewards, policy: UpperLayers, won: WinRate, probed: Sequence[TokenizedPrompt]
-) -> policy_service_pb2.Policy:
-    """Writes and registers the version."""
-    manifest = _manifest(run, rewards, won)
-    sequences = [prompt.token_ids for prompt in probed[: run.config.num_probes]]
-
-    def write_files(draft: Path) -> None:
-        save_policy(draft, run.shared, policy, run.parents.reference_folder)
-        manifest.probes.extend(probes_of(draft, sequences))
-
-    written, complete = write_artifact(run.place.policies_dir, manifest, write_files)
-    return run.place.client.register(complete, written, _reason(run, complete))
-
-
-def _reason(run: Run, manifest: policy_manifest_pb2.PolicyManifest) -> str:
-    won = manifest.evaluations[0]
-    return f"run {run.folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model"
-
-
-def _go_live(run: Run, policy: policy_service_pb2.Policy) -> int:
-    """Asks for the version to go live if its win rate lets it. Harmless when repeated."""
-    config, manifest = run.config, policy.manifest
-    promoted = config.promote and manifest.evaluations[0].low > config.min_win_rate
-    run.folder.rewind("register", 0)
-    run.folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
-    if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
-        run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
-    return manifest.version

@@ -50,12 +50,13 @@ class RunFolder:
         return self.path / "state"
 
     @classmethod
-    def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig, origin: Origin) -> RunFolder:
-        """Makes the folder, with the resolved recipe and the origin in it."""
+    def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig, origin: Origin | None) -> RunFolder:
+        """Makes the folder, with the resolved recipe in it. A run without an origin cannot be resumed."""
         folder = cls(runs_dir / run_id)
         folder.state.mkdir(parents=True)
         (folder.path / "recipe.json").write_text(config.model_dump_json(indent=2) + "\n")
-        write_json(folder.state / "origin.json", asdict(origin))
+        if origin:
+            write_json(folder.state / "origin.json", asdict(origin))
         return folder
 
     @classmethod

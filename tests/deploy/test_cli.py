@@ -19,6 +19,7 @@ VERBS = {
     ("relay",): "--dry-run",
     ("ingest",): "--dry-run",
     ("train",): "--dry-run",
+    ("sft",): "--dry-run",
     ("status",): "live",
     ("demo",): "--quick",
     ("config",): "configuration",

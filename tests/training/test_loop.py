@@ -156,6 +156,10 @@ async def test_rankings_become_a_live_policy(
     assert (ranges.topic, ranges.first_offset, ranges.last_offset) == (RANKINGS, learned[0], learned[-1])
     assert len(manifest.probes) == 2
 
+    assert "made v2" in (folder / "REPORT.html").read_text()
+    assert not (folder / "state").exists()
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 2
+
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(20) == 0
     assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16

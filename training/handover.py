@@ -1,0 +1,79 @@
+"""The end of a run: its version is written with its lineage, registered with serving, and asked to go live."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from alignd.v1 import policy_manifest_pb2, policy_service_pb2
+from feedback.artifact import MANIFEST, write_artifact
+from training.dataset import TokenizedPrompt
+from training.evaluate import WinRate
+from training.policy_model import UpperLayers, save_policy
+from training.probes import probes_of
+from training.publish import next_version, prompts_digest
+from training.workplace import Rewards, Run
+
+WIN_RATE = "reward_model/win_rate_over_reference"
+
+
+def _manifest(run: Run, rewards: Rewards, won: WinRate) -> policy_manifest_pb2.PolicyManifest:
+    """All of the manifest but what depends on the files."""
+    data = run.data
+    manifest = policy_manifest_pb2.PolicyManifest(
+        version=next_version(run.place.client, run.place.policies_dir),
+        parent_version=run.parents.live.version,
+        reference_version=run.parents.reference.version,
+        training=policy_manifest_pb2.TrainingLineage(
+            run_id=run.folder.path.name,
+            algorithm="ppo-ptx" if run.config.ppo.ptx.data else "ppo",
+            recipe_json=run.config.model_dump_json(),
+            seed=run.config.seed,
+            reward_model_digest=rewards.fitted.digest,
+            rankings=data.rankings,
+            num_rankings=len(data.training),
+            num_prompts=len(data.training_prompts),
+            prompts_digest=prompts_digest([prompt.sample_id for prompt in data.training_prompts]),
+        ),
+        evaluations=[
+            policy_manifest_pb2.Evaluation(name=WIN_RATE, value=won.value, low=won.low, high=won.high, count=won.count)
+        ],
+        code_version=metadata.version("alignd"),
+    )
+    manifest.create_time.FromNanoseconds(time.time_ns())
+    return manifest
+
+
+def register(
+    run: Run, rewards: Rewards, policy: UpperLayers, won: WinRate, probed: Sequence[TokenizedPrompt]
+) -> policy_service_pb2.Policy:
+    """Writes and registers the version."""
+    manifest = _manifest(run, rewards, won)
+    sequences = [prompt.token_ids for prompt in probed[: run.config.num_probes]]
+
+    def write_files(draft: Path) -> None:
+        save_policy(draft, run.shared, policy, run.parents.reference_folder)
+        manifest.probes.extend(probes_of(draft, sequences))
+
+    written, complete = write_artifact(run.place.policies_dir, manifest, write_files)
+    shutil.copyfile(written / MANIFEST, run.folder.path / MANIFEST)
+    return run.place.client.register(complete, written, _reason(run, complete))
+
+
+def _reason(run: Run, manifest: policy_manifest_pb2.PolicyManifest) -> str:
+    won = manifest.evaluations[0]
+    return f"run {run.folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model"
+
+
+def go_live(run: Run, policy: policy_service_pb2.Policy) -> int:
+    """Asks for the version to go live if its win rate lets it. Harmless when repeated."""
+    config, manifest = run.config, policy.manifest
+    promoted = config.promote and manifest.evaluations[0].low > config.min_win_rate
+    run.folder.rewind("register", 0)
+    run.folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
+    if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
+        run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
+    return manifest.version
