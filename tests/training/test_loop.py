@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, TrainingConfig
 from training.dataset import is_held_out
-from training.loop import Cursor
+from training.loop import Cursor, is_due
 
 CONFIG = TrainingConfig(
     min_new_rankings=12,
@@ -53,23 +54,29 @@ class Serving:
     policies_dir: Path
 
 
-@pytest.fixture
-async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
-    """The policy service, with the tiny policy live as version 1."""
-    bus = open_bus(f"sqlite:///{tmp_path}/bus.db")
+@asynccontextmanager
+async def policy_service(folder: Path, model: Path) -> AsyncIterator[Serving]:
+    """The policy service, with the model live as version 1."""
+    bus = open_bus(f"sqlite:///{folder}/bus.db")
     bus.create_topics(TOPICS)
     log = PolicyLog(bus)
     await log.start()
-    await import_first(ServingConfig(initial_model=tiny_folder), tmp_path / "policies", log)
+    await import_first(ServingConfig(initial_model=model), folder / "policies", log)
     server = grpc.aio.server()
     policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(log), server)
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    yield Serving(f"127.0.0.1:{port}", tmp_path / "policies")
+    yield Serving(f"127.0.0.1:{port}", folder / "policies")
     await server.stop(0)
     await log.stop()
     bus.close()
+
+
+@pytest.fixture
+async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
+    async with policy_service(tmp_path, tiny_folder) as found:
+        yield found
 
 
 def write_rankings(store_url: str, count: int) -> None:
@@ -100,18 +107,17 @@ def write_rankings(store_url: str, count: int) -> None:
     ledger.close()
 
 
+def start_trainer(serving: Serving, folder: Path) -> "subprocess.Popen[bytes]":
+    """Starts a trainer on the store and runs of this folder."""
+    store_url, runs = f"sqlite:///{folder}/store.db", str(folder / "runs")
+    arguments = [CONFIG.model_dump_json(), store_url, str(serving.policies_dir), runs, serving.address]
+    return subprocess.Popen([sys.executable, "-c", TRAINER, *arguments])
+
+
 @pytest.fixture
 def trainer(serving: Serving, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    store_url = f"sqlite:///{tmp_path}/store.db"
-    write_rankings(store_url, 16)
-    arguments = [
-        CONFIG.model_dump_json(),
-        store_url,
-        str(serving.policies_dir),
-        str(tmp_path / "runs"),
-        serving.address,
-    ]
-    process = subprocess.Popen([sys.executable, "-c", TRAINER, *arguments])
+    write_rankings(f"sqlite:///{tmp_path}/store.db", 16)
+    process = start_trainer(serving, tmp_path)
     yield process
     process.kill()
     process.wait()
@@ -125,7 +131,7 @@ async def finished_run(runs_dir: Path, process: "subprocess.Popen[bytes]") -> Pa
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         for metrics in runs_dir.glob("*/metrics.jsonl"):
-            if lines(metrics)[-1]["phase"] in {"done", "stopped"}:
+            if (metrics.parent / "REPORT.html").exists():  # the last thing that a run leaves
                 return metrics.parent
         assert process.poll() is None, "the trainer died"
         await asyncio.sleep(0.2)
@@ -156,10 +162,81 @@ async def test_rankings_become_a_live_policy(
     assert (ranges.topic, ranges.first_offset, ranges.last_offset) == (RANKINGS, learned[0], learned[-1])
     assert len(manifest.probes) == 2
 
-    assert "made v2" in (folder / "REPORT.html").read_text()
+    assert "version 2" in (folder / "REPORT.html").read_text()
     assert not (folder / "state").exists()
     assert json.loads((folder / "manifest.json").read_text())["version"] == 2
 
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(20) == 0
     assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16
+
+
+async def killed_when(phase: str, runs_dir: Path, process: "subprocess.Popen[bytes]") -> None:
+    """Kills the trainer as soon as a run has written a line of this phase."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(line["phase"] == phase for path in runs_dir.glob("*/metrics.jsonl") for line in lines(path)):
+            process.kill()
+            process.wait()
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"the run did not come to {phase}")
+
+
+async def digest_and_lines(serving: Serving, folder: Path) -> tuple[str, list[dict[str, object]]]:
+    """The digest of the live weights, and what the run says of itself but for times."""
+    async with grpc.aio.insecure_channel(serving.address) as channel:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
+        live = (await stub.GetPolicy(policy_service_pb2.GetPolicyRequest(policy="live"))).policy
+    assert live.version == 2
+    written = [
+        {key: value for key, value in line.items() if key != "time" and not key.startswith("seconds/")}
+        for line in lines(folder / "metrics.jsonl")
+    ]
+    return live.manifest.weight_digest, written
+
+
+@pytest.mark.timeout(300)  # vLLM starts four times
+async def test_a_trainer_killed_twice_makes_what_one_does_that_lives(tmp_path: Path, tiny_folder: Path) -> None:
+    found = []
+    for name, phases in (("alive", []), ("killed", ["reward_model_evaluation", "ppo"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_rankings(f"sqlite:///{folder}/store.db", 16)
+        async with policy_service(folder, tiny_folder) as service:
+            for phase in phases:
+                await killed_when(phase, folder / "runs", start_trainer(service, folder))
+            process = start_trainer(service, folder)
+            try:
+                ended = await finished_run(folder / "runs", process)
+                found.append(await digest_and_lines(service, ended))
+            finally:
+                process.kill()
+                process.wait()
+        assert len(list((folder / "runs").glob("*/recipe.json"))) == 1
+    assert found[0] == found[1]
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize(
+    ("triggers", "num_new", "oldest_new", "last_began", "due"),
+    [
+        ({}, 11, 0.0, None, False),
+        ({}, 12, 0.0, None, True),
+        ({"max_wait_seconds": HOUR}, 1, 0.5 * HOUR, None, True),
+        ({"max_wait_seconds": HOUR}, 1, 1.5 * HOUR, None, False),
+        ({"max_wait_seconds": HOUR}, 0, None, None, False),
+        ({"run_every_seconds": HOUR}, 1, 1.9 * HOUR, 0.9 * HOUR, True),
+        ({"run_every_seconds": HOUR}, 1, 0.1 * HOUR, 1.1 * HOUR, False),
+        ({"run_every_seconds": HOUR}, 1, 0.1 * HOUR, None, True),
+        ({"run_every_seconds": HOUR}, 0, None, None, False),
+    ],
+)
+def test_a_run_is_due_by_count_by_age_or_by_the_clock(
+    triggers: dict[str, float], num_new: int, oldest_new: float | None, last_began: float | None, due: bool
+) -> None:
+    config = CONFIG.model_copy(update=triggers)
+    found = is_due(config, num_new=num_new, oldest_new=oldest_new, last_began=last_began, now=2 * HOUR)
+    assert found == due
