@@ -15,8 +15,8 @@ Policy, reference, reward and value model are four models made of the same weigh
 state after the last norm, at the last real token; the value model starts as the reward model and is trained whole.
 What this script sets besides the job is what is fastest on a CPU: no gradient checkpointing, no key-value cache in
 passes that generate nothing, one batch for scoring, one micro-batch in a mini-batch. Weights stay in float32: in
-bfloat16 an update is a sixth cheaper, but at a learning rate of 1e-5 only one weight in fifty moves at all. The learning
-rate is constant. TRL clips no gradients, clips values to ± 0.2, and has AdamW without weight decay.
+bfloat16 an update is a sixth cheaper, but at a learning rate of 1e-5 only one weight in fifty moves at all. The rate is
+constant. TRL clips no gradients, clips values to ± 0.2, and has AdamW without weight decay.
 """
 
 import json

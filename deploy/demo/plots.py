@@ -6,60 +6,17 @@ them is drawn in a neutral grey.
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from deploy.demo.result import DemoResult, Steps, first_and_last
+from training.report.svg import INK, NEUTRAL, POLICY, REWARD_MODEL, STYLE, Plot, to_svg
 
-# Drawn in these colours, which nothing else uses, and handed to the page as CSS variables of these names.
-INK, GRID, POLICY, REWARD_MODEL, NEUTRAL = "#010101", "#020202", "#030303", "#040404", "#050505"
-CSS_VARIABLES = {
-    INK: "--ink-soft",
-    GRID: "--grid",
-    POLICY: "--policy",
-    REWARD_MODEL: "--reward-model",
-    NEUTRAL: "--neutral",
-}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "alignd",  # the same run gives the same page
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "ytick.major.size": 0,
-    "lines.linewidth": 2,
-    "legend.frameon": False,
-}
 WIDE, TALL = (5.6, 2.7), (5.6, 3.7)  # inches
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn figure: what it shows in a sentence, the drawing, and what one must know to read it."""
-
-    title: str
-    svg: str
-    caption: str
 
 
 def draw_plots(result: DemoResult) -> list[Plot]:
@@ -89,7 +46,7 @@ def _win_rates(result: DemoResult) -> Plot:
         f"n = {rate.count} held-out prompts, a completion of each policy for each. By hidden utility: {rate.wins} "
         f"wins, {rate.ties} ties, {rate.losses} losses. Bars: 95% Wilson intervals, a tie counting as half a win."
     )
-    return Plot(result.verdict.rstrip("."), _svg(figure, "win-rate"), caption)
+    return Plot(result.verdict.rstrip("."), to_svg(figure, "win-rate"), caption)
 
 
 def _score_by_kl(steps: Steps) -> Plot:
@@ -103,7 +60,7 @@ def _score_by_kl(steps: Steps) -> Plot:
     (before, after), kl = first_and_last(steps, "objective/score"), first_and_last(steps, "objective/kl")[1]
     return Plot(
         f"Score went from {before:.2f} to {after:.2f} for {kl:.1f} nats of KL",
-        _svg(figure, "score-by-kl"),
+        to_svg(figure, "score-by-kl"),
         f"n = {len(steps)} PPO steps; later steps are drawn larger. KL is summed over a completion's tokens. A score "
         "that rises while users gain nothing would be over-optimisation (Gao et al. 2022).",
     )
@@ -119,7 +76,7 @@ def _score_and_kl(steps: Steps) -> Plot:
     _, kl = first_and_last(steps, "objective/kl")
     title = f"The new policy ends {kl:.1f} nats from the reference policy"
     caption = f"n = {len(steps)} PPO steps, means over the rollouts of each. KL is summed over a completion's tokens."
-    return Plot(title, _svg(figure, "score-and-kl"), caption)
+    return Plot(title, to_svg(figure, "score-and-kl"), caption)
 
 
 def _lengths(steps: Steps) -> Plot:
@@ -135,7 +92,7 @@ def _lengths(steps: Steps) -> Plot:
     )
     title = f"Completions that end by themselves: {short:.0%} → {long:.0%}; tokens: {first:.0f} → {last:.0f}"
     caption = f"n = {len(steps)} PPO steps, means over the rollouts of each."
-    return Plot(title, _svg(figure, "lengths"), caption)
+    return Plot(title, to_svg(figure, "lengths"), caption)
 
 
 def _reward_model(result: DemoResult) -> Plot:
@@ -150,7 +107,7 @@ def _reward_model(result: DemoResult) -> Plot:
     axes.set(xlim=(0, 100), xlabel="held-out comparisons predicted (%)")
     return Plot(
         f"The reward model predicts {figures.accuracy:.0%} of comparisons it has not seen",
-        _svg(figure, "reward-model"),
+        to_svg(figure, "reward-model"),
         f"n = {figures.comparisons} held-out comparisons. Another user predicts {figures.labeler_agreement:.1%}: that "
         "is how often two users agree.",
     )
@@ -163,7 +120,7 @@ def _stages(result: DemoResult) -> Plot:
     longest = max(result.stages, key=lambda stage: stage.seconds)
     name = longest.name[0].upper() + longest.name[1:]
     title = f"{name} took {longest.seconds / result.seconds:.0%} of {result.seconds / 60:.1f} minutes"
-    return Plot(title, _svg(figure, "stages"), "n = 1 run. Stages in the order in which they began.")
+    return Plot(title, to_svg(figure, "stages"), "n = 1 run. Stages in the order in which they began.")
 
 
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -185,18 +142,3 @@ def _bars(axes: Axes, bars: Sequence[tuple[str, float, str, str]]) -> None:
         axes.annotate(label, (length, row), (5, 0), textcoords="offset points", va="center")
     axes.set(yticks=range(len(bars)), yticklabels=[name for name, _, _, _ in bars], ylim=(len(bars) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element to stand in HTML: page's fonts and colours, ids of its own, no link to anywhere."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
-    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
-    for color, variable in CSS_VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    return svg
