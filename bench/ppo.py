@@ -42,27 +42,32 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--updates", type=int, default=4, help="updates of each run, of which the first warms up")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each side, in turns")
     arguments = parser.parse_args()
+    updates, seeds = (2, 1) if arguments.quick else (arguments.updates, arguments.seeds)
     measured = roofs()
     trl_python(VENV)
     with tempfile.TemporaryDirectory() as scratch:
-        sides, job = run_sides(Path(scratch), arguments.quick)
+        sides, job = run_sides(Path(scratch), arguments.quick, updates, seeds)
         figures = [*measured, *compare(sides, job, roof=measured[-1].value)]
     report(bench_result("ppo", figures), arguments.json)
 
 
-def run_sides(scratch: Path, quick: bool) -> tuple[dict[str, Updates], dict[str, Any]]:
+def run_sides(
+    scratch: Path, quick: bool, num_updates: int, num_seeds: int
+) -> tuple[dict[str, Updates], dict[str, Any]]:
     """Runs each side in turn, with one seed after the other; the first update of a process warms it up."""
     model = make_tiny_llama(scratch / "model") if quick else prepare_smollm2(scratch / "model")
     num_layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    job = make_job(model, scratch / "score.safetensors", num_updates=2 if quick else 5)
+    job = make_job(model, scratch / "score.safetensors", num_updates)
     run: dict[str, Callable[[dict[str, Any], Path], Updates]] = {
         "TRL": run_trl_ppo,
         "whole": lambda job, folder: run_ours(job, folder, 0),
         "shared": lambda job, folder: run_ours(job, folder, round(num_layers * SHARED_SHARE)),
     }
     sides: dict[str, Updates] = {name: [] for name in run}
-    for seed in range(1 if quick else 2):
+    for seed in range(num_seeds):
         for name, run_side in run.items():
             updates = run_side({**job, "seed": seed}, scratch / f"{name}-{seed}")
             print(f"{name}, seed {seed}: {statistics.median(u['seconds'] for u in updates[1:]):.1f} s an update")

@@ -20,12 +20,12 @@ from feedback.artifact import verify_artifact
 from feedback.bus import Delivered, Position
 from feedback.bus_url import open_bus
 from feedback.ledger import Ledger, Offset
-from feedback.topics import RANKINGS, SAMPLES, TOPICS
+from feedback.topics import DEMONSTRATIONS, RANKINGS, SAMPLES, TOPICS
 from serving.bootstrap import import_first
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
-from training.config import PpoConfig, RewardModelConfig, TrainingConfig
+from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
 from training.dataset import is_held_out
 from training.loop import Cursor, is_due
 
@@ -138,7 +138,8 @@ async def finished_run(runs_dir: Path, process: "subprocess.Popen[bytes]") -> Pa
     raise AssertionError("the run did not end in time")
 
 
-async def test_rankings_become_a_live_policy(
+@pytest.mark.timeout(240)  # vLLM starts twice
+async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     serving: Serving, trainer: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
     folder = await finished_run(tmp_path / "runs", trainer)
@@ -169,6 +170,54 @@ async def test_rankings_become_a_live_policy(
     trainer.send_signal(signal.SIGTERM)
     assert trainer.wait(20) == 0
     assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16
+
+    # What the run left, its reward model, lets SFT choose an epoch.
+    write_demonstrations(f"sqlite:///{tmp_path}/store.db", 16)
+    done = await make_sft(serving, tmp_path)
+    assert "made 3" in done.stdout, done.stderr
+    async with grpc.aio.insecure_channel(serving.address) as channel:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
+        tuned = (await stub.GetPolicy(policy_service_pb2.GetPolicyRequest(policy="v3"))).policy
+    assert tuned.stage == policy_service_pb2.STAGE_CANDIDATE
+    assert (tuned.manifest.parent_version, tuned.manifest.reference_version) == (1, 3)
+    assert tuned.manifest.training.algorithm == "sft"
+    assert tuned.manifest.weight_digest != live.manifest.weight_digest
+    newest = max((tmp_path / "runs").glob("*/metrics.jsonl"))
+    assert [line["phase"] for line in lines(newest)] == ["sft", "sft", "register", "done"]
+
+
+SFT = (
+    "import sys; from pathlib import Path; from training.config import TrainingConfig; "
+    "from training.loop import run_sft_once; "
+    "print('made', run_sft_once(TrainingConfig.model_validate_json(sys.argv[1]), store_url=sys.argv[2], "
+    "policies_dir=Path(sys.argv[3]), runs_dir=Path(sys.argv[4]), serving_address=sys.argv[5]))"
+)
+
+
+def write_demonstrations(store_url: str, count: int) -> None:
+    """What users would have wanted of the samples that are there."""
+    batch = []
+    for index in range(count):
+        event = events_pb2.DemonstrationEvent(
+            event_id=f"d{index}", user_id=f"user-{index % 4}", sample_id=f"s{index}", text="in the garden, with soil"
+        )
+        event.event_time.FromSeconds(1_700_000_100 + index)
+        position = Position(DEMONSTRATIONS, 0, index)
+        batch.append(Delivered(position, event.sample_id.encode(), event.SerializeToString(), event.event_id))
+    ledger = Ledger(store_url)
+    ledger.write(batch, ledger.offsets(), {(DEMONSTRATIONS, 0): Offset("log", count)})
+    ledger.close()
+
+
+async def make_sft(serving: Serving, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs SFT once on the store and runs of this folder."""
+    config = CONFIG.model_copy(
+        update={"sft": SftConfig(num_epochs=2, batch_size=4, min_demonstrations=4, validation_share=0.4)}
+    )
+    store_url, runs = f"sqlite:///{folder}/store.db", str(folder / "runs")
+    arguments = [config.model_dump_json(), store_url, str(serving.policies_dir), runs, serving.address]
+    command = [sys.executable, "-c", SFT, *arguments]
+    return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
 
 
 async def killed_when(phase: str, runs_dir: Path, process: "subprocess.Popen[bytes]") -> None:
