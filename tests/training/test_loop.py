@@ -32,6 +32,7 @@ from training.loop import Cursor, is_due
 CONFIG = TrainingConfig(
     min_new_rankings=12,
     poll_seconds=0.1,
+    lease_seconds=3.0,  # a trainer that was killed leaves its place for that long
     min_win_rate=0.0,
     num_evaluation_prompts=8,
     num_probes=2,
