@@ -1,0 +1,88 @@
+"""The learning benchmark from end to end, on a tiny random policy: all of its stages, its figures and its page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from bench.learning import instruct
+from bench.learning.figures import figures_of
+from bench.learning.hh_rlhf import Message
+from bench.learning.instruct import Experiment, Size, run_experiment
+from bench.learning.lab import Lab
+from bench.learning.page import write_page
+from bench.learning.tax import HellaSwagItem
+from bench.result import bench_result
+from training.rollouts import RolloutEngine
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+    pytest.mark.timeout(240),
+]
+
+SIZE = Size(
+    num_rankings=96, ks=range(2, 4), num_demonstrations=8, best_of=2, num_steps=3, num_held_out=6, tax_tokens=200,
+    tax_items=4,
+)  # fmt: skip
+PARAGRAPHS = "\n".join(
+    f"The garden number {i} wants sun, water and good soil, and a dark and cool room." for i in range(60)
+)
+ITEMS = [
+    HellaSwagItem(f"In the garden {i}", ("we sleep.", "they cook well.", "it rains.", "you see."), i % 4)
+    for i in range(6)
+]
+
+
+def utility(prompt: str, completion: str) -> float:
+    return float(len(set(completion)))
+
+
+def prompts(count: int) -> list[str]:
+    return [f"What is number {index} of {count}?" for index in range(count)]
+
+
+@pytest.fixture
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that is at hand, and tokens enough for a window of it."""
+    shots = [Message("user", "Why?"), Message("assistant", "Because.")]
+    monkeypatch.setattr(instruct, "train_prompts", prompts)
+    monkeypatch.setattr(instruct, "held_out_prompts", lambda count: [f"Why is {index}?" for index in range(count)])
+    monkeypatch.setattr(instruct, "few_shot_prefix", lambda: shots)
+    monkeypatch.setattr(instruct, "read_wikitext", lambda part: PARAGRAPHS)
+    monkeypatch.setattr(instruct, "read_hellaswag", lambda: ITEMS)
+    monkeypatch.setattr(instruct, "TAX_WINDOW", 64)
+    monkeypatch.setattr(instruct, "SFT", instruct.SFT.model_copy(update={"num_epochs": 1}))
+
+
+@pytest.mark.usefixtures("small_world")
+def test_every_stage_runs_once_and_the_page_tells_of_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = RolloutEngine(tiny_model, max_model_len=512, max_num_seqs=64, kv_cache_mib=64, seed=0)
+    lab = Lab(engine, AutoTokenizer.from_pretrained(tiny_model), tiny_model, utility, 8, seed=0)
+    experiment = Experiment(lab, SIZE, tmp_path / "chat-0")
+    found = run_experiment(experiment)
+    assert [len(found[name]["rounds"]) for name in ("ppo", "ppo-ptx", "online")] == [3, 3, 3]
+    assert "ptx/loss" in found["ppo-ptx"]["rounds"][0]
+    assert "ptx/loss" not in found["ppo"]["rounds"][0]
+    assert [each["part"] for each in found["online"]["rounds"]] == [0, 1, 2]
+
+    def fail(*_: Any) -> dict[str, Any]:
+        raise AssertionError("a stage that is done was run again")
+
+    for stage in ("make_sft", "optimise", "answer", "tax"):
+        monkeypatch.setattr(instruct, stage, fail)
+    assert run_experiment(experiment) == found
+
+    human: Sequence[dict[str, Any]] = [
+        {"reward model": [0.65, 0.6, 0.7], "length": [0.6, 0.55, 0.65], "bag of words": [0.62, 0.57, 0.67]}
+    ]
+    everything = {"human": list(human), "chat": [found]}
+    figures = {figure.name: figure for figure in figures_of(everything)}
+    assert figures["HH-RLHF accuracy: reward model"].met
+    assert 0 <= figures["chat: ppo-ptx over base"].value <= 1
+    page = write_page(everything, bench_result("learning", list(figures.values())), tmp_path / "results")
+    assert "chat: ppo over sft" in page.read_text()
+    assert (tmp_path / "results" / "learning-chat.svg").stat().st_size > 5000
