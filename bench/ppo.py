@@ -4,8 +4,8 @@
 
 Both sides get the same prompts, lengths, batch, epochs, score and learning rate, and run in turns, each in a process
 of its own. `whole` is ours with policy and value model trained whole, as TRL's are; `shared` is the recipe as shipped,
-with two thirds of the layers frozen and shared by all models. `--quick` takes a tiny random model, and shows only that
-it runs.
+with two thirds of the layers frozen and shared by all models, and a value model that is a head: less work for the same
+reward. `--quick` takes a tiny random model, and shows only that it runs.
 """
 
 import argparse

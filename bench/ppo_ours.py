@@ -3,7 +3,8 @@
     python -m bench.ppo_ours JOB UPDATES SHARED_LAYERS
 
 Writes the same lines to UPDATES as the peer does, and the seconds of each part besides. SHARED_LAYERS lower layers are
-frozen and shared by all models; with 0, policy and value model are trained whole, as the peer's are.
+frozen and shared by all models, and the value model is a head; with 0, policy and value model are trained whole, as the
+peer's are.
 """
 
 import itertools
@@ -46,7 +47,7 @@ def main() -> None:
     shared = SharedLayers(load_model(model))
     rewards = reward_model(shared, Path(job["score_head"]), num_layers, 0)
     # The peer trains a whole value model; the recipe as shipped trains a head on the layers that all models share.
-    value_start = reward_model(shared, Path(job["score_head"]), num_layers, num_layers - shared_layers)
+    value_start = rewards if shared_layers else reward_model(shared, Path(job["score_head"]), num_layers, num_layers)
     policy = upper_layers_of(model, shared, shared_layers, LoraConfig())
     learner = make_learner(shared, policy, value_start, rewards, config)
     eos = AutoTokenizer.from_pretrained(job["model"]).eos_token_id

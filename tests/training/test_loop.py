@@ -223,14 +223,14 @@ async def make_sft(serving: Serving, folder: Path) -> subprocess.CompletedProces
 
 async def killed_when(phase: str, runs_dir: Path, process: "subprocess.Popen[bytes]") -> None:
     """Kills the trainer as soon as a run has written a line of this phase."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if any(line["phase"] == phase for path in runs_dir.glob("*/metrics.jsonl") for line in lines(path)):
-            process.kill()
-            process.wait()
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"the run did not come to {phase}")
+    deadline = time.monotonic() + 90
+    try:
+        while not any(line["phase"] == phase for path in runs_dir.glob("*/metrics.jsonl") for line in lines(path)):
+            assert time.monotonic() < deadline, f"the run did not come to {phase}"
+            await asyncio.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def digest_and_lines(serving: Serving, folder: Path) -> tuple[str, list[dict[str, object]]]:
