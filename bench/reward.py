@@ -42,6 +42,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--rankings", type=int, default=4, help="rankings a run, of which the first warms up")
     arguments = parser.parse_args()
     figures = roofs()
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,7 +50,7 @@ def main() -> None:
         model = make_tiny_llama(folder / "model") if arguments.quick else prepare_smollm2(folder / "model")
         tokenizer = AutoTokenizer.from_pretrained(model)
         for k in KS:
-            examples = rankings(tokenizer, k, count=2 if arguments.quick else 4)
+            examples = rankings(tokenizer, k, count=2 if arguments.quick else arguments.rankings)
             figures += compare(k, examples, model, tokenizer, folder)
     report(bench_result("reward", figures), arguments.json)
 
