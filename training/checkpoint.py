@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +37,10 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
     draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
+    except SafetensorError as error:
+        raise OSError(f"{draft}: {error}") from error
     (draft / "facts.json").write_text(json.dumps(facts))
     for path in draft.iterdir():
         with path.open("rb") as file:

@@ -72,8 +72,8 @@ def go_live(run: Run, policy: policy_service_pb2.Policy) -> int:
     """Asks for the version to go live if its win rate lets it. Harmless when repeated."""
     config, manifest = run.config, policy.manifest
     promoted = config.promote and manifest.evaluations[0].low > config.min_win_rate
+    if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
+        promoted = run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
     run.folder.rewind("register", 0)
     run.folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
-    if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
-        run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
     return manifest.version

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CURSOR_FILE = "rankings_seen"
 RETRY_SECONDS = 30.0
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def run_trainer(
@@ -42,7 +43,7 @@ def run_trainer(
     """Runs until SIGTERM. A run that fails leaves the live policy as it is, and why in its metrics.jsonl."""
     from feedback.engine import open_engine
     from feedback.store import Store
-    from feedback.trainer_lease import TrainerLease
+    from feedback.trainer_lease import TrainerLease, clear_abort
     from training.report.page import write_report
     from training.report.tensorboard import write_events
 
@@ -61,6 +62,7 @@ def run_trainer(
                 if _run_once(place, folder):
                     cursor.write(folder.origin().last_ranking_seq)
                     folder.end()
+                    clear_abort(engine, folder.path.name)
                     write_report(folder.path)
                     write_events(folder.path)
                 else:
@@ -110,7 +112,7 @@ def _acquire(lease: TrainerLease, config: TrainingConfig) -> None:
 
 @dataclass(frozen=True)
 class Cursor:
-    """The number of the last ranking that a run has seen, on disk, and when that run began."""
+    """The number of the last ranking that a run has seen, on disk."""
 
     path: Path
 
@@ -133,16 +135,15 @@ class Desk:
 
     def between_rounds(self, run_id: str) -> None:
         """Waits while the trainer is paused. Raises RunAbortedError, or SystemExit if another trainer took over."""
-        from feedback.trainer_lease import clear_abort, read_control
+        from feedback.trainer_lease import read_control
 
         told = False
         while True:
-            if self.lease.lost.is_set():
+            if self.lease.lost.is_set() or not self.lease.renew():
                 logger.error("another trainer has taken over; ending")
                 sys.exit(1)
             control = read_control(self.engine)
             if run_id and control.abort_run == run_id:
-                clear_abort(self.engine, run_id)
                 raise RunAbortedError("an operator asked for it to end")
             if not control.paused:
                 return
@@ -202,7 +203,6 @@ def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: P
     from training.workplace import find_parents
 
     store = place.store
-    # An abort that came too late for its run is nobody else's.
     while not is_due(
         config,
         num_new=store.num_rankings(seen),
@@ -229,6 +229,7 @@ def _last_began(runs_dir: Path) -> float | None:
 
 def _run_once(place: Workplace, folder: RunFolder) -> bool:
     """Runs, or goes on with a run. False if the disk is full or serving could not be reached: then it goes on later."""
+    from feedback.artifact import ArtifactError
     from training.run import run
 
     run_id = folder.path.name
@@ -236,12 +237,16 @@ def _run_once(place: Workplace, folder: RunFolder) -> bool:
         version = run(place, folder)
         folder.log("done", 0, 1, {"version": version})
         logger.info("run %s made version %d", run_id, version)
-    except TrainingError as error:
+    except (TrainingError, ArtifactError) as error:
         logger.error("run %s stopped: %s", run_id, error)
         folder.log("stopped", 0, 1, {"reason": str(error)})
     except grpc.RpcError as error:
-        logger.error("run %s waits: serving: %s", run_id, error)
-        return False
+        if error.code() in PASSING:
+            logger.error("run %s waits: serving: %s", run_id, error)
+            return False
+        # Asked again, serving would refuse again.
+        logger.error("run %s stopped: serving refused: %s", run_id, error.details())
+        folder.log("stopped", 0, 1, {"reason": f"serving refused: {error.details()}"})
     except OSError as error:
         logger.error("run %s waits: %s", run_id, error)
         return False

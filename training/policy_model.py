@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training.config import LoraConfig
+from training.errors import TrainingError
 from training.groups import PackedGroups
 from training.logprobs import label_logprobs, label_logprobs_and_entropy
 
@@ -30,7 +31,7 @@ WEIGHTS_FILE = "model.safetensors"
 ADAPTER = "default"
 
 
-class ModelMismatchError(ValueError):
+class ModelMismatchError(TrainingError):
     """Two models that should share their lower layers do not."""
 
 

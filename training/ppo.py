@@ -82,7 +82,7 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
     """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
 
     Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
-    last good policy if the run stopped itself. Raises TrainingError if a loss is not finite.
+    last good policy if the run stopped itself. Raises TrainingError if a loss is not finite or nothing can be kept.
     """
     progress = _begin(learner, config, world)
     turns = itertools.islice(_turns(world.prompts, config.prompts_per_step, seed), progress.step, None)
@@ -90,6 +90,8 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
     while progress.step < config.num_steps:
         world.between_rounds()
         reason, metrics = _round(learner, config, world, progress, next(turns), seed)
+        if reason and progress.step == 0:
+            raise TrainingError(f"PPO stopped before its first update: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
             world.load_weights(merged_weights(learner.shared, learner.policy))
@@ -184,7 +186,7 @@ def _update(
             metrics = _accumulate(learner, config, minibatch)
             if world.pretraining:
                 num_episodes = sum(len(each.scores_N) for each in minibatch)
-                count = round(config.ptx.examples_per_episode * num_episodes)
+                count = max(1, round(config.ptx.examples_per_episode * num_episodes))
                 drawn = list(itertools.islice(world.pretraining, count))
                 progress.num_sequences += count
                 metrics |= ptx.accumulate(

@@ -48,9 +48,10 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
         for row in dataset.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BUFFER):
             if config.text_field not in row:
                 raise TrainingError(f"ptx.text_field: {config.data} has {', '.join(row)}, but no {config.text_field!r}")
-            if row[config.text_field].strip():
+            text = row[config.text_field] or ""
+            if text.strip():
                 num_texts += 1
-                yield row[config.text_field]
+                yield text
         if not num_texts:
             raise TrainingError(f"ptx.data: there is no text in {config.data}")
 

@@ -88,12 +88,18 @@ class PolicyClient:
         ).policy
         return registered
 
-    def promote(self, version: int, expected_live_version: int, reason: str) -> None:
-        """Makes a candidate live, unless another version went live since."""
+    def promote(self, version: int, expected_live_version: int, reason: str) -> bool:
+        """Makes a candidate live. False if another version went live since, or it is no candidate any more."""
         request = policy_service_pb2.PromoteRequest(
             version=version, actor=ACTOR, reason=reason, expected_live_version=expected_live_version
         )
-        self._service.Promote(request, timeout=CALL_SECONDS, wait_for_ready=True)
+        try:
+            self._service.Promote(request, timeout=CALL_SECONDS, wait_for_ready=True)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.FAILED_PRECONDITION):
+                return False
+            raise
+        return True
 
 
 def artifact_folder(policy: policy_service_pb2.Policy) -> Path:

@@ -40,7 +40,10 @@ class Fitted:
 def current(runs_dir: Path) -> Fitted | None:
     """The reward model that the last refresh accepted; None before the first."""
     path = runs_dir / POINTER_FILE
-    return Fitted(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    fitted = Fitted(**json.loads(path.read_text()))
+    return fitted if (runs_dir / fitted.run_id / REWARD_MODEL_FILE).exists() else None
 
 
 def accept(runs_dir: Path, fitted: Fitted) -> None:
@@ -68,6 +71,8 @@ def refresh(
     if parent and has_parent:
         has_parent = load(before, run_path.parent / parent.run_id / REWARD_MODEL_FILE, reference_digest)
     warm = has_parent and len(model.layers) > 0
+    if warm and parent and all(example.seq <= parent.last_seq for example in data.training):
+        return before, parent
     if warm:
         model.load_state_dict(before.state_dict())
     examples = list(data.training)

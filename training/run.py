@@ -41,6 +41,7 @@ def run(place: Workplace, folder: RunFolder) -> int:
 
     Raises TrainingError where something is not finite or there is too little to learn from; nothing is registered then.
     """
+    place.between_rounds(folder.path.name)
     started = _open(place, folder)
     earlier = registered_by(place.client, folder.path.name)
     if earlier:
@@ -51,6 +52,7 @@ def run(place: Workplace, folder: RunFolder) -> int:
     place.between_rounds(folder.path.name)
     after = _sample(started, judged, started.config.seed + 1)
     won = _judge(started, rewards, judged, after)
+    place.between_rounds(folder.path.name)
     return go_live(started, register(started, rewards, policy, won, judged))
 
 
@@ -188,6 +190,7 @@ def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after
         for rollouts in (after, rewards.before)
     )
     won = win_rate(scores, reference_scores)
+    run.folder.rewind("evaluate", 0)
     metrics = {WIN_RATE: won.value, "low": won.low, "high": won.high}
     run.folder.log("evaluate", 0, 1, metrics | {"wins": won.wins, "ties": won.ties, "losses": won.losses})
     rows = itertools.islice(zip(prompts, rewards.before, after, strict=True), NUM_SAMPLE_PAIRS)

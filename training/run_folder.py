@@ -95,7 +95,8 @@ class RunFolder:
         replace_file(self.path / "samples.jsonl", "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
 
     def end(self) -> None:
-        """Removes what the run would have been resumed from."""
+        """Removes what the run would have been resumed from, what makes it unfinished first."""
+        (self.state / "origin.json").unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
 
 

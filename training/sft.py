@@ -115,6 +115,7 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
         bf16=True,
         gradient_checkpointing=False,
         logging_strategy="epoch",
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,

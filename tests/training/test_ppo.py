@@ -85,7 +85,8 @@ def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLaye
     learner = learner_of(shared, tiny_folder, PPO, rewards)
     world, sampler = world_of(tiny_folder, PPO)
     before = {name: tensor.clone() for name, tensor in sampler.model.state_dict().items()}
-    assert ppo.train(learner, PPO, world, seed=0) == "not finite: objective/score, objective/judge_score"
+    with pytest.raises(TrainingError, match="not finite: objective/score, objective/judge_score"):
+        ppo.train(learner, PPO, world, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sampler.model.state_dict().items())
 
 
