@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 from feedback.comparisons import comparisons
 
@@ -55,10 +55,12 @@ def margins(scores_N: Tensor, among: Comparisons) -> Tensor:
     return scores_N[among.winners_M] - scores_N[among.losers_M]
 
 
-def ranking_loss(scores_N: Tensor, among: Comparisons) -> Tensor:
-    """Weighted mean over rankings of -1/(K choose 2) Σ log σ(r_w - r_l) (InstructGPT, equation 1).
+def ranking_losses(scores_NE: Tensor, among: Comparisons, weights_RE: Tensor) -> Tensor:
+    """Weighted mean over R rankings of -1/(K choose 2) Σ log σ(r_w - r_l) (InstructGPT, equation 1), of each head [E].
 
-    All comparisons of a ranking are one term, however many they are; a ranking that is all ties has loss 0.
+    All comparisons of a ranking are one term, however many they are; a ranking that is all ties has loss 0. Each head
+    has weights of its own, beside those that are in `among`.
     """
-    losses_M = -logsigmoid(margins(scores_N, among))
-    return (among.weights_M.to(losses_M) * losses_M).sum() / among.total_weight
+    losses_ME = softplus(-margins(scores_NE, among))
+    weights_ME = among.weights_M[:, None] * weights_RE[among.rankings_M]
+    return (weights_ME.to(losses_ME) * losses_ME).sum(0) / among.total_weight

@@ -24,7 +24,7 @@ from training.config import RewardModelConfig
 from training.errors import TrainingError
 from training.groups import RankedExample, pack
 from training.policy_model import SharedLayers
-from training.ranking_loss import Comparisons, compare, margins
+from training.ranking_loss import Comparisons, compare, margins, ranking_losses
 from training.reward_model import RewardModel, features_of, group_features
 from training.schedule import cosine_to_tenth
 
@@ -75,13 +75,6 @@ def bootstrap_weights(examples: Sequence[RankedExample], num_heads: int, seed: i
     return torch.tensor([[draw.expovariate(1.0) for _ in range(num_heads)] for draw in draws])
 
 
-def ensemble_losses(scores_NE: Tensor, among: Comparisons, bootstrap_RE: Tensor) -> Tensor:
-    """The ranking loss of each head, [E], under its own weights of the rankings."""
-    losses_ME = nn.functional.softplus(-margins(scores_NE, among))
-    weights_ME = among.weights_M[:, None] * bootstrap_RE[among.rankings_M]
-    return (weights_ME.to(losses_ME) * losses_ME).sum(0) / among.total_weight
-
-
 def _fit_heads(
     model: RewardModel,
     shared: SharedLayers,
@@ -101,7 +94,7 @@ def _fit_heads(
     bootstrap_RE = bootstrap_RE.to(features_NF.device)
 
     def loss() -> Tensor:
-        fitted_E = ensemble_losses(standardized_NF @ model.heads_FE, among, bootstrap_RE)
+        fitted_E = ranking_losses(standardized_NF @ model.heads_FE, among, bootstrap_RE)
         return (fitted_E + config.l2 / 2 * model.heads_FE.square().sum(0)).sum()
 
     reached = _minimize(loss, model.heads_FE) / config.num_heads
@@ -142,7 +135,7 @@ def _train_layers(
         # A batch of light rankings is a light batch: divided by the mean weight of all, not by its own.
         among = _on(replace(among, total_weight=mean_weight * len(batch)), shared.device)
         scores_NE = model.standardized(features_of(model, shared, packed)) @ model.heads_FE
-        losses_E = ensemble_losses(scores_NE, among, bootstrap_RE[batch].to(scores_NE.device))
+        losses_E = ranking_losses(scores_NE, among, bootstrap_RE[batch].to(scores_NE.device))
         penalty = config.l2 / 2 * model.heads_FE.square().sum(0).mean() / len(examples)
         loss = losses_E.mean() + penalty
         optimizer.zero_grad()

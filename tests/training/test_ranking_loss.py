@@ -7,10 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from training.ranking_loss import compare, margins, ranking_loss
+from training.ranking_loss import Comparisons, compare, margins, ranking_losses
 
 RANKING = st.lists(st.tuples(st.floats(-20, 20), st.integers(0, 3)), min_size=2, max_size=9)
+
+
+def ranking_loss(scores_N: Tensor, among: Comparisons) -> Tensor:
+    """The loss of one head that weighs all rankings alike."""
+    num_rankings = int(among.rankings_M.max()) + 1 if len(among.rankings_M) else 1
+    return ranking_losses(scores_N[:, None], among, torch.ones(num_rankings, 1))[0]
 
 
 def naive_loss(scores: list[float], ranks: list[int]) -> float:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.training.learning import REWARD_MODEL, fitted, ranked_examples, silent
 from training.groups import Group, RankedExample
 from training.policy_model import SharedLayers
-from training.ranking_loss import compare
+from training.ranking_loss import compare, ranking_losses
 from training.reward_evaluation import clustered_share, evaluate_rewards
-from training.reward_fit import bootstrap_weights, ensemble_losses, fit, labeler_weights, shuffled_batches
+from training.reward_fit import bootstrap_weights, fit, labeler_weights, shuffled_batches
 from training.reward_model import RewardModel, load, save, score_groups
 
 LAYERED = REWARD_MODEL.model_copy(update={"num_layers": 2, "num_trained_layers": 1, "learning_rate": 1e-3})
@@ -76,9 +76,9 @@ def test_no_labeler_weighs_more_than_the_share(labelers: list[str], share: float
 
 def test_a_head_with_even_weights_has_the_plain_loss() -> None:
     ranks, scores_N = [[0, 1, 2], [1, 0]], torch.tensor([0.5, 1.0, -1.0, 2.0, 0.1])
-    losses_E = ensemble_losses(scores_N[:, None].expand(-1, 2), compare(ranks), torch.ones(2, 2))
+    losses_E = ranking_losses(scores_N[:, None].expand(-1, 2), compare(ranks), torch.ones(2, 2))
     one_by_one = [
-        ensemble_losses(scores[:, None], compare([each]), torch.ones(1, 1))
+        ranking_losses(scores[:, None], compare([each]), torch.ones(1, 1))
         for scores, each in zip(scores_N.split([3, 2]), ranks, strict=True)
     ]
     assert losses_E.tolist() == pytest.approx([float(sum(one_by_one)) / 2] * 2)
