@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CURSOR_FILE = "rankings_seen"
 RETRY_SECONDS = 30.0
+MOST_ATTEMPTS = 5
 PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
@@ -44,8 +45,6 @@ def run_trainer(
     from feedback.engine import open_engine
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease, clear_abort
-    from training.report.page import write_report
-    from training.report.tensorboard import write_events
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -55,16 +54,15 @@ def run_trainer(
         _acquire(lease, config)
         with lease.held():
             desk = Desk(config, engine, lease)
-            place = _open_workplace(config, Store(store_url), client, policies_dir, desk)
+            place = _open_workplace(_roomy(config, runs_dir), Store(store_url), client, policies_dir, desk)
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
                 folder = RunFolder.unfinished(runs_dir) or _begin_run(config, desk, place, runs_dir, cursor.read())
-                if _run_once(place, folder):
+                if run_once(place, folder):
                     cursor.write(folder.origin().last_ranking_seq)
-                    folder.end()
+                    _write_reports(folder)
                     clear_abort(engine, folder.path.name)
-                    write_report(folder.path)
-                    write_events(folder.path)
+                    folder.end()
                 else:
                     time.sleep(RETRY_SECONDS)
 
@@ -198,6 +196,16 @@ def is_due(
     return every is not None and (last_began is None or now - last_began >= every)
 
 
+def _roomy(config: TrainingConfig, runs_dir: Path) -> TrainingConfig:
+    """The configuration with room in the engine for the run that is to be gone on with, which has its own recipe."""
+    folder = RunFolder.unfinished(runs_dir)
+    if not folder:
+        return config
+    present, begun = config.ppo, folder.config().ppo
+    lengths = {name: max(getattr(present, name), getattr(begun, name)) for name in ("max_prompt_tokens", "max_tokens")}
+    return config.model_copy(update={"ppo": present.model_copy(update=lengths)})
+
+
 def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: Path, seen: int) -> RunFolder:
     """Waits until a run is due, and makes its folder."""
     from training.workplace import find_parents
@@ -227,13 +235,18 @@ def _last_began(runs_dir: Path) -> float | None:
     return max((path.stat().st_mtime for path in runs_dir.glob("*/recipe.json")), default=None)
 
 
-def _run_once(place: Workplace, folder: RunFolder) -> bool:
-    """Runs, or goes on with a run. False if the disk is full or serving could not be reached: then it goes on later."""
+def run_once(place: Workplace, folder: RunFolder) -> bool:
+    """Runs, or goes on with a run. False if the disk is full or serving could not be reached: then it goes on later.
+
+    A run that kills the trainer again and again is given up, so that there can be others.
+    """
     from feedback.artifact import ArtifactError
     from training.run import run
 
     run_id = folder.path.name
+    folder.rewind("stopped", 0)
     try:
+        _count_attempt(folder)
         version = run(place, folder)
         folder.log("done", 0, 1, {"version": version})
         logger.info("run %s made version %d", run_id, version)
@@ -251,3 +264,20 @@ def _run_once(place: Workplace, folder: RunFolder) -> bool:
         logger.error("run %s waits: %s", run_id, error)
         return False
     return True
+
+
+def _count_attempt(folder: RunFolder) -> None:
+    if folder.begin_attempt() > MOST_ATTEMPTS:
+        raise TrainingError(f"{MOST_ATTEMPTS} attempts came to an end at the same place; the trainer's log says how")
+
+
+def _write_reports(folder: RunFolder) -> None:
+    """Writes what a person opens. Nothing is lost without it, so no failure of it is one of the run."""
+    from training.report.page import write_report
+    from training.report.tensorboard import write_events
+
+    try:
+        write_report(folder.path)
+        write_events(folder.path)
+    except Exception:
+        logger.exception("run %s: its report could not be written", folder.path.name)

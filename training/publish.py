@@ -17,6 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
 
 ACTOR = "trainer"
+# A run was killed no longer ago than that many versions.
+RECENT = 20
 # Registering verifies every byte of a version, which takes long for a large one.
 CALL_SECONDS = 300.0
 HEALTH_SECONDS = 5.0
@@ -70,11 +72,10 @@ class PolicyClient:
         ).policy
         return found
 
-    def newest(self) -> policy_service_pb2.Policy | None:
-        """Returns the version with the greatest number, None if none is registered."""
-        request = policy_service_pb2.ListPoliciesRequest(page_size=1)
-        found = self._service.ListPolicies(request, timeout=CALL_SECONDS, wait_for_ready=True).policies
-        return found[0] if found else None
+    def newest(self, count: int) -> list[policy_service_pb2.Policy]:
+        """Returns the `count` versions with the greatest numbers, the greatest first, or as many as there are."""
+        request = policy_service_pb2.ListPoliciesRequest(page_size=count)
+        return list(self._service.ListPolicies(request, timeout=CALL_SECONDS, wait_for_ready=True).policies)
 
     def register(
         self, manifest: policy_manifest_pb2.PolicyManifest, folder: Path, reason: str
@@ -114,14 +115,12 @@ def next_version(client: PolicyClient, policies_dir: Path) -> int:
     A folder that was never registered is what a crash between writing and registering leaves: its number stays unused.
     """
     on_disk = [int(path.name[1:]) for path in policies_dir.glob("v*") if path.name[1:].isdecimal()]
-    newest = client.newest()
-    return max([newest.version if newest else 0, *on_disk]) + 1
+    return max([*(policy.version for policy in client.newest(1)), *on_disk], default=0) + 1
 
 
 def registered_by(client: PolicyClient, run_id: str) -> policy_service_pb2.Policy | None:
-    """The newest version, if this run registered it: the run was killed between that and its end."""
-    newest = client.newest()
-    return newest if newest and newest.manifest.training.run_id == run_id else None
+    """The version that this run registered, if it was killed between that and its end."""
+    return next((each for each in client.newest(RECENT) if each.manifest.training.run_id == run_id), None)
 
 
 def prompts_digest(sample_ids: Sequence[str]) -> str:

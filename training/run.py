@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from training.handover import WIN_RATE, go_live, register
 from training.learner import make_learner
 from training.policy_model import SharedLayers, UpperLayers, load_model, load_weights, upper_layers_of
 from training.publish import registered_by
-from training.refresh import Fitted, accept, fit_judge, refresh
-from training.reward_model import RewardModel, normalise, score_groups
+from training.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
+from training.reward_model import RewardModel, normalise, save, score_groups
 from training.rollouts import Rollout
 from training.run_folder import RunFolder, SamplePair
 from training.workplace import Parents, Rewards, Run, Workplace
@@ -120,6 +120,9 @@ def _fit(run: Run) -> Rewards:
     judged = _judged(run)
     before = _sample(run, judged, config.seed)
     deviation = normalise(model, shared, _groups(judged, before))
+    if fitted.run_id == folder.path.name:
+        # Again, normalised: whoever loads it from here, such as SFT, gets the scores that this run gets.
+        fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
     normalise(judge, shared, _groups(judged, before))
     folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
     return Rewards(model, judge, fitted, before)

@@ -54,7 +54,7 @@ class RunFolder:
         """Makes the folder, with the resolved recipe in it. A run without an origin cannot be resumed."""
         folder = cls(runs_dir / run_id)
         folder.state.mkdir(parents=True)
-        (folder.path / "recipe.json").write_text(config.model_dump_json(indent=2) + "\n")
+        replace_file(folder.path / "recipe.json", config.model_dump_json(indent=2) + "\n")
         if origin:
             write_json(folder.state / "origin.json", asdict(origin))
         return folder
@@ -72,6 +72,15 @@ class RunFolder:
     def origin(self) -> Origin:
         """What the run began from."""
         return Origin(**json.loads((self.state / "origin.json").read_text()))
+
+    def begin_attempt(self) -> int:
+        """Counts the attempts that came no further than those before them, and this one."""
+        path = self.state / "attempts.json"
+        reached = sorted(str(each.relative_to(self.state)) for each in self.state.glob("*/*/"))
+        before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        count = int(before["count"]) + 1 if before.get("reached") == reached else 1
+        write_json(path, {"reached": reached, "count": count})
+        return count
 
     def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. `step` counts from 0."""

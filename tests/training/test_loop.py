@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -27,7 +28,9 @@ from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
 from training.dataset import is_held_out
-from training.loop import Cursor, is_due
+from training.loop import MOST_ATTEMPTS, Cursor, is_due, run_once
+from training.run_folder import Origin, RunFolder
+from training.workplace import Workplace
 
 CONFIG = TrainingConfig(
     min_new_rankings=12,
@@ -265,6 +268,17 @@ async def test_a_trainer_killed_twice_makes_what_one_does_that_lives(tmp_path: P
                 process.wait()
         assert len(list((folder / "runs").glob("*/recipe.json"))) == 1
     assert found[0] == found[1]
+
+
+def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    (folder.state / "rewards" / "step-0").mkdir(parents=True)
+    assert [folder.begin_attempt() for _ in range(3)] == [1, 2, 3]
+    (folder.state / "ppo" / "step-1").mkdir(parents=True)
+    assert [folder.begin_attempt() for _ in range(MOST_ATTEMPTS)] == list(range(1, MOST_ATTEMPTS + 1))
+    assert run_once(cast(Workplace, None), folder)
+    (line,) = lines(folder.path / "metrics.jsonl")
+    assert (line["phase"], str(MOST_ATTEMPTS) in str(line["reason"])) == ("stopped", True)
 
 
 HOUR = 3600.0
