@@ -10,6 +10,7 @@ import dataclasses
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ class Experiment:
         path = self.folder / f"{name}.json"
         if not path.exists():
             print(f"{self.folder.name}: {name}", flush=True)
-            found = stage()
+            began = time.monotonic()
+            found = stage() | {"seconds": time.monotonic() - began}
             draft = path.with_suffix(".tmp")
             draft.write_text(json.dumps(found))
             draft.rename(path)
