@@ -2,8 +2,8 @@
 
     python -m bench.ppo --json FILE [--quick]
 
-Both sides get the same prompts, lengths, batch, epochs, score and learning rate, and run in turns, each in a process
-of its own. `whole` is ours with policy and value model trained whole, as TRL's are; `shared` is the recipe as shipped,
+Both sides get the same prompts, lengths, batch, epochs, score and optimizer, and run in turns, each in a process of
+its own. `whole` is ours with policy and value model trained whole, as TRL's are; `shared` is the recipe as shipped,
 with two thirds of the layers frozen and shared by all models, and a value model that is a head: less work for the same
 reward. `--quick` takes a tiny random model, and shows only that it runs.
 """
@@ -28,6 +28,7 @@ from bench.result import Figure, add_arguments, at_least, bench_result, report
 from bench.roofs import roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from deploy.simulation.prompts import load_prompts
+from training.learner import ADAM_BETAS, ADAM_EPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, RESPONSE_TOKENS, NUM_EPOCHS = 16, 48, 4
@@ -91,7 +92,8 @@ def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
         "model": str(model), "score_head": str(head),
         "prompts": [chat for chat in chats if len(chat) <= MAX_PROMPT_TOKENS][: BATCH * num_updates],
         "num_updates": num_updates, "batch": BATCH, "response_tokens": RESPONSE_TOKENS, "num_ppo_epochs": NUM_EPOCHS,
-        "num_mini_batches": 1, "learning_rate": 1e-5, "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "gamma": 1.0,
+        "num_mini_batches": 1, "learning_rate": 1e-5, "adam_beta2": ADAM_BETAS[1], "adam_eps": ADAM_EPS,
+        "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "gamma": 1.0,
         "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": "bf16", "seed": 0,
         "threads": os.cpu_count() or 1,
     }  # fmt: skip

@@ -48,14 +48,20 @@ class RewardEvaluation:
 
 @torch.no_grad()
 def evaluate_rewards(
-    model: RewardModel, shared: SharedLayers, examples: Sequence[RankedExample]
+    model: RewardModel,
+    shared: SharedLayers,
+    examples: Sequence[RankedExample],
+    features: Sequence[Tensor] | None = None,
 ) -> RewardEvaluation | None:
-    """Judges the model on rankings that it has not learned from; None if there is no comparison in them."""
+    """Judges the model on rankings that it has not learned from; None if there is no comparison in them.
+
+    `features` are what `group_features` found of them, where that is known.
+    """
     among = compare([example.ranks for example in examples])
     if not len(among.winners_M):
         return None
-    found = group_features(model, shared, [example.group for example in examples])
-    margins_ME = margins((model.standardized(torch.cat(found)) @ model.heads_FE).cpu(), among)
+    found = features or group_features(model, shared, [example.group for example in examples])
+    margins_ME = margins((model.standardized(torch.cat(list(found))) @ model.heads_FE).cpu(), among)
     margin_M, spread_M = margins_ME.mean(1).double(), margins_ME.std(1).double()
     right_M = (margin_M > 0).double() + 0.5 * (margin_M == 0).double()
     lengths_N = torch.tensor([len(each) for example in examples for each in example.group.completions])

@@ -46,20 +46,24 @@ def fit(
     seed: int,
     warm: bool,
     log: Log,
+    features: Sequence[Tensor] | None = None,
 ) -> None:
     """Fits the model to all rankings. `warm`: it holds an earlier fit, to go on from.
 
+    `features` are what `group_features` found of the rankings, where that is known: heads alone need nothing else.
     Raises TrainingError if the loss is not finite.
     """
     weights = labeler_weights([example.labeler for example in examples], config.max_labeler_share)
     bootstrap_RE = bootstrap_weights(examples, config.num_heads, seed)
     if not len(model.layers):
-        _fit_heads(model, shared, examples, weights, bootstrap_RE, config, log)
+        found = features or _features(model, shared, examples, log)
+        _fit_heads(model, found, examples, weights, bootstrap_RE, config, log)
         return
     if not warm:
         probed = random.Random(seed).sample(range(len(examples)), min(len(examples), PROBED_RANKINGS))
         some, some_weights = [examples[i] for i in probed], [weights[i] for i in probed]
-        _fit_heads(model, shared, some, some_weights, bootstrap_RE[probed], config, log)
+        found = _features(model, shared, some, log)
+        _fit_heads(model, found, some, some_weights, bootstrap_RE[probed], config, log)
     _train_layers(model, shared, examples, weights, bootstrap_RE, config, seed, log)
 
 
@@ -75,18 +79,21 @@ def bootstrap_weights(examples: Sequence[RankedExample], num_heads: int, seed: i
     return torch.tensor([[draw.expovariate(1.0) for _ in range(num_heads)] for draw in draws])
 
 
+def _features(model: RewardModel, shared: SharedLayers, examples: Sequence[RankedExample], log: Log) -> list[Tensor]:
+    groups = [example.group for example in examples]
+    return group_features(model, shared, groups, lambda done: log(done - 1, len(groups), {}))
+
+
 def _fit_heads(
     model: RewardModel,
-    shared: SharedLayers,
+    features: Sequence[Tensor],
     examples: Sequence[RankedExample],
     weights: Sequence[float],
     bootstrap_RE: Tensor,
     config: RewardModelConfig,
     log: Log,
 ) -> None:
-    groups = [example.group for example in examples]
-    found = group_features(model, shared, groups, lambda done: log(done - 1, len(groups), {}))
-    features_NF = torch.cat(found)
+    features_NF = torch.cat(list(features))
     model.center_F.copy_(features_NF.mean(0))
     model.spread_F.copy_(features_NF.std(0).clamp_min(LEAST_SPREAD))
     standardized_NF = model.standardized(features_NF)
@@ -102,7 +109,7 @@ def _fit_heads(
     with torch.no_grad():
         right_M = margins(standardized_NF @ model.head_F, among) > 0
     share = float(right_M.float().mean()) if len(right_M) else 0.0
-    log(len(groups) - 1, len(groups), {"reward_model/loss": reached, "reward_model/accuracy": share})
+    log(len(examples) - 1, len(examples), {"reward_model/loss": reached, "reward_model/accuracy": share})
 
 
 def _train_layers(

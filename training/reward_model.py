@@ -119,12 +119,11 @@ def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Grou
     return [model.score(features).cpu() for features in group_features(model, shared, groups)]
 
 
-def normalise(model: RewardModel, shared: SharedLayers, references: Sequence[Group]) -> float:
-    """Makes the scores of the reference policy's completions have mean 0 and standard deviation 1.
+def normalise(model: RewardModel, scores: Tensor) -> float:
+    """Gives the reference policy's completions, whose `scores` these are, mean 0 and standard deviation 1.
 
     Returns what the standard deviation was. Raises TrainingError if it is zero or not finite.
     """
-    scores = torch.cat(score_groups(model, shared, references))
     raw = scores / model.scale.cpu() + model.shift.cpu()
     deviation = float(raw.std())
     if not (math.isfinite(deviation) and deviation > 0):

@@ -119,11 +119,12 @@ def _fit(run: Run) -> Rewards:
     run.place.engine.load_weights(load_weights(run.parents.reference_folder))
     judged = _judged(run)
     before = _sample(run, judged, config.seed)
-    deviation = normalise(model, shared, _groups(judged, before))
+    references = _groups(judged, before)
+    deviation = normalise(model, torch.cat(score_groups(model, shared, references)))
     if fitted.run_id == folder.path.name:
         # Again, normalised: whoever loads it from here, such as SFT, gets the scores that this run gets.
         fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
-    normalise(judge, shared, _groups(judged, before))
+    normalise(judge, torch.cat(score_groups(judge, shared, references)))
     folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
     return Rewards(model, judge, fitted, before)
 

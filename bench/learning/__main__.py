@@ -1,13 +1,16 @@
 """Does it learn? HH-RLHF, InstructGPT in miniature, alignment tax, over-optimisation, and the worth of being online.
 
-    python -m bench.learning --json FILE [--quick] [--seeds 3]
+    python -m bench.learning --json FILE [--quick] [--seeds 3] [--only NAME ...]
 
 `--quick` runs one seed of one utility in miniature, in under 20 minutes: it shows that all of it works, and is no
-claim. The whole takes hours and can be stopped and gone on with: what is done lies in var/bench/learning. The results
-and their plots go to docs/results/learning.md.
+claim. The whole takes hours and can be stopped and gone on with: what is done lies in var/bench/learning. With `--only`
+several processes can share the experiments (chat-0, plain-2, human ...), and one without it then reports them all. The
+results and their plots go to docs/results/learning.md.
 """
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from transformers import AutoTokenizer
 
 from bench.learning.figures import figures_of
 from bench.learning.human import human_preferences
-from bench.learning.instruct import FULL, QUICK, Experiment, Size, run_experiment
+from bench.learning.instruct import FULL, QUICK, VARIANTS, Experiment, Size, run_experiment
 from bench.learning.lab import Lab
 from bench.learning.page import write_page
+from bench.learning.stages import once
 from bench.result import add_arguments, bench_result, report
 from deploy.models import prepare_smollm2
 from deploy.simulation.utility import load_utility
@@ -29,8 +33,12 @@ UTILITIES = {
     "chat": "deploy.simulation.utility:chat_utility",
     "plain": "bench.learning.second_utility:plain_utility",
 }
+# The second utility asks whether the recipe is made for one taste, and no more.
+UTILITY_VARIANTS = {"chat": VARIANTS, "plain": ("ppo-ptx",)}
 MAX_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, KV_CACHE_MIB = 64, 1024, 64, 512
-QUICK_HUMAN, FULL_HUMAN = (200, 100), (1700, 600)
+QUICK_COMPARISONS, FULL_COMPARISONS = 300, 1600
+
+Jobs = dict[str, Callable[[], dict[str, Any]]]
 
 
 def main() -> None:
@@ -38,34 +46,52 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each experiment")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, and report nothing yet")
     arguments = parser.parse_args()
-    size, human_size, seeds = (QUICK, QUICK_HUMAN, 1) if arguments.quick else (FULL, FULL_HUMAN, arguments.seeds)
-    work = WORK / ("quick" if arguments.quick else "full")
-    found = run_all(work, size, human_size, seeds, list(UTILITIES)[: 1 if arguments.quick else None])
-    result = bench_result("learning", figures_of(found))
+    if arguments.quick:
+        jobs = make_jobs(WORK / "quick", QUICK, QUICK_COMPARISONS, 1, ["chat"])
+    else:
+        jobs = make_jobs(WORK / "full", FULL, FULL_COMPARISONS, arguments.seeds, list(UTILITIES))
+    unknown = sorted(set(arguments.only or []) - set(jobs))
+    if unknown:
+        parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(jobs)}")
+    found = {name: jobs[name]() for name in arguments.only or jobs}
+    if arguments.only:
+        return
+    by_experiment = gathered(found)
+    result = bench_result("learning", figures_of(by_experiment))
     report(result, arguments.json)
     if not arguments.quick:
-        write_page(found, result, ROOT / "docs" / "results")
+        write_page(by_experiment, result, ROOT / "docs" / "results")
 
 
-def run_all(
-    work: Path, size: Size, human_size: tuple[int, int], seeds: int, utilities: list[str]
-) -> dict[str, list[dict[str, Any]]]:
-    """What was found, by experiment, one entry a seed."""
+def make_jobs(work: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> Jobs:
+    """What there is to run, by name."""
     base = prepare_smollm2(WORK / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    engine = RolloutEngine(
-        base, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS, kv_cache_mib=KV_CACHE_MIB, seed=0
-    )
-    found: dict[str, list[dict[str, Any]]] = {"human": [], **{name: [] for name in utilities}}
-    for seed in range(seeds):
-        for name in utilities:
-            lab = Lab(engine, tokenizer, base, load_utility(UTILITIES[name]), MAX_TOKENS, seed)
-            experiment = Experiment(lab, size, work / f"{name}-{seed}")
-            found[name].append(run_experiment(experiment))
-            human = experiment.once("human", lambda: human_preferences(base, seed, *human_size))  # noqa: B023
-        found["human"].append(human)
-    return found
+
+    @functools.cache
+    def engine() -> RolloutEngine:
+        return RolloutEngine(
+            base, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS, kv_cache_mib=KV_CACHE_MIB, seed=0
+        )
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        lab = Lab(engine(), tokenizer, base, load_utility(UTILITIES[name]), MAX_TOKENS, seed)
+        return run_experiment(Experiment(lab, size, work / f"{name}-{seed}"), UTILITY_VARIANTS[name])
+
+    jobs: Jobs = {f"{name}-{seed}": functools.partial(run, name, seed) for name in utilities for seed in range(seeds)}
+    jobs["human"] = lambda: once(work, "human", lambda: human_preferences(base, seeds, num_comparisons))
+    return jobs
+
+
+def gathered(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What was found, by experiment, one entry a seed."""
+    by_experiment: dict[str, list[dict[str, Any]]] = {"human": found["human"]["seeds"]}
+    for name, each in found.items():
+        if name != "human":
+            by_experiment.setdefault(name.rpartition("-")[0], []).append(each)
+    return by_experiment
 
 
 if __name__ == "__main__":

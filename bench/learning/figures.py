@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.result import Figure, at_least
-from training.evaluate import win_rate
+from training.evaluate import Z_95, win_rate
 
 Found = dict[str, list[dict[str, Any]]]
 
 # Two-sided 95 % points of Student's distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-POLICIES = ("few-shot", "sft", "ppo", "ppo-ptx", "online")
+POLICIES = ("base", "few-shot", "sft", "ppo", "ppo-ptx", "online")
 GOALS = {("ppo-ptx", "base"): 0.85, ("ppo-ptx", "few-shot"): 0.71, ("ppo-ptx", "sft"): 0.5}
 PTX_GOAL = 0.5
 
@@ -41,12 +41,13 @@ def human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
 
 
 def win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Win rates by the true utility on held-out prompts."""
-    figures = []
-    for policy in POLICIES:
-        for other in ("base", "few-shot", "sft"):
-            if (policy, other) in (("few-shot", "few-shot"), ("few-shot", "sft"), ("sft", "sft"), ("sft", "few-shot")):
-                continue
+    """Mean true utility of each policy on held-out prompts, and win rates by it."""
+    known = [policy for policy in POLICIES if f"answers-{policy}" in seeds[0]]
+    figures = [
+        over_seeds(f"{name}: utility of {policy}", [_utility(seed, policy) for seed in seeds]) for policy in known
+    ]
+    for index, policy in enumerate(known):
+        for other in known[:index]:
             rates = [
                 win_rate(seed[f"answers-{policy}"]["utilities"], seed[f"answers-{other}"]["utilities"])
                 for seed in seeds
@@ -57,26 +58,36 @@ def win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
     return figures
 
 
+def _utility(seed: dict[str, Any], policy: str) -> list[float]:
+    return mean_interval(seed[f"answers-{policy}"]["utilities"])
+
+
 def tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Changes from SFT on WikiText-2 and HellaSwag, and the share of PPO's loss that the pretraining mix gives back."""
+    """Changes on WikiText-2 and HellaSwag, and the share of what PPO lost that the pretraining mix gives back."""
+    if "tax-ppo" not in seeds[0]:
+        return []
     figures, losses = [], {}
-    for policy in ("ppo", "ppo-ptx"):
-        loss = [_change(seed, policy, "wikitext") for seed in seeds]
-        hits = [_change(seed, policy, "hellaswag") for seed in seeds]
+    for policy, before in (("sft", "base"), ("ppo", "sft"), ("ppo-ptx", "sft")):
+        loss = [_change(seed, before, policy, "wikitext") for seed in seeds]
+        hits = [_change(seed, before, policy, "hellaswag") for seed in seeds]
         losses[policy] = statistics.fmean(change for change, _, _ in loss)
-        figures.append(over_seeds(f"{name}: WikiText-2 loss, {policy} less sft", loss, "nats/token"))
-        figures.append(over_seeds(f"{name}: HellaSwag accuracy, {policy} less sft", hits, "share"))
+        figures.append(over_seeds(f"{name}: WikiText-2 loss, {policy} less {before}", loss, "nats/token"))
+        figures.append(over_seeds(f"{name}: HellaSwag accuracy, {policy} less {before}", hits, "share"))
     if losses["ppo"] > 0:
         given_back = 1 - losses["ppo-ptx"] / losses["ppo"]
         figures.append(at_least(PTX_GOAL, Figure(f"{name}: tax that ptx gives back", given_back, "share")))
     return figures
 
 
-def _change(seed: dict[str, Any], policy: str, measure: str) -> list[float]:
-    before, after = seed["tax-sft"][measure], seed[f"tax-{policy}"][measure]
-    changes = [new - old for old, new in zip(before, after, strict=True)]
-    mean, error = statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
-    return [mean, mean - 1.96 * error, mean + 1.96 * error]
+def _change(seed: dict[str, Any], before: str, policy: str, measure: str) -> list[float]:
+    pairs = zip(seed[f"tax-{before}"][measure], seed[f"tax-{policy}"][measure], strict=True)
+    return mean_interval([new - old for old, new in pairs])
+
+
+def mean_interval(values: Sequence[float]) -> list[float]:
+    """The mean, and its normal 95 % interval."""
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return [mean, mean - Z_95 * error, mean + Z_95 * error]
 
 
 def over_seeds(name: str, values: Sequence[Sequence[float]], unit: str = "share") -> Figure:

@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.learning.baselines import bag_of_words_baseline, length_baseline
-from bench.learning.hh_rlhf import Comparison, read_comparisons, split
+from bench.learning.hh_rlhf import Comparison, is_held_out, read_comparisons
 from training.config import RewardModelConfig
 from training.groups import Group, RankedExample
 from training.policy_model import SharedLayers, load_model
 from training.reward_evaluation import evaluate_rewards
 from training.reward_fit import fit
-from training.reward_model import RewardModel
+from training.reward_model import RewardModel, group_features
 
 SOURCE = "helpful-base"
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 160
 CONFIG = RewardModelConfig(max_labeler_share=1.0)
 
 
-def human_preferences(model: Path, seed: int, num_train: int, num_held_out: int) -> dict[str, Any]:
-    """Held-out accuracies on one split of the data, all learned from the same comparisons."""
-    train, held_out = split(read_comparisons((SOURCE,)).comparisons, salt=str(seed))
-    train, held_out = train[:num_train], held_out[:num_held_out]
+def human_preferences(model: Path, num_seeds: int, num_comparisons: int) -> dict[str, Any]:
+    """Held-out accuracies on splits of the data, a seed each; all learn from the same comparisons."""
+    drawn = random.Random(0).sample(read_comparisons((SOURCE,)).comparisons, num_comparisons)
     tokenizer = AutoTokenizer.from_pretrained(model)
     shared = SharedLayers(load_model(model))
+    examples = [as_example(tokenizer, each, index) for index, each in enumerate(drawn)]
+    # What the heads read does not depend on the split.
+    features = group_features(RewardModel(shared, CONFIG), shared, [example.group for example in examples])
+    return {"seeds": [one_split(shared, drawn, examples, features, seed) for seed in range(num_seeds)]}
+
+
+def one_split(
+    shared: SharedLayers,
+    drawn: Sequence[Comparison],
+    examples: Sequence[RankedExample],
+    features: Sequence[Tensor],
+    seed: int,
+) -> dict[str, Any]:
+    """Fits and judges on the split of this seed."""
+    is_out = [is_held_out(each.prompt[0].text, salt=str(seed)) for each in drawn]
+    train, held_out = ([index for index, out in enumerate(is_out) if out == side] for side in (False, True))
     rewards = RewardModel(shared, CONFIG)
-    examples = [as_example(tokenizer, each, index) for index, each in enumerate(train)]
-    fit(rewards, shared, examples, CONFIG, seed=seed, warm=False, log=lambda *_: None)
-    judged = evaluate_rewards(rewards, shared, [as_example(tokenizer, each, 0) for each in held_out])
+    fit(
+        rewards, shared, [examples[i] for i in train], CONFIG, seed=seed, warm=False, log=lambda *_: None,
+        features=[features[i] for i in train],
+    )  # fmt: skip
+    judged = evaluate_rewards(rewards, shared, [examples[i] for i in held_out], [features[i] for i in held_out])
     assert judged is not None
-    length, words = length_baseline(train, held_out), bag_of_words_baseline(train, held_out)
+    sides = [drawn[i] for i in train], [drawn[i] for i in held_out]
+    length, words = length_baseline(*sides), bag_of_words_baseline(*sides)
     return {
         "reward model": [judged.accuracy, judged.low, judged.high],
         "length": [length.learnt.value, length.learnt.low, length.learnt.high],

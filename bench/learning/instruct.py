@@ -7,10 +7,8 @@ on with. The policies are judged on held-out prompts that nothing was learned fr
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +20,28 @@ from transformers import AutoTokenizer
 
 from bench.learning.lab import Asked, Lab
 from bench.learning.prompts import few_shot_prefix, held_out_prompts, train_prompts
+from bench.learning.rewards import (
+    Rankings,
+    Rewards,
+    add_rankings,
+    fit_one,
+    fit_rewards,
+    load_rewards,
+    save_rewards,
+)
+from bench.learning.stages import once
 from bench.learning.tax import hellaswag_accuracy, read_hellaswag, read_wikitext, wikitext_loss
 from training import ppo, ptx
-from training.config import LoraConfig, PpoConfig, PtxConfig, RewardModelConfig, SftConfig
-from training.groups import Group, RankedExample
+from training.config import LoraConfig, PpoConfig, PtxConfig, SftConfig
+from training.groups import Group
 from training.learner import make_learner
 from training.policy_model import SharedLayers, load_model, save_policy, upper_layers_of
-from training.reward_evaluation import evaluate_rewards
-from training.reward_fit import fit
-from training.reward_model import RewardModel, normalise, score_groups
+from training.reward_model import score_groups
 from training.rollouts import Rollout
 from training.sft import Demonstration, fine_tune
 
-HELD_OUT_LABELERS = 10
 TAX_WINDOW = 512
-REWARD_MODEL = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
+VARIANTS = ("ppo", "ppo-ptx", "online")
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,9 @@ FULL = Size(360, range(4, 10), 192, 16, 24, 300, 24 * TAX_WINDOW, 400)
 SFT = SftConfig(num_epochs=3, learning_rate=1e-5, min_demonstrations=8)
 
 
-def ppo_config(size: Size, wikitext: Path | None) -> PpoConfig:
+def ppo_config(num_steps: int, text: Path | None) -> PpoConfig:
     """The recipe as shipped; with the pretraining mix if there is text."""
-    text = PtxConfig(data=str(wikitext)) if wikitext else PtxConfig()
-    return PpoConfig(num_steps=size.num_steps, ptx=text)
+    return PpoConfig(num_steps=num_steps, ptx=PtxConfig(data=str(text)) if text else PtxConfig())
 
 
 @dataclass(frozen=True)
@@ -76,32 +80,21 @@ class Experiment:
 
     def once(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `stage` found, now or in an earlier attempt."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            print(f"{self.folder.name}: {name}", flush=True)
-            began = time.monotonic()
-            found = stage() | {"seconds": time.monotonic() - began}
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(found))
-            draft.rename(path)
-        loaded: dict[str, Any] = json.loads(path.read_text())
-        return loaded
+        return once(self.folder, name, stage)
 
 
-def run_experiment(experiment: Experiment) -> dict[str, Any]:
+def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
     """Runs all stages and returns what they found, by name."""
     experiment.folder.mkdir(parents=True, exist_ok=True)
     lab, size = experiment.lab, experiment.size
     train = lab.ask(train_prompts(size.num_rankings))
-    found: dict[str, Any] = {"sft": experiment.once("sft", lambda: make_sft(experiment, train))}
-    text = write_pretraining_text(experiment.folder / "wikitext.txt")
-    variants: dict[str, Callable[[], dict[str, Any]]] = {
-        "ppo": lambda: optimise(experiment, train, "ppo", None, refreshes=0),
-        "ppo-ptx": lambda: optimise(experiment, train, "ppo-ptx", text, refreshes=0),
-        "online": lambda: optimise(experiment, train, "online", None, refreshes=size.refreshes),
+    found: dict[str, Any] = {
+        "sft": experiment.once("sft", lambda: make_sft(experiment, train)),
+        "rewards": experiment.once("rewards", lambda: make_rewards(experiment, train)),
     }
-    for name, variant in variants.items():
-        found[name] = experiment.once(name, variant)
+    for name in variants:
+        variant = optimise_online if name == "online" else optimise
+        found[name] = experiment.once(name, lambda: variant(experiment, train, name))  # noqa: B023
     held_out = held_out_prompts(size.num_held_out)
     policies = {
         "base": lab.base,
@@ -111,7 +104,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     for name, folder in policies.items():
         shots = few_shot_prefix() if name == "few-shot" else []
         found[f"answers-{name}"] = experiment.once(f"answers-{name}", lambda: answer(lab, folder, held_out, shots))  # noqa: B023
-        if name not in ("few-shot", "online"):
+        if name not in ("few-shot", "online") and "ppo" in variants:
             found[f"tax-{name}"] = experiment.once(f"tax-{name}", lambda: tax(folder, size))  # noqa: B023
     return found
 
@@ -145,7 +138,9 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
         Demonstration(each.token_ids, rollout.token_ids) for each, rollout in zip(shown, best, strict=True)
     ]
     labelers = lab.labelers(train[-32:])
-    rewards, shared = reward_model_of(experiment, lab.base, lab.rank(train[-64:], labelers, size.ks, salt=200))
+    shared = SharedLayers(load_model(lab.base))
+    rankings = add_rankings(lab, shared, Rankings(), train[-64:], labelers, size.ks, salt=200)
+    rewards = fit_one(shared, rankings, lab.seed)
     validation = train[-32:]
 
     def judge(weights: dict[str, torch.Tensor]) -> float:
@@ -169,49 +164,49 @@ def as_groups(asked: Sequence[Asked], drawn: Sequence[Rollout]) -> list[Group]:
     return [Group(each.token_ids, (rollout.token_ids,)) for each, rollout in zip(asked, drawn, strict=True)]
 
 
-def reward_model_of(
-    experiment: Experiment, policy: Path, examples: Sequence[RankedExample], shared: SharedLayers | None = None
-) -> tuple[RewardModel, SharedLayers]:
-    """A reward model on the layers of `policy`, fitted to these rankings and normalised on what it writes."""
-    lab = experiment.lab
-    shared = shared or SharedLayers(load_model(policy))
-    model = RewardModel(shared, REWARD_MODEL)
-    fit(model, shared, examples, REWARD_MODEL, seed=lab.seed, warm=False, log=lambda *_: None)
-    normalise(model, shared, [Group(each.group.prompt, each.group.completions) for each in examples[:64]])
-    return model, shared
+def make_rewards(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
+    """What PPO and PPO-ptx learn from: rankings of what the SFT policy writes, one of each prompt."""
+    lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
+    shared = SharedLayers(load_model(sft))
+    lab.load(sft)
+    rankings = add_rankings(lab, shared, Rankings(), train, lab.labelers(train[:32]), size.ks, salt=1000)
+    rewards = fit_rewards(shared, rankings, lab.seed)
+    save_rewards(rewards, experiment.folder / "rewards.safetensors")
+    comparisons = sum(len(each.ranks) * (len(each.ranks) - 1) // 2 for each in rankings.examples)
+    return {"accuracy": rewards.accuracy, "num_rankings": len(rankings.examples), "num_comparisons": comparisons}
 
 
-def optimise(
-    experiment: Experiment, train: Sequence[Asked], name: str, wikitext: Path | None, *, refreshes: int
-) -> dict[str, Any]:
-    """PPO from the SFT policy. With refreshes, rankings come in as many parts more, each of the policy of then."""
-    lab, size = experiment.lab, experiment.size
-    sft = experiment.folder / "sft"
-    parts = refreshes + 1
-    config = ppo_config(size, wikitext).model_copy(update={"num_steps": size.num_steps // parts})
-    shared, policy_folder, examples = SharedLayers(load_model(sft)), sft, list[RankedExample]()
-    rounds: list[dict[str, float]] = []
-    accuracy = None
+def optimise(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[str, Any]:
+    """PPO from the SFT policy, or PPO-ptx, on rewards that stay as they are."""
+    folder, sft = experiment.folder, experiment.folder / "sft"
+    shared = SharedLayers(load_model(sft))
+    rewards = load_rewards(shared, folder / "rewards.safetensors", None)
+    text = write_pretraining_text(folder / "wikitext.txt") if name == "ppo-ptx" else None
+    config = ppo_config(experiment.size.num_steps, text)
+    experiment.lab.load(sft)
+    rounds, reason = run_ppo(experiment, train, config, shared, sft, rewards, name)
+    return {"rounds": rounds, "stopped": reason}
+
+
+def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[str, Any]:
+    """PPO whose rankings come in parts, each of the policy of then; rewards are fitted anew each time, to all."""
+    lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
+    parts = size.refreshes + 1
+    config = ppo_config(size.num_steps // parts, None)
+    shared, start, rankings = SharedLayers(load_model(sft)), sft, Rankings()
+    lab.load(sft)
+    labelers = lab.labelers(train[:32])
+    rounds: list[dict[str, Any]] = []
+    reason, accuracy = None, []
     for part in range(parts):
-        lab.load(policy_folder)
-        if part == 0:
-            labelers = lab.labelers(train[:32])
         asked = train[part * len(train) // parts : (part + 1) * len(train) // parts]
-        examples += lab.rank(asked, labelers, size.ks, salt=1000 * (part + 1), first_seq=len(examples))
-        known = [e for e in examples if e.labeler not in held_out_labelers()]
-        unknown = [e for e in examples if e.labeler in held_out_labelers()]
-        rewards, _ = reward_model_of(experiment, sft, known, shared)
-        judge, _ = reward_model_of(experiment, sft, unknown, shared)
-        judged = evaluate_rewards(rewards, shared, unknown)
-        accuracy = dataclasses.asdict(judged) if judged else None
-        reason = run_ppo(experiment, train, config, shared, policy_folder, rewards, judge, rounds, part, name)
-        policy_folder = experiment.folder / name
-    return {"rounds": rounds, "stopped": reason, "reward_model": accuracy}
-
-
-def held_out_labelers() -> set[str]:
-    """Those whose rankings only measure."""
-    return {f"simulated-{index:03d}" for index in range(HELD_OUT_LABELERS)}
+        rankings = add_rankings(lab, shared, rankings, asked, labelers, size.ks, salt=1000 * (part + 1))
+        rewards = fit_rewards(shared, rankings, lab.seed)
+        accuracy.append(rewards.accuracy)
+        more, reason = run_ppo(experiment, train, config, shared, start, rewards, name, part)
+        rounds += more
+        start = experiment.folder / name
+    return {"rounds": rounds, "stopped": reason, "accuracy": accuracy}
 
 
 def run_ppo(
@@ -220,18 +215,20 @@ def run_ppo(
     config: PpoConfig,
     shared: SharedLayers,
     start: Path,
-    rewards: RewardModel,
-    judge: RewardModel,
-    rounds: list[dict[str, float]],
-    part: int,
+    rewards: Rewards,
     name: str,
-) -> str | None:
-    """One stretch of PPO; appends what each round came to, with the true utility of its rollouts, to `rounds`."""
+    part: int = 0,
+) -> tuple[list[dict[str, Any]], str | None]:
+    """One stretch of PPO, whose policy it leaves in the folder `name` and in the engine.
+
+    Returns what each round came to, with the true utility of its rollouts, and why it stopped itself, if it did.
+    """
     lab = experiment.lab
     policy = upper_layers_of(start, shared, min(config.num_frozen_layers, shared.num_layers - 1), LoraConfig())
-    learner = make_learner(shared, policy, rewards, judge, config)
+    learner = make_learner(shared, policy, rewards.model, rewards.judge, config)
     by_tokens = {each.token_ids: each for each in train}
     utilities: list[float] = []
+    rounds: list[dict[str, Any]] = []
 
     def sample(prompts: Sequence[tuple[int, ...]], seed: int) -> list[list[Rollout]]:
         drawn = lab.draw_tokens(prompts, config.rollouts_per_prompt, seed)
@@ -241,6 +238,11 @@ def run_ppo(
 
     def log(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
         rounds.append({**metrics, "part": part, "utility": utilities[-1]})
+        print(
+            f"{experiment.folder.name}: {name}: round {step + 1} of {num_steps}: utility {utilities[-1]:.3f}, "
+            f"score {metrics['objective/score']:.2f}, KL {metrics['objective/kl']:.2f}",
+            flush=True,
+        )
 
     world = ppo.World(list(by_tokens), sample, lab.engine.load_weights, log, pretraining(lab, config.ptx))
     reason = ppo.train(learner, config, world, seed=lab.seed * 101 + part)
@@ -248,7 +250,7 @@ def run_ppo(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     save_policy(target, shared, policy, lab.base)
-    return reason
+    return rounds, reason
 
 
 def pretraining(lab: Lab, config: PtxConfig) -> Iterator[tuple[int, ...]] | None:

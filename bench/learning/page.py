@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ from matplotlib.figure import Figure as Canvas
 from bench.result import BenchResult, cells
 
 COLOURS = {"ppo": "#c44e52", "ppo-ptx": "#4c72b0", "online": "#55a868"}
+MEANING = """\
+Win rates are by the labelers' true utility, on held-out prompts, one completion each. Figures are means over seeds with
+Student's 95 % interval; with one seed, that seed's own over prompts. Goals that were missed say NO."""
+RUNS_MEANING = """\
+Each row is one run of PPO: where it ended, in KL from the SFT policy; the true utility of the rollouts of its first
+round, of its best, and of its last; the learned score of its last; and why the run stopped itself, if it did. Where
+the score rises and the utility falls, the policy is over-optimised (Gao et al. 2022)."""
 
 
 def write_page(found: dict[str, list[dict[str, Any]]], result: BenchResult, folder: Path) -> Path:
-    """Writes the page with a table of all figures, and one plot a utility of true utility and score against √KL."""
+    """Writes the page: a table of all figures, one of all runs of PPO, and for each utility a plot against √KL."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     for name, seeds in found.items():
@@ -23,31 +30,49 @@ def write_page(found: dict[str, list[dict[str, Any]]], result: BenchResult, fold
             path = folder / f"learning-{name}.svg"
             draw(seeds, path)
             plots.append(f"![{name}: score and true utility against √KL]({path.name})")
-    header = "| figure | value | unit | low | high | peer | goal | met |\n|---|---|---|---|---|---|---|---|"
-    rows = ["| " + " | ".join(cells(figure)) + " |" for figure in result.figures]
     circumstances = ", ".join(f"{key} {value}" for key, value in {**result.machine, **result.versions}.items())
+    parts = [
+        "# Does it learn?",
+        f"`{result.command}` on {circumstances}.",
+        MEANING,
+        table("figure value unit low high peer goal met", map(cells, result.figures)),
+        "## Score and true utility against √KL",
+        RUNS_MEANING,
+        table("run rounds √KL utility,_first best last score,_last stopped", run_rows(found)),
+        *plots,
+    ]
     page = folder / "learning.md"
-    page.write_text(
-        "\n".join(
-            [
-                "# Does it learn?",
-                "",
-                f"`{result.command}` on {circumstances}.",
-                "",
-                "Win rates are by the true utility, on held-out prompts, one completion each. Figures are means over "
-                "seeds with Student's 95 % interval; with one seed, that seed's own over prompts.",
-                "",
-                header,
-                *rows,
-                "",
-                "## Over-optimisation",
-                "",
-                *plots,
-                "",
-            ]
-        )
-    )
+    page.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+def table(headings: str, rows: Iterable[list[str]]) -> str:
+    """A table in Markdown; an underscore in a heading is a space."""
+    names = [each.replace("_", " ") for each in headings.split()]
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def run_rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
+    """A row for each run of PPO."""
+    for name, seeds in found.items():
+        for seed, each in enumerate(seeds):
+            for variant in COLOURS:
+                if variant in each:
+                    yield [f"{name}, {variant}, seed {seed}", *run_row(each[variant])]
+
+
+def run_row(run: dict[str, Any]) -> list[str]:
+    """What one run came to, as `RUNS_MEANING` says."""
+    rounds, last = run["rounds"], run["rounds"][-1]
+    worth = [each["utility"] for each in rounds]
+    numbers = root_kl(last), worth[0], max(worth), worth[-1], last["objective/score"]
+    return [str(len(rounds)), *(f"{number:.2f}" for number in numbers), run["stopped"] or "-"]
+
+
+def root_kl(metrics: dict[str, Any]) -> float:
+    """√KL from the reference of a round, in √nats a completion. Estimated from samples, KL may come out negative."""
+    return float(max(metrics["objective/kl"], 0.0) ** 0.5)
 
 
 def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
@@ -58,9 +83,9 @@ def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
     right = left.twinx()
     for seed in seeds:
         for name, colour in COLOURS.items():
-            rounds = seed[name]["rounds"]
-            distance = [max(each["objective/kl"], 0.0) ** 0.5 for each in rounds]
-            label = name if seed is seeds[0] else None
+            rounds = seed[name]["rounds"] if name in seed else []
+            distance = [root_kl(each) for each in rounds]
+            label = name if rounds and seed is seeds[0] else None
             left.plot(distance, [each["utility"] for each in rounds], color=colour, label=label)
             right.plot(distance, [each["objective/score"] for each in rounds], color=colour, linestyle="--", alpha=0.5)
     left.set_xlabel("√KL from the reference (√nats a completion)")

@@ -60,6 +60,8 @@ class Job:
     num_mini_batches: int
     """Optimizer steps in an epoch."""
     learning_rate: float
+    adam_beta2: float
+    adam_eps: float
     kl_coef: float
     cliprange: float
     vf_coef: float
@@ -168,6 +170,8 @@ def ppo_config(job: Job, folder: str) -> PPOConfig:
         temperature=job.temperature,
         missing_eos_penalty=job.missing_eos_penalty,
         learning_rate=job.learning_rate,
+        adam_beta2=job.adam_beta2,
+        adam_epsilon=job.adam_eps,
         lr_scheduler_type="constant",
         kl_coef=job.kl_coef,
         cliprange=job.cliprange,

@@ -29,6 +29,10 @@ VERBS = {
     ("policies", "promote"): "--reason",
     ("policies", "rollback"): "--reason",
     ("policies", "lineage"): "--json",
+    ("runs",): "pause",
+    ("runs", "list"): "--json",
+    ("runs", "show"): "--json",
+    ("runs", "abort"): "run",
 }
 
 

@@ -50,7 +50,7 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     world, sampler = world_of(tiny_folder, config, kept(seen))
     before = sampler.sample(PROMPTS, seed=7)
     references = [Group(p, tuple(r.token_ids for r in drawn)) for p, drawn in zip(PROMPTS, before, strict=True)]
-    normalise(rewards, shared, references)
+    normalise(rewards, torch.cat(score_groups(rewards, shared, references)))
     scores = torch.cat(score_groups(rewards, shared, references))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std()) == pytest.approx(1, abs=1e-4)

@@ -72,7 +72,7 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     def fail(*_: Any) -> dict[str, Any]:
         raise AssertionError("a stage that is done was run again")
 
-    for stage in ("make_sft", "optimise", "answer", "tax"):
+    for stage in ("make_sft", "make_rewards", "optimise", "optimise_online", "answer", "tax"):
         monkeypatch.setattr(instruct, stage, fail)
     assert run_experiment(experiment) == found
 
@@ -85,4 +85,5 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     assert 0 <= figures["chat: ppo-ptx over base"].value <= 1
     page = write_page(everything, bench_result("learning", list(figures.values())), tmp_path / "results")
     assert "chat: ppo over sft" in page.read_text()
+    assert "| chat, online, seed 0 | 3 |" in page.read_text()
     assert (tmp_path / "results" / "learning-chat.svg").stat().st_size > 5000

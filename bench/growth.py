@@ -1,0 +1,233 @@
+"""How the cost of a PPO round grows with K, length, batch and model size, beside what the trainer's plan foretells.
+
+    python -m bench.growth --json FILE [--quick]
+
+One axis is varied at a time. Models are SmolLM2's kind with random weights, and completions are random tokens of just
+the length that is asked for: what is learned has no influence on how long it takes. A plot and a table go to
+docs/results/growth.md. `--quick` takes tiny models, and shows only that it runs.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure as Canvas
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bench.result import BenchResult, Figure, add_arguments, bench_result, cells, report
+from bench.roofs import roofs
+from training import ppo
+from training.config import LoraConfig, PpoConfig, RewardModelConfig, TrainingConfig
+from training.learner import make_learner
+from training.planning.hardware import Hardware
+from training.planning.model_size import read_model
+from training.planning.phases import EFFICIENCY
+from training.planning.plan import make_plan
+from training.policy_model import SharedLayers, UpperLayers
+from training.reward_model import RewardModel
+from training.rollouts import Rollout
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+NUM_ROUNDS = 3  # the first warms up
+NO_LIMIT = 1e9
+FROZEN_SHARE = 2 / 3
+LAST_SPECIAL_TOKEN = 16
+Shapes = dict[str, tuple[int, ...]]
+# Layers, width, width between a layer's two halves, heads, heads of keys: SmolLM2's sizes, and one below them.
+SIZES: Shapes = {"30M": (12, 320, 864, 5, 5), "135M": (30, 576, 1536, 9, 3), "360M": (32, 960, 2560, 15, 5)}
+TINY_SIZES: Shapes = {"tiny": (3, 64, 128, 2, 2), "small": (4, 64, 128, 2, 2)}
+VOCABULARY, TINY_VOCABULARY = 49_152, 512
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one round is made of."""
+
+    model: str
+    num_prompts: int = 8
+    k: int = 4
+    completion_tokens: int = 64
+    prompt_tokens: int = 64
+
+
+Axes = dict[str, tuple[str, tuple[int, ...]]]
+AXES: Axes = {
+    "completions of a prompt (K)": ("k", (1, 2, 4, 8)),
+    "tokens of a completion": ("completion_tokens", (32, 64, 128, 256)),
+    "prompts of a round": ("num_prompts", (4, 8, 16, 32)),
+}
+QUICK_AXES: Axes = {"completions of a prompt (K)": ("k", (1, 2))}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a round's scoring and update, those that were foretold, and the share of the roof that was reached."""
+
+    axis: str
+    x: float
+    label: str
+    scoring: tuple[float, ...]
+    update: tuple[float, ...]
+    foretold: float
+    scoring_share: float
+    update_share: float
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each round."""
+        return [scoring + update for scoring, update in zip(self.scoring, self.update, strict=True)]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    measured_roofs = roofs(arguments.quick)
+    hardware = Hardware("this machine", measured_roofs[1].value, measured_roofs[-1].value, memory_gib=1.0)
+    sizes, axes = (TINY_SIZES, QUICK_AXES) if arguments.quick else (SIZES, AXES)
+    found = run_all(sizes, axes, hardware, RESULTS.parent.parent / "var" / "bench" / "growth")
+    result = bench_result("growth", [*measured_roofs, *figures(found)])
+    report(result, arguments.json)
+    if not arguments.quick:
+        write_page(found, result, RESULTS)
+
+
+def run_all(sizes: Shapes, axes: Axes, hardware: Hardware, work: Path) -> list[Measured]:
+    """Measures each axis from the second model on, and each model."""
+    middle = Point(list(sizes)[min(1, len(sizes) - 1)])
+    points = [
+        (axis, value, replace(middle, **{field: value}))  # type: ignore[arg-type]
+        for axis, (field, values) in axes.items()
+        for value in values
+    ]
+    found = []
+    for axis, x, point in points:
+        found.append(measure(axis, float(x), point, sizes[point.model], hardware, work))
+    for name, shape in sizes.items():
+        found.append(measure("parameters of the model", 0.0, Point(name), shape, hardware, work))
+    return found
+
+
+def measure(axis: str, x: float, point: Point, shape: Sequence[int], hardware: Hardware, work: Path) -> Measured:
+    """Runs the rounds of one point."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY if point.model in SIZES else TINY_VOCABULARY,
+        num_hidden_layers=shape[0], hidden_size=shape[1],
+        intermediate_size=shape[2], num_attention_heads=shape[3], num_key_value_heads=shape[4],
+        tie_word_embeddings=True, max_position_embeddings=2048,
+    )  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "config.json").write_text(config.to_json_string(use_diff=False))
+    size, recipe = read_model(work / "config.json"), training_config(point, shape[0])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    rounds = run_rounds(model, recipe, point)[1:]
+    plan = make_plan(recipe, size, hardware, point.prompt_tokens, point.completion_tokens)
+    phases = {phase.name: phase.seconds for phase in plan.round}
+    scoring, update = (tuple(each[f"seconds/{name}"] for each in rounds) for name in ("scoring", "update"))
+    label = f"{point.model}, {point.num_prompts} prompts, K = {point.k}, {point.completion_tokens} tokens"
+    found = Measured(
+        axis, x or float(size.total), label, scoring, update, phases["scoring"] + phases["update"],
+        scoring_share=EFFICIENCY.scoring * phases["scoring"] / statistics.median(scoring),
+        update_share=EFFICIENCY.update * phases["update"] / statistics.median(update),
+    )  # fmt: skip
+    print(f"{axis}: {label}: {statistics.median(found.seconds):.1f} s, foretold {found.foretold:.1f} s", flush=True)
+    return found
+
+
+def training_config(point: Point, num_layers: int) -> TrainingConfig:
+    """The recipe as shipped, of this size, without what would stop it: random tokens are no policy's."""
+    frozen = round(num_layers * FROZEN_SHARE)
+    return TrainingConfig(
+        reward_model=RewardModelConfig(num_layers=frozen, num_trained_layers=0),
+        ppo=PpoConfig(
+            num_steps=NUM_ROUNDS, prompts_per_step=point.num_prompts, rollouts_per_prompt=point.k,
+            max_tokens=point.completion_tokens, max_prompt_tokens=point.prompt_tokens, num_minibatches=1,
+            num_frozen_layers=frozen, max_kl=NO_LIMIT, max_sampler_gap=NO_LIMIT, max_judge_drop=NO_LIMIT,
+        ),
+    )  # fmt: skip
+
+
+def run_rounds(model: Any, recipe: TrainingConfig, point: Point) -> list[dict[str, Any]]:
+    """The metrics of each round of PPO on random tokens."""
+    config, shared = recipe.ppo, SharedLayers(model.requires_grad_(False))
+    rewards = RewardModel(shared, recipe.reward_model)
+    policy = UpperLayers(model, config.num_frozen_layers, shared.num_layers).trainable(LoraConfig())
+    learner = make_learner(shared, policy, rewards, rewards, config)
+    drawn, vocabulary = random.Random(0), shared.head_VD.shape[0]
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(drawn.randrange(LAST_SPECIAL_TOKEN, vocabulary) for _ in range(count))
+
+    def sample(prompts: Sequence[tuple[int, ...]], _seed: int) -> list[list[Rollout]]:
+        count = point.completion_tokens
+        return [[Rollout(tokens(count), (0.0,) * count, False) for _ in range(point.k)] for _ in prompts]
+
+    rounds: list[dict[str, Any]] = []
+    world = ppo.World(
+        prompts=[tokens(point.prompt_tokens) for _ in range(point.num_prompts)],
+        sample=sample,
+        load_weights=lambda weights: None,
+        log=lambda step, num_steps, metrics: rounds.append(metrics),
+    )
+    ppo.train(learner, config, world, seed=0)
+    return rounds
+
+
+def figures(found: Sequence[Measured]) -> list[Figure]:
+    """Seconds of each point, what was foretold of it as a share, and the shares of the roof that phases reach."""
+    rows = []
+    for each in found:
+        seconds, name = each.seconds, f"{each.axis}: {each.label}"
+        rows.append(Figure(name, statistics.median(seconds), "s", min(seconds), max(seconds)))
+        rows.append(Figure(f"{name}: foretold", each.foretold, "s"))
+    for phase in ("scoring", "update"):
+        shares = [getattr(each, f"{phase}_share") for each in found]
+        rows.append(Figure(f"{phase}: share of bf16 roof", statistics.median(shares), "", min(shares), max(shares)))
+    return rows
+
+
+def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> None:
+    """Writes growth.md and growth.svg."""
+    draw(found, folder / "growth.svg")
+    header = "| figure | value | unit | low | high | peer | goal | met |\n|---|---|---|---|---|---|---|---|"
+    circumstances = ", ".join(f"{key} {value}" for key, value in {**result.machine, **result.versions}.items())
+    lines = [
+        "# How cost grows", "", f"`{result.command}` on {circumstances}.", "",
+        "Scoring and update of one round of PPO by the recipe as shipped (a third of the layers trained), medians of "
+        f"{NUM_ROUNDS - 1} rounds with their least and greatest. Dashed: what `alignd train --dry-run` foretells.", "",
+        "![seconds of a round, by K, length, batch and model size](growth.svg)", "",
+        header, *("| " + " | ".join(cells(figure)) + " |" for figure in result.figures), "",
+    ]  # fmt: skip
+    (folder / "growth.md").write_text("\n".join(lines))
+
+
+def draw(found: Sequence[Measured], path: Path) -> None:
+    """A panel an axis: measured seconds, and foretold ones dashed."""
+    axes_names = list(dict.fromkeys(each.axis for each in found))
+    canvas = Canvas(figsize=(3.2 * len(axes_names), 3.2))
+    FigureCanvasSVG(canvas)
+    for panel, axis in zip(canvas.subplots(1, len(axes_names), sharey=True), axes_names, strict=True):
+        points = [each for each in found if each.axis == axis]
+        xs = [each.x for each in points]
+        panel.plot(xs, [statistics.median(each.seconds) for each in points], "o-", color="#4c72b0", label="measured")
+        panel.plot(xs, [each.foretold for each in points], "--", color="#777777", label="foretold")
+        panel.set_xlabel(axis)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        if axis == axes_names[0]:
+            panel.set_ylabel("seconds of a round")
+            panel.legend()
+    canvas.tight_layout()
+    canvas.savefig(path, format="svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The rewards of the experiment: rankings of what a policy writes, and the models that are fitted to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.learning.lab import Asked, Lab
+from deploy.simulation.labelers import Labeler
+from training.config import RewardModelConfig
+from training.groups import RankedExample
+from training.policy_model import SharedLayers
+from training.reward_evaluation import evaluate_rewards
+from training.reward_fit import fit
+from training.reward_model import RewardModel, group_features, normalise
+
+CONFIG = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
+# Of 40 labelers: their rankings only measure.
+HELD_OUT_LABELERS = frozenset(f"simulated-{index:03d}" for index in range(10))
+NORMALISED_ON = 64
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Rankings, and what the heads read of each: the layers below never change, so it is found once."""
+
+    examples: tuple[RankedExample, ...] = ()
+    features: tuple[Tensor, ...] = ()
+
+    def only(self, keep: Callable[[RankedExample], bool]) -> Rankings:
+        """Those that `keep` says yes to."""
+        kept = [pair for pair in zip(self.examples, self.features, strict=True) if keep(pair[0])]
+        return Rankings(tuple(example for example, _ in kept), tuple(feature for _, feature in kept))
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The reward model, the judge of held-out labelers, and how right the one is on the rankings of the other."""
+
+    model: RewardModel
+    judge: RewardModel
+    accuracy: dict[str, Any] | None
+
+
+def add_rankings(
+    lab: Lab,
+    shared: SharedLayers,
+    known: Rankings,
+    asked: Sequence[Asked],
+    labelers: Sequence[Labeler],
+    ks: range,
+    salt: int,
+) -> Rankings:
+    """`known` and one ranking more of each prompt, of completions by the policy that is loaded."""
+    new = lab.rank(asked, labelers, ks, salt, first_seq=len(known.examples))
+    features = group_features(RewardModel(shared, CONFIG), shared, [example.group for example in new])
+    return Rankings((*known.examples, *new), (*known.features, *features))
+
+
+def fit_rewards(shared: SharedLayers, rankings: Rankings, seed: int) -> Rewards:
+    """Fits the reward model to most labelers' rankings, and the judge to the others'."""
+    known = rankings.only(lambda example: example.labeler not in HELD_OUT_LABELERS)
+    unknown = rankings.only(lambda example: example.labeler in HELD_OUT_LABELERS)
+    model, judge = fit_one(shared, known, seed), fit_one(shared, unknown, seed)
+    judged = evaluate_rewards(model, shared, unknown.examples, unknown.features)
+    return Rewards(model, judge, dataclasses.asdict(judged) if judged else None)
+
+
+def fit_one(shared: SharedLayers, rankings: Rankings, seed: int) -> RewardModel:
+    """A reward model of these rankings, normalised on the first of them, the reference policy's answers."""
+    model = RewardModel(shared, CONFIG)
+    fit(
+        model, shared, rankings.examples, CONFIG, seed=seed, warm=False, log=lambda *_: None,
+        features=rankings.features,
+    )  # fmt: skip
+    with torch.no_grad():
+        normalise(model, model.score(torch.cat(rankings.features[:NORMALISED_ON])).cpu())
+    return model
+
+
+def save_rewards(rewards: Rewards, path: Path) -> None:
+    """Writes both models."""
+    tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
+    tensors |= {f"judge.{name}": tensor for name, tensor in rewards.judge.state_dict().items()}
+    save_file(tensors, path)
+
+
+def load_rewards(shared: SharedLayers, path: Path, accuracy: dict[str, Any] | None) -> Rewards:
+    """Reads what `save_rewards` wrote."""
+    tensors, model, judge = load_file(path), RewardModel(shared, CONFIG), RewardModel(shared, CONFIG)
+    for each, prefix in ((model, "model."), (judge, "judge.")):
+        each.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    return Rewards(model, judge, accuracy)
