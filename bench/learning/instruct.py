@@ -60,9 +60,9 @@ class Size:
     """Refreshes of the reward model during PPO where it is online; rankings and rounds are split evenly."""
 
 
-QUICK = Size(120, range(4, 7), 48, 8, 6, 100, 4 * TAX_WINDOW, 60)
-FULL = Size(360, range(4, 10), 192, 16, 24, 300, 24 * TAX_WINDOW, 400)
-SFT = SftConfig(num_epochs=3, learning_rate=1e-5, min_demonstrations=8)
+QUICK = Size(96, range(4, 7), 32, 6, 3, 64, 4 * TAX_WINDOW, 40)
+FULL = Size(200, range(4, 10), 96, 12, 15, 300, 12 * TAX_WINDOW, 160)
+SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
 def ppo_config(num_steps: int, text: Path | None) -> PpoConfig:
