@@ -26,17 +26,24 @@ def label_logprobs_and_entropy(hidden_MD: Tensor, head_VD: Tensor, labels_M: Ten
     """Returns the same, without gradients, and the entropy of each softmax besides, both [M]."""
     logprobs, entropies = [], []
     for hidden_CD, labels_C in zip(hidden_MD.split(CHUNK_TOKENS), labels_M.split(CHUNK_TOKENS), strict=True):
-        logits_CV, norm_C = _logits(hidden_CD, head_VD)
+        logits_CV, probabilities_CV, norm_C = _softmax(hidden_CD, head_VD)
         logprobs.append(_picked(logits_CV, labels_C) - norm_C)
-        mean_logit_C = ((logits_CV - norm_C[:, None]).exp_() * logits_CV).sum(-1)
-        entropies.append(norm_C - mean_logit_C)
+        entropies.append(norm_C - (probabilities_CV * logits_CV).sum(-1))
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _logits(hidden_CD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in fp32, and the log of the softmax's denominator."""
-    logits_CV = (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
-    return logits_CV, logits_CV.logsumexp(-1)
+def _logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
+    return (hidden_CD.to(head_VD.dtype) @ head_VD.T).float()
+
+
+def _softmax(hidden_CD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and probabilities in fp32, and the log of the softmax's denominator.
+
+    The last from the likeliest token, whose probability is never small: one pass over the vocabulary less.
+    """
+    logits_CV = _logits(hidden_CD, head_VD)
+    probabilities_CV = logits_CV.softmax(-1)
+    return logits_CV, probabilities_CV, logits_CV.amax(-1) - probabilities_CV.amax(-1).log()
 
 
 def _picked(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
@@ -48,12 +55,15 @@ class _LabelLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor) -> Tensor:
         logprobs, slopes = [], []
         for hidden_CD, labels_C in zip(hidden_MD.split(CHUNK_TOKENS), labels_M.split(CHUNK_TOKENS), strict=True):
-            logits_CV, norm_C = _logits(hidden_CD, head_VD)
-            logprobs.append(_picked(logits_CV, labels_C) - norm_C)
             if ctx.needs_input_grad[0]:
+                logits_CV, probabilities_CV, norm_C = _softmax(hidden_CD, head_VD)
                 # d logprob / d logits = onehot(label) - softmax.
-                expected_CD = (logits_CV - norm_C[:, None]).exp_().to(head_VD.dtype) @ head_VD
+                expected_CD = probabilities_CV.to(head_VD.dtype) @ head_VD
                 slopes.append(head_VD[labels_C].float() - expected_CD.float())
+            else:
+                logits_CV = _logits(hidden_CD, head_VD)
+                norm_C = logits_CV.logsumexp(-1)
+            logprobs.append(_picked(logits_CV, labels_C) - norm_C)
         if slopes:
             ctx.save_for_backward(torch.cat(slopes))
             ctx.hidden_dtype = hidden_MD.dtype
