@@ -137,8 +137,7 @@ def compare(sides: dict[str, Updates], job: dict[str, Any], roof: float) -> list
 def update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> float:
     """Matrix products of one update in GFLOP, without attention's: 2 a parameter and token forward, 4 backward.
 
-    Layers see prompts too, the output embedding sees completions alone, and is frozen: 2 forward, 4 backward with the
-    logits made again.
+    Layers see prompts too. The output embedding sees completions alone and is frozen: 2 for logits, 2 for their slope.
     """
     config: Any = AutoConfig.from_pretrained(job["model"])
     width, head_width = config.hidden_size, config.hidden_size // config.num_attention_heads
@@ -148,7 +147,8 @@ def update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> fl
     completion_tokens = job["batch"] * mean_length
     tokens = completion_tokens + sum(map(len, job["prompts"])) / len(job["prompts"]) * job["batch"]
     layers = (1 if is_shared else 2) * trained * layer * tokens
-    return float(6 * job["num_ppo_epochs"] * (layers + config.vocab_size * width * completion_tokens) / 1e9)
+    flop = 6 * layers + 4 * config.vocab_size * width * completion_tokens
+    return float(job["num_ppo_epochs"] * flop / 1e9)
 
 
 def spread(name: str, unit: str, values: list[float], peer: float | None = None) -> Figure:

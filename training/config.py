@@ -61,7 +61,9 @@ class PtxConfig(BaseModel):
         "Face dataset; empty for plain PPO.",
     )
     text_field: str = Field("text", min_length=1, description="Field of the text in .jsonl, .parquet and datasets.")
-    examples_per_episode: float = Field(1.0, gt=0, description="Pretraining sequences per rollout. InstructGPT: 8.")
+    examples_per_episode: float = Field(
+        1.0, gt=0, description="Pretraining sequences per rollout, all passes together. InstructGPT: 8."
+    )
     sequence_tokens: int = Field(128, ge=2, description="Tokens in one pretraining sequence.")
     gamma: float | None = Field(
         None, ge=0, description="Weight of the pretraining gradient; not set: calibrated by grad_norm_ratio."

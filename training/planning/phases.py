@@ -13,6 +13,8 @@ from training.planning.hardware import Hardware
 from training.planning.workload import Workload
 
 FORWARD_BACKWARD = 3
+# The output embedding is frozen: see training.logprobs.
+FORWARD_SLOPE = 2
 # Per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
 ADAMW_BYTES = 7 * 4
 BF16 = 2
@@ -132,7 +134,7 @@ def _update(work: Workload, hardware: Hardware) -> Phase:
     config, model = work.config.ppo, work.model
     once = layer_update_flops(work, work.round_tokens, work.row_tokens)
     once += FORWARD_BACKWARD * model.forward_flops(work.round_tokens, work.row_tokens, work.reward_layers)
-    once += FORWARD_BACKWARD * model.head_flops(work.predicted_tokens)
+    once += FORWARD_SLOPE * model.head_flops(work.predicted_tokens)
     moved = ADAMW_BYTES * work.trained_parameters * config.num_epochs * config.num_minibatches
     return _matmuls(
         "update", config.num_epochs * work.round_tokens, config.num_epochs * once, hardware, EFFICIENCY.update, moved
@@ -142,9 +144,9 @@ def _update(work: Workload, hardware: Hardware) -> Phase:
 def _pretraining(work: Workload, hardware: Hardware) -> Phase:
     """The same for pretraining text, all of whose tokens need logits, and whose lower layers have not been run yet."""
     config, model = work.config.ppo, work.model
-    tokens, row = config.num_epochs * work.pretraining_tokens, float(config.ptx.sequence_tokens)
+    tokens, row = work.pretraining_tokens, float(config.ptx.sequence_tokens)
     flops = model.forward_flops(tokens, row, work.frozen_layers) + layer_update_flops(work, tokens, row)
-    flops += FORWARD_BACKWARD * model.head_flops(tokens)
+    flops += FORWARD_SLOPE * model.head_flops(tokens)
     return _matmuls("pretraining mix", tokens, flops, hardware, EFFICIENCY.pretraining)
 
 

@@ -117,7 +117,7 @@ class Workload:
 
     @property
     def pretraining_tokens(self) -> float:
-        """Tokens of pretraining text in one pass over a round's rollouts; 0 for plain PPO."""
+        """Tokens of pretraining text in a round; 0 for plain PPO."""
         mix = self.config.ppo.ptx
         return round(mix.examples_per_episode * self.rollouts) * mix.sequence_tokens if mix.data else 0
 

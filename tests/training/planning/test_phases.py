@@ -16,7 +16,7 @@ from training.planning.hardware import Hardware
 from training.planning.model_size import read_model
 from training.planning.phases import (
     EFFICIENCY,
-    FORWARD_BACKWARD,
+    FORWARD_SLOPE,
     Phase,
     layer_update_flops,
     plan_once,
@@ -62,7 +62,7 @@ def test_flops_of_an_update_are_what_torch_counts(
             normed_GTD = policy(hidden_GTD, packed, angles)
         completion_logprobs(normed_GTD, shared.head_VD, packed).sum().backward()
     num_rows, row = packed.tokens_GT.shape
-    predicted = FORWARD_BACKWARD * work.model.head_flops(12)
+    predicted = FORWARD_SLOPE * work.model.head_flops(12)
     expected = layer_update_flops(work, num_rows * row, row) + predicted
     assert counter.get_total_flops() == pytest.approx(expected, rel=tolerance)
 
@@ -113,7 +113,7 @@ def test_scoring_runs_shared_layers_once_and_each_models_own() -> None:
 def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
     work = work_of(ppo={"num_epochs": 2, "num_minibatches": 4}, reward_model={"num_trained_layers": 3})
     found, model, tokens = phases(work)["update"], work.model, 16 * (50 + 4 * 40)
-    once = 3 * model.forward_flops(tokens, 210, 10 + 3) + 3 * model.head_flops(64 * 40)
+    once = 3 * model.forward_flops(tokens, 210, 10 + 3) + 2 * model.head_flops(64 * 40)
     assert found.flops == pytest.approx(2 * once)
     # Eight steps of AdamW: four numbers read and three written, of policy and value model.
     trained = 13 * model.layer + model.norm + 2 * 576
@@ -134,7 +134,7 @@ def test_the_pretraining_mix_costs_what_its_tokens_cost() -> None:
     found, model = phases(work)["pretraining mix"], work.model
     assert found.tokens == 8 * 64 * 100
     assert found.flops == pytest.approx(
-        model.forward_flops(51200, 100, 12) + 3 * model.forward_flops(51200, 100, 18) + 3 * model.head_flops(51200)
+        model.forward_flops(51200, 100, 12) + 3 * model.forward_flops(51200, 100, 18) + 2 * model.head_flops(51200)
     )
     assert "pretraining mix" not in phases(work_of())
 
