@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from bench.learning.hh_rlhf import Message
 from bench.learning.lab import Asked, Lab
 from bench.learning.prompts import few_shot_prefix, held_out_prompts, train_prompts
 from bench.learning.rewards import (
@@ -84,32 +85,40 @@ class Experiment:
 
 
 def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
-    """Runs all stages and returns what they found, by name."""
-    experiment.folder.mkdir(parents=True, exist_ok=True)
-    lab, size = experiment.lab, experiment.size
+    """Runs all stages and returns what they found, by name. Each policy is judged as soon as it is there."""
+    lab, size, folder = experiment.lab, experiment.size, experiment.folder
     train = lab.ask(train_prompts(size.num_rankings))
-    found: dict[str, Any] = {
-        "sft": experiment.once("sft", lambda: make_sft(experiment, train)),
-        "rewards": experiment.once("rewards", lambda: make_rewards(experiment, train)),
-    }
+    held_out = held_out_prompts(size.num_held_out)
+    measures_tax = "ppo" in variants
+    found = {"sft": experiment.once("sft", lambda: make_sft(experiment, train))}
+    found |= judge(experiment, "base", lab.base, held_out, measures_tax)
+    found |= judge(experiment, "few-shot", lab.base, held_out, False, few_shot_prefix())
+    found |= judge(experiment, "sft", folder / "sft", held_out, measures_tax)
+    found["rewards"] = experiment.once("rewards", lambda: make_rewards(experiment, train))
     for name in variants:
         variant = optimise_online if name == "online" else optimise
         found[name] = experiment.once(name, lambda: variant(experiment, train, name))  # noqa: B023
-    held_out = held_out_prompts(size.num_held_out)
-    policies = {
-        "base": lab.base,
-        "few-shot": lab.base,
-        **{name: experiment.folder / name for name in ("sft", *variants)},
-    }
-    for name, folder in policies.items():
-        shots = few_shot_prefix() if name == "few-shot" else []
-        found[f"answers-{name}"] = experiment.once(f"answers-{name}", lambda: answer(lab, folder, held_out, shots))  # noqa: B023
-        if name not in ("few-shot", "online") and "ppo" in variants:
-            found[f"tax-{name}"] = experiment.once(f"tax-{name}", lambda: tax(folder, size))  # noqa: B023
+        found |= judge(experiment, name, folder / name, held_out, measures_tax and name != "online")
     return found
 
 
-def answer(lab: Lab, folder: Path, prompts: Sequence[str], shots: Sequence[Any]) -> dict[str, Any]:
+def judge(
+    experiment: Experiment,
+    name: str,
+    policy: Path,
+    held_out: Sequence[str],
+    measures_tax: bool,
+    shots: Sequence[Message] = (),
+) -> dict[str, Any]:
+    """What the policy in this folder is worth, and what it has lost of the language model."""
+    lab, size = experiment.lab, experiment.size
+    stages = {f"answers-{name}": lambda: answer(lab, policy, held_out, shots)}
+    if measures_tax:
+        stages[f"tax-{name}"] = lambda: tax(policy, size)
+    return {stage: experiment.once(stage, run) for stage, run in stages.items()}
+
+
+def answer(lab: Lab, folder: Path, prompts: Sequence[str], shots: Sequence[Message]) -> dict[str, Any]:
     """Utility of one completion of each held-out prompt, and the first few texts."""
     lab.load(folder)
     asked = lab.ask(prompts, shots)
