@@ -88,8 +88,10 @@ def train(
         os.environ["ALIGND_TRAINING"] = read_recipe(recipe)
     config = start(dry_run)
     if config:
+        from deploy.up import run_in_ranks
         from training.loop import run_trainer
 
+        run_in_ranks("train", config.training.num_processes)
         run_trainer(
             config.training,
             store_url=config.store_url,

@@ -115,7 +115,7 @@ def _page(plan: Plan, found: FoundModel) -> list[RenderableType]:
 def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
     work, hardware, ppo = plan.work, plan.hardware, plan.work.config.ppo
     several = hardware.num_devices > 1
-    devices = f"{hardware.num_devices} × {hardware.name}, under accelerate launch" if several else hardware.name
+    devices = f"{hardware.num_devices} × {hardware.name}, a process each" if several else hardware.name
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("model", f"{work.model.name}, {amount(work.model.total)} parameters: {escape(found.what)}")
     table.add_row("", escape(str(found.folder)))

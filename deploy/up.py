@@ -124,6 +124,18 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def run_in_ranks(verb: str, num_processes: int) -> None:
+    """Becomes torchrun, which runs the verb in so many processes, if that is more than one; returns in each of them."""
+    if num_processes == 1:
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Killed by kill -9, torchrun could not end what it has started.
+        die_with_parent()
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    os.execv(sys.executable, [*torchrun, "-m", "deploy.cli", verb])
+
+
 def child_environment(config: AligndConfig) -> dict[str, str]:
     """Returns the environment of the processes: this one's, with a free port decided once for all of them."""
     environment = dict(os.environ)

@@ -81,7 +81,7 @@ class TrainerLease:
             raise ValueError(f"a lease needs a holder and a time: {holder!r}, {lease_seconds} seconds")
         self.holder = holder
         self.lost = threading.Event()
-        """Set when another has the lease or may have it. acquire() clears it."""
+        """Set when another has the lease or may have it; cleared when it proves to be ours still."""
         self.epoch = 0
         """Fencing number: greater than those of all earlier holders. 0 before the lease was acquired."""
         self._engine = engine
@@ -102,9 +102,14 @@ class TrainerLease:
         return taken
 
     def renew(self) -> bool:
-        """Keeps the lease for another `lease_seconds`. False, and `lost` set, if another has taken it."""
+        """Keeps the lease for another `lease_seconds`. False, and `lost` set, if another has taken it.
+
+        One that has expired is kept all the same while nobody has: whoever takes it counts `epoch` up.
+        """
         kept = self._take(self._is_ours())
-        if not kept:
+        if kept:
+            self.lost.clear()
+        else:
             self.lost.set()
         return kept
 
@@ -159,7 +164,7 @@ class TrainerLease:
         return True
 
     def _keep(self, ended: threading.Event) -> None:
-        while not ended.wait(self._seconds / 3) and not self.lost.is_set():
+        while not ended.wait(self._seconds / 3):
             try:
                 self.renew()
             except SQLAlchemyError as error:
@@ -167,10 +172,9 @@ class TrainerLease:
 
     def _watch(self, ended: threading.Event) -> None:
         """In a thread of its own, since a renewal may hang."""
-        while not ended.wait(max(0.0, self._good_until - time.monotonic())):
+        while not ended.wait(max(self._seconds / 10, self._good_until - time.monotonic())):
             if time.monotonic() >= self._good_until:
                 self.lost.set()
-                return
 
     def _release_or_warn(self) -> None:
         try:

@@ -174,8 +174,20 @@ class TrainingConfig(BaseModel):
     )
     num_evaluation_prompts: int = Field(64, ge=1, description="Most held-out prompts that a new policy is judged on.")
     num_probes: int = Field(4, ge=1, le=64, description="Probes in the manifest.")
+    num_processes: int = Field(
+        1, ge=1, description="Processes, one a GPU, that share the models being trained and the rollouts (FSDP)."
+    )
     max_num_seqs: int = Field(64, ge=1, description="Most rollouts that the engine draws at once.")
     kv_cache_mib: int = Field(512, ge=16, description="Memory for the rollout engine's KV cache, in MiB.")
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig, description="The reward model.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")
     sft: SftConfig = Field(default_factory=SftConfig, description="Supervised fine-tuning.")
+
+    @model_validator(mode="after")
+    def _processes_have_equal_shares(self) -> Self:
+        if self.ppo.prompts_per_step % (self.ppo.num_minibatches * self.num_processes):
+            raise ValueError(
+                f"ppo.prompts_per_step ({self.ppo.prompts_per_step}) must be a multiple of ppo.num_minibatches "
+                f"({self.ppo.num_minibatches}) times num_processes ({self.num_processes})"
+            )
+        return self

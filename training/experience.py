@@ -8,7 +8,7 @@ Shapes: see training.groups.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from training import ppo_math
 from training.config import PpoConfig
-from training.groups import Group, PackedGroups, micro_batches, pack
+from training.groups import Group, PackedGroups, pack
 from training.learner import Learner
+from training.parallel import ALONE, Ranks, gathered_tensor, micro_batches_in_step
 from training.policy_model import autocast, completion_logprobs, completion_logprobs_and_entropy
 from training.reward_model import last_features
 from training.rollouts import Rollout
@@ -50,9 +51,10 @@ Minibatch = list[Experience]
 
 
 def gather(learner: Learner, config: PpoConfig, rows: Sequence[Row], kl_coef: float, seed: int) -> list[Minibatch]:
-    """Turns a round's rollouts into minibatches, one for each optimizer step of a pass.
+    """Turns a round's rollouts, those of all ranks, into minibatches, one for each optimizer step of a pass.
 
-    Rows are dealt at random; inside a minibatch they are sorted by length, and cut to what one pass may hold.
+    Rows are dealt at random; inside a minibatch they are sorted by length, divided among the ranks, and cut to what one
+    pass may hold. Returns this rank's part.
     """
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     size = len(rows) // config.num_minibatches
@@ -60,9 +62,9 @@ def gather(learner: Learner, config: PpoConfig, rows: Sequence[Row], kl_coef: fl
     for start in range(0, len(rows), size):
         dealt = [rows[index] for index in order[start : start + size]]
         lengths = [len(prompt) + sum(len(each.token_ids) for each in drawn) for prompt, drawn in dealt]
-        parts = micro_batches(lengths, config.micro_batch_tokens)
+        parts = micro_batches_in_step(learner.ranks, lengths, config.micro_batch_tokens)
         minibatches.append([_encode(learner, config, [dealt[index] for index in part]) for part in parts])
-    return _with_advantages(minibatches, config, kl_coef)
+    return _with_advantages(minibatches, config, kl_coef, learner.ranks)
 
 
 @torch.no_grad()
@@ -101,10 +103,13 @@ def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experie
     )  # fmt: skip
 
 
-def _with_advantages(minibatches: list[Minibatch], config: PpoConfig, kl_coef: float) -> list[Minibatch]:
+def _with_advantages(
+    minibatches: list[Minibatch], config: PpoConfig, kl_coef: float, ranks: Ranks = ALONE
+) -> list[Minibatch]:
     valued = [[_value(each, config, kl_coef) for each in minibatch] for minibatch in minibatches]
     # 7. Whitening, over the whole round, comes last: the returns need the advantages as they are.
-    every = torch.cat([each.advantages_NC[each.packed.mask_NC] for minibatch in valued for each in minibatch])
+    own = torch.cat([each.advantages_NC[each.packed.mask_NC] for minibatch in valued for each in minibatch])
+    every = gathered_tensor(ranks, own)
     mean, deviation = every.mean(), every.std(unbiased=False)
     return [
         [
@@ -125,24 +130,29 @@ def _value(experience: Experience, config: PpoConfig, kl_coef: float) -> Experie
     return replace(experience, advantages_NC=advantages_NC, returns_NC=advantages_NC + experience.old_values_NC)
 
 
-def observe(minibatches: Sequence[Minibatch]) -> dict[str, float]:
-    """What a round says of the policy that drew it, as means over rollouts, or over tokens where it says so.
+def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str, float]:
+    """What a round says of the policy that drew it: means over all ranks' rollouts, or tokens where it says so.
 
     `objective/judge_error` is the standard error of the judge's mean score, with rollouts taken as independent.
     """
     every = [each for minibatch in minibatches for each in minibatch]
-    lengths_N = torch.cat([each.packed.mask_NC.sum(-1).float() for each in every])
-    kl_N = torch.cat([(each.old_logprobs_NC - each.ref_logprobs_NC).sum(-1) for each in every])
-    scores_N, judge_N = (torch.cat([getattr(each, name) for each in every]) for name in ("scores_N", "judge_scores_N"))
-    gaps = sum((each.sampler_logprobs_NC - each.old_logprobs_NC).abs().sum() for each in every)
+
+    def of_all(values: Iterable[Tensor]) -> Tensor:
+        return gathered_tensor(ranks, torch.cat(list(values)))
+
+    lengths_N = of_all(each.packed.mask_NC.sum(-1).float() for each in every)
+    kl_N = of_all((each.old_logprobs_NC - each.ref_logprobs_NC).sum(-1) for each in every)
+    scores_N, judge_N = of_all(each.scores_N for each in every), of_all(each.judge_scores_N for each in every)
+    gaps = sum(of_all((each.sampler_logprobs_NC - each.old_logprobs_NC).abs().sum()[None] for each in every))
+    entropies = sum(of_all(each.entropy_NC.sum()[None] for each in every))
     tokens = lengths_N.sum()
     return {
         "objective/kl": float(kl_N.mean()),
         "objective/score": float(scores_N.mean()),
         "objective/judge_score": float(judge_N.mean()),
         "objective/judge_error": float(judge_N.std() / len(judge_N) ** 0.5),
-        "objective/entropy": float(sum(each.entropy_NC.sum() for each in every) / tokens),
+        "objective/entropy": float(entropies / tokens),
         "completion/length": float(lengths_N.mean()),
-        "completion/eos_rate": float(torch.cat([each.finished_N for each in every]).float().mean()),
+        "completion/eos_rate": float(of_all(each.finished_N for each in every).float().mean()),
         "rollout/sampler_gap": float(gaps / tokens),
     }

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+
+from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.artifact import MANIFEST, write_artifact
 from training.dataset import TokenizedPrompt
 from training.evaluate import WinRate
-from training.policy_model import UpperLayers, save_policy
+from training.policy_model import save_weights
 from training.probes import probes_of
 from training.publish import next_version, prompts_digest
 from training.workplace import Rewards, Run
@@ -48,14 +50,14 @@ def _manifest(run: Run, rewards: Rewards, won: WinRate) -> policy_manifest_pb2.P
 
 
 def register(
-    run: Run, rewards: Rewards, policy: UpperLayers, won: WinRate, probed: Sequence[TokenizedPrompt]
+    run: Run, rewards: Rewards, weights: Mapping[str, Tensor], won: WinRate, probed: Sequence[TokenizedPrompt]
 ) -> policy_service_pb2.Policy:
     """Writes and registers the version."""
     manifest = _manifest(run, rewards, won)
     sequences = [prompt.token_ids for prompt in probed[: run.config.num_probes]]
 
     def write_files(draft: Path) -> None:
-        save_policy(draft, run.shared, policy, run.parents.reference_folder)
+        save_weights(draft, weights, run.parents.reference_folder)
         manifest.probes.extend(probes_of(draft, sequences))
 
     written, complete = write_artifact(run.place.policies_dir, manifest, write_files)

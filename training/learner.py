@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.config import PpoConfig
 from training.groups import PackedGroups
+from training.parallel import ALONE, Ranks, placed, shard
 from training.policy_model import SharedLayers, UpperLayers, autocast, run_layers
 from training.reward_model import RewardModel, running_features
 
@@ -62,15 +63,29 @@ class Learner:
     judge: RewardModel
     """Fitted to the rankings of held-out labelers; only watches."""
     optimizer: torch.optim.Optimizer
+    ranks: Ranks = ALONE
 
 
 def make_learner(
-    shared: SharedLayers, policy: UpperLayers, reward_model: RewardModel, judge: RewardModel, config: PpoConfig
+    shared: SharedLayers,
+    policy: UpperLayers,
+    reward_model: RewardModel,
+    judge: RewardModel,
+    config: PpoConfig,
+    ranks: Ranks = ALONE,
 ) -> Learner:
-    """Puts the models together, and an AdamW over what is trained."""
+    """Puts the models together, and an AdamW over what is trained.
+
+    Several ranks divide what the models hold, but for embeddings and heads; the policy's was divided as it was loaded.
+    """
     reference = UpperLayers(shared.model, policy.first, shared.num_layers)
+    shard(ranks, *reference.layers, reference)
     policy.checkpointing = config.gradient_checkpointing
     value = ValueModel(reward_model)
+    shard(ranks, *value.layers, value)
+    # Last: the copies above were made from these. The judge has no layers of its own.
+    shared.shard(ranks)
+    shard(ranks, *reward_model.layers)
     optimizer = torch.optim.AdamW(
         [
             {"params": trained_parameters(policy), "peak_lr": config.learning_rate},
@@ -79,7 +94,7 @@ def make_learner(
         betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, foreach=True,
     )  # fmt: skip
     frozen = [model.requires_grad_(False) for model in (reward_model, judge)]
-    return Learner(shared, reference, policy, value, frozen[0], frozen[1], optimizer)
+    return Learner(shared, reference, policy, value, frozen[0], frozen[1], optimizer, ranks)
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -90,6 +105,12 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 def trained_weights(module: nn.Module) -> Weights:
     """Copies of the parameters that take gradients, by name."""
     return {name: each.detach().clone() for name, each in module.named_parameters() if each.requires_grad}
+
+
+def placed_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
+    """Whole weights, as checkpoints have them, on the device of the module's and in shards as these are."""
+    parameters = dict(module.named_parameters())
+    return {name: placed(tensor, parameters[name]) for name, tensor in weights.items()}
 
 
 @torch.no_grad()
@@ -119,10 +140,15 @@ def learner_state(learner: Learner) -> Weights:
 
 
 def restore_learner(learner: Learner, state: Mapping[str, Tensor]) -> None:
-    """Puts back what `learner_state` returned."""
+    """Puts back the whole of what `learner_state` returned."""
     for prefix, module in (("policy.", learner.policy), ("value.", learner.value)):
-        set_weights(module, {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+        weights = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        set_weights(module, placed_weights(module, weights))
     optimizer = learner.optimizer.state_dict()
-    indices = {int(name.split(".")[1]) for name in state if name.startswith("optimizer.")}
-    moments = {index: {name: state[f"optimizer.{index}.{name}"] for name in MOMENTS} for index in sorted(indices)}
+    parameters = [parameter for group in learner.optimizer.param_groups for parameter in group["params"]]
+    moments: dict[int, Weights] = {}
+    for index in sorted({int(name.split(".")[1]) for name in state if name.startswith("optimizer.")}):
+        saved = {name: state[f"optimizer.{index}.{name}"] for name in MOMENTS}
+        # AdamW counts its steps on the CPU.
+        moments[index] = {n: t if n == "step" else placed(t, parameters[index]) for n, t in saved.items()}
     learner.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})

@@ -1,6 +1,8 @@
 """The training service: waits for enough new rankings, runs, and waits again, for ever; one at a time by a lease.
 
 A run that was killed is gone on with before any other is begun. What operators ask is heard between two steps.
+
+Of several ranks (training.parallel) the first one does all this, and the others follow it through its runs.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease
+    from training.parallel import Ranks
     from training.workplace import Workplace
 
 logger = logging.getLogger(__name__)
@@ -41,11 +44,19 @@ PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 def run_trainer(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> None:
-    """Runs until SIGTERM. A run that fails leaves the live policy as it is, and why in its metrics.jsonl."""
+    """Runs until SIGTERM. A run that fails leaves the live policy as it is, and why in its metrics.jsonl.
+
+    Raises TrainingError if torchrun has not started `num_processes`.
+    """
     from feedback.engine import open_engine
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease, clear_abort
+    from training.parallel import join
+    from training.workplace import open_workplace
 
+    ranks = join(config.num_processes)
+    if not ranks.leads:
+        _follow(config, ranks, Store(store_url), policies_dir, serving_address)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)
     engine = open_engine(store_url)
@@ -54,7 +65,8 @@ def run_trainer(
         _acquire(lease, config)
         with lease.held():
             desk = Desk(config, engine, lease)
-            place = _open_workplace(_roomy(config, runs_dir), Store(store_url), client, policies_dir, desk)
+            roomy, store = _roomy(config, runs_dir), Store(store_url)
+            place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ranks)
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
                 folder = RunFolder.unfinished(runs_dir) or _begin_run(config, desk, place, runs_dir, cursor.read())
@@ -67,6 +79,22 @@ def run_trainer(
                     time.sleep(RETRY_SECONDS)
 
 
+def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Path, serving_address: str) -> NoReturn:
+    """What all ranks but the first do: take part in each run that it begins."""
+    from training.parallel import led
+    from training.run import run
+    from training.workplace import open_workplace
+
+    with PolicyClient(serving_address) as client:
+        place = open_workplace(config, store, client, policies_dir, lambda run_id: None, ranks)
+        while True:
+            folder = RunFolder(led(ranks, Path))
+            try:
+                run(place, folder)
+            except TrainingError as error:
+                logger.info("run %s stopped: %s", folder.path.name, error)
+
+
 def run_sft_once(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> int:
@@ -77,15 +105,17 @@ def run_sft_once(
     from feedback.engine import open_engine
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease, read_control
+    from training.parallel import ALONE
     from training.sft_run import run_sft
-    from training.workplace import find_parents
+    from training.workplace import find_parents, open_workplace
 
     engine = open_engine(store_url)
     lease = TrainerLease(engine, f"{socket.gethostname()}/{os.getpid()}", config.lease_seconds)
     if not lease.acquire():
         raise TrainingError(f"{read_control(engine).holder} trains on this store; stop it first")
     with PolicyClient(serving_address) as client, lease.held():
-        place = _open_workplace(config, Store(store_url), client, policies_dir, Desk(config, engine, lease))
+        desk = Desk(config, engine, lease)
+        place = open_workplace(config, Store(store_url), client, policies_dir, desk.between_rounds, ALONE)
         folder = RunFolder.create(runs_dir, _new_run_id(), config, origin=None)
         try:
             version = run_sft(place, folder, find_parents(client, START_SECONDS)).version
@@ -137,7 +167,7 @@ class Desk:
 
         told = False
         while True:
-            if self.lease.lost.is_set() or not self.lease.renew():
+            if not self.lease.renew():
                 logger.error("another trainer has taken over; ending")
                 sys.exit(1)
             control = read_control(self.engine)
@@ -149,29 +179,6 @@ class Desk:
                 logger.info("paused; `alignd runs resume` goes on")
             told = True
             time.sleep(self.config.poll_seconds)
-
-
-def _open_workplace(
-    config: TrainingConfig, store: Store, client: PolicyClient, policies_dir: Path, desk: Desk
-) -> Workplace:
-    """Starts the rollout engine while rankings are still coming in, but not while the server starts its own."""
-    from transformers import AutoTokenizer
-
-    from training.rollouts import RolloutEngine
-    from training.workplace import Workplace, find_parents
-
-    while not client.is_serving():
-        time.sleep(config.poll_seconds)
-    parents = find_parents(client, START_SECONDS)
-    engine = RolloutEngine(
-        parents.live_folder,
-        max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
-        max_num_seqs=config.max_num_seqs,
-        kv_cache_mib=config.kv_cache_mib,
-        seed=config.seed,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(parents.reference_folder, local_files_only=True)
-    return Workplace(store, engine, client, policies_dir, tokenizer, desk.between_rounds)
 
 
 def is_due(
@@ -241,12 +248,14 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
     A run that kills the trainer again and again is given up, so that there can be others.
     """
     from feedback.artifact import ArtifactError
+    from training.parallel import led
     from training.run import run
 
     run_id = folder.path.name
     folder.rewind("stopped", 0)
     try:
         _count_attempt(folder)
+        led(place.ranks, lambda: folder.path)
         version = run(place, folder)
         folder.log("done", 0, 1, {"version": version})
         logger.info("run %s made version %d", run_id, version)

@@ -12,7 +12,7 @@ state.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from training.config import LoraConfig
 from training.errors import TrainingError
 from training.groups import PackedGroups
 from training.logprobs import label_logprobs, label_logprobs_and_entropy
+from training.parallel import ALONE, Ranks, shard, whole
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER = "default"
@@ -36,13 +37,14 @@ class ModelMismatchError(TrainingError):
 
 
 def training_device() -> torch.device:
-    """The first GPU, or else the CPU."""
+    """This process's GPU, the first unless it is one of several, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """Computes in bf16 what is kept in fp32."""
-    return torch.autocast(device.type, torch.bfloat16)
+    # Each weight is used once in a pass: a cache would only keep all of them in bf16 until its end.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def load_model(path: Path) -> PreTrainedModel:
@@ -73,8 +75,11 @@ class UpperLayers(nn.Module):
         normed_GTD: Tensor = self.norm(hidden_GTD)
         return normed_GTD
 
-    def trainable(self, lora: LoraConfig) -> UpperLayers:
-        """These layers, to be trained: all weights in fp32, or adapters on weights that stay as they are."""
+    def trainable(self, lora: LoraConfig, ranks: Ranks = ALONE) -> UpperLayers:
+        """These layers, to be trained: all weights in fp32, or adapters on weights that stay as they are.
+
+        Several ranks divide them, and must draw the same adapters: at random, so seed them alike.
+        """
         if lora.rank:
             # Takes seconds to import, and full weights do without.
             from peft import LoraConfig as PeftLoraConfig
@@ -88,8 +93,11 @@ class UpperLayers(nn.Module):
             for parameter in self.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        else:
-            self.float().requires_grad_(True)
+        for layer in (*self.layers, self.norm):
+            if not lora.rank:
+                layer.float().requires_grad_(True)
+            # One after the other: in fp32, undivided, all of them may be more than a device holds.
+            shard(ranks, self if layer is self.norm else layer)
         return self
 
 
@@ -122,6 +130,10 @@ class SharedLayers:
     def num_layers(self) -> int:
         """Layers of the whole model."""
         return len(self._body.layers)
+
+    def shard(self, ranks: Ranks) -> None:
+        """Divides the layers, not the embeddings, among the ranks; from then on each pass is a collective."""
+        shard(ranks, *self._body.layers)
 
     @property
     def head_VD(self) -> Tensor:
@@ -167,8 +179,10 @@ def _on_mask(mask_NC: Tensor, values_M: Tensor) -> Tensor:
     return torch.zeros(mask_NC.shape, device=values_M.device).masked_scatter(mask_NC, values_M)
 
 
-def upper_layers_of(path: Path, shared: SharedLayers, first: int, lora: LoraConfig) -> UpperLayers:
-    """Loads the upper layers of the version at `path`, to be trained.
+def upper_layers_of(
+    path: Path, shared: SharedLayers, first: int, lora: LoraConfig, ranks: Ranks = ALONE
+) -> UpperLayers:
+    """Loads the upper layers of the version at `path`, to be trained, and divided where there are several ranks.
 
     Raises ModelMismatchError if what lies below differs from the reference's, since that could not be shared.
     """
@@ -179,7 +193,8 @@ def upper_layers_of(path: Path, shared: SharedLayers, first: int, lora: LoraConf
     for name, tensor in model.state_dict().items():
         if name not in owned and not torch.equal(tensor, reference[name]):
             raise ModelMismatchError(f"{path}: {name} is not the reference policy's; freeze fewer layers than {first}")
-    return upper.trainable(lora)
+    del model
+    return upper.trainable(lora, ranks)
 
 
 def tensors_of(upper: UpperLayers) -> Iterator[tuple[str, Tensor]]:
@@ -201,19 +216,27 @@ def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def merged_weights(shared: SharedLayers, upper: UpperLayers) -> dict[str, Tensor]:
-    """The whole policy in bf16, by the names of its checkpoint, ready to be saved or given to an engine."""
+    """The whole policy in bf16, by the names of its checkpoint, ready to be saved or given to an engine.
+
+    A collective if weights are in shards: every rank gets all of it.
+    """
     weights = dict(shared.model.state_dict())
     if shared.model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     weights.update((name, tensor.detach().to(torch.bfloat16)) for name, tensor in tensors_of(upper))
-    return weights
+    return {name: whole(tensor) for name, tensor in weights.items()}
 
 
 def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:
     """Writes the policy's weights, and copies from `source` all that a version holds besides."""
+    save_weights(folder, merged_weights(shared, upper), source)
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], source: Path) -> None:
+    """The same for weights that `merged_weights` has returned."""
     copy_settings(source, folder)
-    weights = {name: tensor.contiguous().cpu() for name, tensor in merged_weights(shared, upper).items()}
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
+    save_file(on_cpu, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def copy_settings(source: Path, folder: Path) -> None:

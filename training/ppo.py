@@ -3,7 +3,8 @@
 Each round draws rollouts from the policy as it is, finds out what they teach (training.experience), and takes one
 optimizer step a minibatch on the clipped losses, with the pretraining gradient added where there is one (training.ptx).
 All that is drawn at random depends on the seed and the round alone, so that a run resumed from a checkpoint goes on bit
-for bit. Shapes: see training.groups.
+for bit. Several ranks divide a round's prompts and what is computed of them, and take the step that one would
+(training.parallel). Shapes: see training.groups.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from training.learner import (
     Weights,
     average,
     learner_state,
+    placed_weights,
     restore_learner,
     set_weights,
     trained_parameters,
     trained_weights,
 )
+from training.parallel import gathered, led, summed, whole
 from training.policy_model import autocast, completion_logprobs, merged_weights
 from training.rollouts import Rollout
 from training.schedule import linear_warmup
@@ -48,7 +51,10 @@ GOOD_JUDGE_DROP = 1.0
 
 @dataclass(frozen=True)
 class World:
-    """What a run acts on: where rollouts come from, where weights go, what it reads and whom it tells."""
+    """What a run acts on: where rollouts come from, where weights go, what it reads and whom it tells.
+
+    Every rank has its own; prompts, pretraining text and checkpoints are the same for all.
+    """
 
     prompts: Sequence[Prompt]
     sample: Callable[[Sequence[Prompt], int], list[list[Rollout]]]
@@ -56,6 +62,7 @@ class World:
     load_weights: Callable[[Weights], None]
     """Gives the sampler the policy's weights."""
     log: Log
+    """Called on each rank, with the same figures but for times."""
     pretraining: Iterator[tuple[int, ...]] | None = None
     """Sequences of tokens, without end; None for plain PPO."""
     checkpoints: Path | None = None
@@ -82,8 +89,15 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
     """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
 
     Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
-    last good policy if the run stopped itself. Raises TrainingError if a loss is not finite or nothing can be kept.
+    last good policy if the run stopped itself. Raises TrainingError if a loss is not finite or nothing can be kept, or
+    if the ranks cannot divide an optimizer step's prompts.
     """
+    steps = config.num_minibatches * learner.ranks.size
+    if config.prompts_per_step % steps:
+        raise TrainingError(
+            f"ppo.prompts_per_step: {config.prompts_per_step} is not a multiple of {steps}, "
+            f"num_minibatches times {learner.ranks.size} processes"
+        )
     progress = _begin(learner, config, world)
     turns = itertools.islice(_turns(world.prompts, config.prompts_per_step, seed), progress.step, None)
     world.load_weights(merged_weights(learner.shared, learner.policy))
@@ -116,9 +130,10 @@ def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
         parts: dict[str, Weights] = {"learner": {}, "good": {}, "averaged": {}}
         for name, tensor in found.tensors.items():
             part, _, rest = name.partition("/")
-            parts[part][rest] = tensor.to(learner.shared.device)
+            parts[part][rest] = tensor
         restore_learner(learner, parts["learner"])
-        progress.step, progress.good, progress.averaged = found.step, parts["good"], parts["averaged"]
+        progress.step, progress.good = found.step, placed_weights(learner.policy, parts["good"])
+        progress.averaged = placed_weights(learner.policy, parts["averaged"])
         progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
         progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
     if world.pretraining:
@@ -127,15 +142,22 @@ def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
 
 
 def _save(learner: Learner, progress: Progress, folder: Path) -> None:
+    """Gathers everything, tensor by tensor, and has the first rank write it."""
     parts = {"learner": learner_state(learner), "good": progress.good, "averaged": progress.averaged}
-    tensors = {f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+    tensors: Weights = {}
+    for part, found in parts.items():
+        for name, tensor in found.items():
+            # One at a time: a device may not hold all of them, and the other ranks need not.
+            found_whole = whole(tensor)
+            if learner.ranks.leads:
+                tensors[f"{part}/{name}"] = found_whole.cpu()
     facts = {
         "kl_coef": progress.kl_coef,
         "rounds": progress.rounds,
         "gamma_asked": progress.gamma.asked,
         "num_sequences": progress.num_sequences,
     }
-    save_checkpoint(folder, progress.step, tensors, facts)
+    led(learner.ranks, lambda: save_checkpoint(folder, progress.step, tensors, facts))
 
 
 def _round(
@@ -144,17 +166,22 @@ def _round(
     """One round. Returns why it must not be gone on from, before any update then, and what was seen."""
     started = time.perf_counter()
     round_seed = seed * PROMPT_SEED + progress.step * ROUND_SEED
-    rollouts = world.sample(prompts, round_seed)
+    own = learner.ranks.share(len(prompts))
+    # A prompt's seed is that of its place in the round, whichever rank draws its rollouts.
+    rollouts = world.sample(prompts[own.start : own.stop], round_seed + own.start * config.rollouts_per_prompt)
+    rows = list(zip(prompts, gathered(learner.ranks, rollouts), strict=True))
     sampled = time.perf_counter()
-    minibatches = gather(learner, config, list(zip(prompts, rollouts, strict=True)), progress.kl_coef, round_seed)
-    seen = observe(minibatches)
+    minibatches = gather(learner, config, rows, progress.kl_coef, round_seed)
+    observed = observe(minibatches, learner.ranks)
+    # What follows from these figures must follow on all ranks, to the last bit.
+    seen = led(learner.ranks, lambda: observed)
     progress.rounds.append(seen)
     reason = stop_reason(progress.rounds, config)
     if reason:
         return reason, seen
     if judge_drop(progress.rounds) <= GOOD_JUDGE_DROP:
         progress.good = trained_weights(learner.policy)
-    gathered = time.perf_counter()
+    scored = time.perf_counter()
     metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
     metrics |= _update(learner, config, world, progress, minibatches)
     if config.ema_decay:
@@ -167,8 +194,8 @@ def _round(
     world.load_weights(merged_weights(learner.shared, learner.policy))
     return None, metrics | {
         "seconds/rollouts": sampled - started,
-        "seconds/scoring": gathered - sampled,
-        "seconds/update": time.perf_counter() - gathered,
+        "seconds/scoring": scored - sampled,
+        "seconds/update": time.perf_counter() - scored,
     }
 
 
@@ -186,13 +213,17 @@ def _update(
             metrics = _accumulate(learner, config, minibatch)
             if world.pretraining:
                 num_episodes = sum(len(each.scores_N) for each in minibatch)
-                count = max(1, round(config.ptx.examples_per_episode * num_episodes))
+                # As many for each rank.
+                count = learner.ranks.size * max(
+                    1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs)
+                )
                 drawn = list(itertools.islice(world.pretraining, count))
                 progress.num_sequences += count
                 metrics |= ptx.accumulate(
-                    policy_parameters, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens
-                )
-            norm = float(nn.utils.clip_grad_norm_(policy_parameters, config.max_grad_norm))
+                    policy_parameters, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens,
+                    learner.ranks,
+                )  # fmt: skip
+            norm = float(whole(nn.utils.clip_grad_norm_(policy_parameters, config.max_grad_norm)))
             nn.utils.clip_grad_norm_(value_parameters, config.max_grad_norm)
             if not (math.isfinite(metrics["policy/loss"] + metrics["val/loss"]) and math.isfinite(norm)):
                 raise TrainingError(f"PPO: losses and gradients must be finite: norm {norm}, {metrics}")
@@ -203,16 +234,17 @@ def _update(
 
 
 def _accumulate(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> dict[str, float]:
-    """Adds the gradients of a minibatch, part by part; the same as if it were one."""
+    """Adds the gradients of a minibatch, part by part, over all ranks; the same as if it were one."""
     tokens = [int(each.packed.mask_NC.sum()) for each in minibatch]
+    num_tokens = summed(learner.ranks, {"tokens": sum(tokens)})["tokens"]
     totals: dict[str, float] = {}
     for experience, count in zip(minibatch, tokens, strict=True):
         loss, metrics = _loss(learner, config, experience)
-        share = count / sum(tokens)
+        share = count / num_tokens
         (loss * share).backward()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + value * share
-    return totals
+    return summed(learner.ranks, totals)
 
 
 def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[Tensor, dict[str, float]]:

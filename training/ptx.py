@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from training.config import PtxConfig
 from training.errors import TrainingError
-from training.groups import Group, micro_batches, pack
+from training.groups import Group, pack
+from training.parallel import ALONE, Ranks, micro_batches_in_step, summed, whole
 from training.policy_model import SharedLayers, UpperLayers, autocast, completion_logprobs
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
     """The texts that `config.data` names, in random order, over and over. Raises TrainingError if there are none."""
     # Takes seconds to import, and plain PPO does without.
     from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
 
     if config.data.startswith("hf:"):
         source, arguments = config.data.removeprefix("hf:"), {}
@@ -42,7 +44,12 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
         if suffix not in FORMATS or not path.is_file():
             raise TrainingError(f"ptx.data: {path} should be a file that ends in {', '.join(FORMATS)}, or in .gz more")
         source, arguments = FORMATS[suffix], {"data_files": str(path)}
-    dataset = load_dataset(source, split="train", streaming=True, **arguments)
+    try:
+        dataset = load_dataset(source, split="train", streaming=True, **arguments)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise TrainingError(
+            f"ptx.data: {config.data} cannot be had: {error}. Data sets are downloaded where HF_HUB_OFFLINE is 0"
+        ) from error
     for epoch in itertools.count():
         num_texts = 0
         for row in dataset.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BUFFER):
@@ -67,15 +74,20 @@ def sequences(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, num_toke
 
 
 def add_gradient(
-    policy: UpperLayers, shared: SharedLayers, drawn: Sequence[tuple[int, ...]], gamma: float, max_tokens: int
+    policy: UpperLayers,
+    shared: SharedLayers,
+    drawn: Sequence[tuple[int, ...]],
+    gamma: float,
+    max_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Adds the gradient of -γ mean log π(x) to the policy's. Returns the loss without γ, in nats a token.
 
-    `drawn` are sequences of 2 tokens or more, the first of which is given.
+    `drawn` are sequences of 2 tokens or more, the first of which is given; several ranks divide them.
     """
     groups = [Group(sequence[:1], (sequence[1:],)) for sequence in drawn]
     num_tokens, total = sum(len(sequence) - 1 for sequence in drawn), 0.0
-    for batch in micro_batches([len(group) for group in groups], max_tokens):
+    for batch in micro_batches_in_step(ranks, [len(group) for group in groups], max_tokens):
         packed = pack([groups[index] for index in batch]).to(shared.device)
         input_GTD = shared.encode(packed, [policy.first])[policy.first]
         with autocast(shared.device):
@@ -83,7 +95,7 @@ def add_gradient(
         loss = -completion_logprobs(hidden_GTD, shared.head_VD, packed).sum() / num_tokens
         (gamma * loss).backward()
         total += loss.item()
-    return total
+    return summed(ranks, {"loss": total})["loss"]
 
 
 @dataclass
@@ -113,13 +125,14 @@ def accumulate(
     drawn: Sequence[tuple[int, ...]],
     gamma: Gamma,
     max_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Adds γ times the pretraining gradient to PPO's, which `parameters` hold; settles γ first where it is not yet."""
     if gamma.is_settled:
-        loss = add_gradient(policy, shared, drawn, gamma.value, max_tokens)
+        loss = add_gradient(policy, shared, drawn, gamma.value, max_tokens, ranks)
         return {"ptx/loss": loss, "ptx/gamma": gamma.value}
     ppo_gradients = [_take_gradient(parameter) for parameter in parameters]
-    loss = add_gradient(policy, shared, drawn, 1.0, max_tokens)
+    loss = add_gradient(policy, shared, drawn, 1.0, max_tokens, ranks)
     ptx_norm = _norm([_gradient(parameter) for parameter in parameters])
     ratio = _norm(ppo_gradients) / max(ptx_norm, 1e-12)
     gamma.asked.append(max(ratio * gamma.config.grad_norm_ratio, 1e-12))
@@ -140,4 +153,5 @@ def _take_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:
-    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in gradients])))
+    norms = [whole(torch.linalg.vector_norm(each)) for each in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.parallel import ALONE, Ranks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,7 +23,6 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
 
@@ -40,13 +41,22 @@ class Rollout:
 
 
 class RolloutEngine:
-    """A vLLM engine whose weights can be replaced."""
+    """A vLLM engine whose weights can be replaced. Each of several ranks has one of its own, and all start theirs."""
 
     def __init__(
-        self, model_path: Path, *, max_model_len: int, max_num_seqs: int, kv_cache_mib: int, seed: int
+        self,
+        model_path: Path,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_mib: int,
+        seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # Models come from folders. Only who names a data set of the hub wants it, and says so by setting this to 0.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from vllm import LLM
 
         self._llm = LLM(
@@ -64,6 +74,8 @@ class RolloutEngine:
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
             seed=seed,
+            # Among several ranks vLLM must take the place that torchrun gave it, and not set out to make its own.
+            distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
         )
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -83,7 +95,8 @@ class RolloutEngine:
                 n=num_completions,
                 temperature=1.0,
                 max_tokens=max_tokens,
-                seed=seed + index,
+                # vLLM gives the completions of a prompt the seeds that follow.
+                seed=seed + index * num_completions,
                 logprobs=0,
                 stop_token_ids=[eos_token_id],
                 detokenize=False,

@@ -2,6 +2,9 @@
 
 A run that was killed goes on from what `state/` in its folder holds: each phase that has ended is read back, and PPO
 goes on from its last checkpoint, so that the result is the same, bit for bit, as without the kill (on a CPU).
+
+Several ranks call `run` together (training.parallel). What only one may do, such as fit, write and ask serving, the
+first one does, and the others wait for what comes of it.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from training.errors import TrainingError
 from training.evaluate import WinRate, win_rate
 from training.groups import Group
 from training.handover import WIN_RATE, go_live, register
-from training.learner import make_learner
-from training.policy_model import SharedLayers, UpperLayers, load_model, load_weights, upper_layers_of
+from training.learner import Weights, make_learner
+from training.parallel import led
+from training.policy_model import SharedLayers, load_model, load_weights, merged_weights, upper_layers_of
 from training.publish import registered_by
 from training.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
 from training.reward_model import RewardModel, normalise, save, score_groups
@@ -41,19 +45,20 @@ def run(place: Workplace, folder: RunFolder) -> int:
 
     Raises TrainingError where something is not finite or there is too little to learn from; nothing is registered then.
     """
+    ranks = place.ranks
     place.between_rounds(folder.path.name)
     started = _open(place, folder)
-    earlier = registered_by(place.client, folder.path.name)
+    earlier = led(ranks, lambda: registered_by(place.client, folder.path.name))
     if earlier:
-        return go_live(started, earlier)
+        return led(ranks, lambda: go_live(started, earlier))
     rewards = _rewards(started)
     judged = _judged(started)
-    policy = _optimise(started, rewards)
+    weights = _optimise(started, rewards)
     place.between_rounds(folder.path.name)
-    after = _sample(started, judged, started.config.seed + 1)
+    after = led(ranks, lambda: _sample(started, judged, started.config.seed + 1))
     won = _judge(started, rewards, judged, after)
     place.between_rounds(folder.path.name)
-    return go_live(started, register(started, rewards, policy, won, judged))
+    return led(ranks, lambda: go_live(started, register(started, rewards, weights, won, judged)))
 
 
 def _open(place: Workplace, folder: RunFolder) -> Run:
@@ -62,7 +67,8 @@ def _open(place: Workplace, folder: RunFolder) -> Run:
     # An index's backward pass adds in whatever order threads come, unless told otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    parents = Parents(place.client.get(f"v{origin.live_version}"), place.client.get(f"v{origin.reference_version}"))
+    versions = (f"v{origin.live_version}", f"v{origin.reference_version}")
+    parents = Parents(*led(place.ranks, lambda: [place.client.get(version) for version in versions]))
     data = make_dataset(
         place.tokenizer,
         place.store.ranked_groups(up_to_seq=origin.last_ranking_seq, up_to_sample_seq=origin.last_sample_seq)[
@@ -85,25 +91,32 @@ def _judged(run: Run) -> tuple[TokenizedPrompt, ...]:
 
 
 def _rewards(run: Run) -> Rewards:
-    """Refreshes the reward model and normalises it, or reads back what an earlier attempt has made."""
+    """Reads the reward model, refreshed and normalised, which the first rank makes unless an earlier attempt has."""
     config, folder, shared = run.config.reward_model, run.folder, run.shared
+    led(run.place.ranks, lambda: _make_rewards(run))
+    found = newest_checkpoint(folder.state / "rewards")
+    assert found
+    model, judge = RewardModel(shared, config), RewardModel(shared, config.model_copy(update=HEADS_ALONE))
+    model.layers.bfloat16()
+    for each, prefix in ((model, "model."), (judge, "judge.")):
+        each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
+    before = [Rollout(tuple(each[0]), tuple(each[1]), each[2]) for each in found.facts["before"]]
+    return Rewards(model, judge, Fitted(**found.facts["fitted"]), before)
+
+
+def _make_rewards(run: Run) -> None:
+    folder = run.folder
     found = newest_checkpoint(folder.state / "rewards")
     if found:
-        model, judge = RewardModel(shared, config), RewardModel(shared, config.model_copy(update=HEADS_ALONE))
-        model.layers.bfloat16()
-        for each, prefix in ((model, "model."), (judge, "judge.")):
-            each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
-        before = [Rollout(tuple(each[0]), tuple(each[1]), each[2]) for each in found.facts["before"]]
-        rewards = Rewards(model, judge, Fitted(**found.facts["fitted"]), before)
-    else:
-        folder.rewind("reward_model", 0)
-        rewards = _fit(run)
-        tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
-        tensors |= {f"judge.{name}": tensor for name, tensor in rewards.judge.state_dict().items()}
-        drawn = [[list(each.token_ids), list(each.logprobs), each.finished] for each in rewards.before]
-        save_checkpoint(folder.state / "rewards", 0, tensors, {"before": drawn, "fitted": asdict(rewards.fitted)})
+        accept(folder.path.parent, Fitted(**found.facts["fitted"]))
+        return
+    folder.rewind("reward_model", 0)
+    rewards = _fit(run)
+    tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
+    tensors |= {f"judge.{name}": tensor for name, tensor in rewards.judge.state_dict().items()}
+    drawn = [[list(each.token_ids), list(each.logprobs), each.finished] for each in rewards.before]
+    save_checkpoint(folder.state / "rewards", 0, tensors, {"before": drawn, "fitted": asdict(rewards.fitted)})
     accept(folder.path.parent, rewards.fitted)
-    return rewards
 
 
 HEADS_ALONE = {"num_trained_layers": 0}
@@ -148,26 +161,28 @@ def _groups(prompts: Sequence[TokenizedPrompt], rollouts: Sequence[Rollout]) -> 
     return [Group(p.token_ids, (rollout.token_ids,)) for p, rollout in zip(prompts, rollouts, strict=True)]
 
 
-def _optimise(run: Run, rewards: Rewards) -> UpperLayers:
-    """PPO, from the live policy's weights or from where a killed attempt had come."""
-    config, folder, shared = run.config.ppo, run.folder, run.shared
+def _optimise(run: Run, rewards: Rewards) -> Weights:
+    """PPO, from the live policy's weights or from where a killed attempt had come. Returns the new policy's, whole."""
+    config, folder, shared, ranks = run.config.ppo, run.folder, run.shared, run.place.ranks
     frozen = min(config.num_frozen_layers, shared.num_layers - 1)
-    policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora)
-    learner = make_learner(shared, policy, rewards.model, rewards.judge, config)
+    # Adapters start at random: alike on all ranks, whichever fitted the reward model, and in every attempt.
+    torch.manual_seed(run.config.seed)
+    policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora, ranks)
+    learner = make_learner(shared, policy, rewards.model, rewards.judge, config, ranks)
     checkpoints = folder.state / "ppo"
     found = newest_checkpoint(checkpoints)
-    folder.rewind("ppo", found.step if found else 0)
+    led(ranks, lambda: folder.rewind("ppo", found.step if found else 0))
     world = ppo.World(
         prompts=[prompt.token_ids for prompt in run.data.training_prompts],
         sample=lambda prompts, seed: _draw(run, prompts, config.rollouts_per_prompt, seed),
         load_weights=run.place.engine.load_weights,
-        log=lambda step, num_steps, metrics: _log_round(folder, step, num_steps, metrics),
+        log=lambda step, num_steps, metrics: led(ranks, lambda: _log_round(folder, step, num_steps, metrics)),
         pretraining=_pretraining(run),
         checkpoints=checkpoints,
         between_rounds=lambda: run.place.between_rounds(folder.path.name),
     )
     ppo.train(learner, config, world, seed=run.config.seed)
-    return policy
+    return merged_weights(shared, policy)
 
 
 def _log_round(folder: RunFolder, step: int, num_steps: int, metrics: dict[str, Any]) -> None:
@@ -194,12 +209,18 @@ def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after
         for rollouts in (after, rewards.before)
     )
     won = win_rate(scores, reference_scores)
+    led(run.place.ranks, lambda: _write_evaluation(run, rewards, prompts, after, won))
+    return won
+
+
+def _write_evaluation(
+    run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout], won: WinRate
+) -> None:
     run.folder.rewind("evaluate", 0)
     metrics = {WIN_RATE: won.value, "low": won.low, "high": won.high}
     run.folder.log("evaluate", 0, 1, metrics | {"wins": won.wins, "ties": won.ties, "losses": won.losses})
     rows = itertools.islice(zip(prompts, rewards.before, after, strict=True), NUM_SAMPLE_PAIRS)
     run.folder.write_samples([SamplePair(prompt.text, _decode(run, b), _decode(run, a)) for prompt, b, a in rows])
-    return won
 
 
 def _decode(run: Run, rollout: Rollout) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 from alignd.v1 import policy_service_pb2
 from training.config import TrainingConfig
 from training.dataset import Dataset
+from training.parallel import Ranks, led
 from training.policy_model import SharedLayers
-from training.publish import PolicyClient, artifact_folder
+from training.publish import START_SECONDS, PolicyClient, artifact_folder
 from training.refresh import Fitted
 from training.reward_model import RewardModel
 from training.rollouts import Rollout, RolloutEngine
@@ -34,6 +36,8 @@ class Workplace:
     tokenizer: PreTrainedTokenizerBase
     between_rounds: Callable[[str], None]
     """Called with the run's id between two steps: waits while the trainer is paused, raises to end the run."""
+    ranks: Ranks
+    """The first of them alone talks to serving and writes; all call `between_rounds`."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +84,39 @@ def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
     """Asks serving for the live policy and for the reference policy that its lineage is measured from."""
     live = client.get("live", timeout_seconds)
     return Parents(live, client.get(f"v{live.manifest.reference_version}"))
+
+
+def open_workplace(
+    config: TrainingConfig,
+    store: Store,
+    client: PolicyClient,
+    policies_dir: Path,
+    between_rounds: Callable[[str], None],
+    ranks: Ranks,
+) -> Workplace:
+    """Starts the rollout engine while rankings are still coming in, but not while the server starts its own.
+
+    Of several ranks the first one's `config` counts, and its `between_rounds` alone is called.
+    """
+    # Takes seconds to import.
+    from transformers import AutoTokenizer
+
+    def ask() -> tuple[TrainingConfig, Path, Path]:
+        while not client.is_serving():
+            time.sleep(config.poll_seconds)
+        parents = find_parents(client, START_SECONDS)
+        return config, parents.live_folder, parents.reference_folder
+
+    agreed, live_folder, reference_folder = led(ranks, ask)
+    engine = RolloutEngine(
+        live_folder,
+        max_model_len=agreed.ppo.max_prompt_tokens + agreed.ppo.max_tokens,
+        max_num_seqs=agreed.max_num_seqs,
+        kv_cache_mib=agreed.kv_cache_mib,
+        seed=agreed.seed,
+        ranks=ranks,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(reference_folder, local_files_only=True)
+    return Workplace(
+        store, engine, client, policies_dir, tokenizer, lambda run_id: led(ranks, lambda: between_rounds(run_id)), ranks
+    )

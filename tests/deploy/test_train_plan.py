@@ -82,9 +82,11 @@ def test_warnings_are_shown_whole(tmp_path: Path, model: Path) -> None:
     assert "ppo.num_frozen_layers: the model has 2 layers" in flat
 
 
-def test_several_devices_are_said_to_need_a_launcher(tmp_path: Path, model: Path) -> None:
-    _, text = printed(config_of(tmp_path), model, hardware=Hardware("some GPU", 20.0, 1000.0, 16.0, num_devices=4))
-    assert "4 × some GPU, under accelerate launch" in text
+def test_several_devices_are_said_to_have_a_process_each(tmp_path: Path, model: Path) -> None:
+    config = config_of(tmp_path)
+    several = config.model_copy(update={"training": config.training.model_copy(update={"num_processes": 4})})
+    _, text = printed(several, model, hardware=Hardware("some GPU", 20.0, 1000.0, 16.0, num_devices=4))
+    assert "4 × some GPU, a process each" in text
     assert "16.0 GiB on each device" in text
 
 

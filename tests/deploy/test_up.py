@@ -114,6 +114,16 @@ def test_who_dies_again_and_again_is_started_less_and_less_often(tmp_path: Path)
     assert "No such command 'no-such-verb'" in (tmp_path / "logs" / "no-such-verb.log").read_text()
 
 
+def test_a_verb_in_several_processes_is_one_process_to_the_supervisor(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ALIGND_")}
+    become = "from deploy.up import run_in_ranks; run_in_ranks('config', 2); print('still here')"
+    done = subprocess.run(
+        [sys.executable, "-c", become], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("[serving]") == 2
+    assert "still here" not in done.stdout
+
+
 def test_a_free_port_is_decided_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALIGND_SERVING__PORT", "0")

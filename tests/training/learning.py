@@ -9,6 +9,7 @@ from training import ppo
 from training.config import PpoConfig, RewardModelConfig
 from training.groups import Group, RankedExample
 from training.learner import Learner, make_learner
+from training.parallel import ALONE, Ranks
 from training.policy_model import SharedLayers, upper_layers_of
 from training.reward_fit import fit
 from training.reward_model import RewardModel
@@ -53,10 +54,12 @@ def fitted(shared: SharedLayers, config: RewardModelConfig = REWARD_MODEL, count
     return model
 
 
-def learner_of(shared: SharedLayers, folder: Path, config: PpoConfig, rewards: RewardModel) -> Learner:
+def learner_of(
+    shared: SharedLayers, folder: Path, config: PpoConfig, rewards: RewardModel, ranks: Ranks = ALONE
+) -> Learner:
     """A learner that starts from the policy in `folder`."""
-    policy = upper_layers_of(folder, shared, config.num_frozen_layers, config.lora)
-    return make_learner(shared, policy, rewards, rewards, config)
+    policy = upper_layers_of(folder, shared, config.num_frozen_layers, config.lora, ranks)
+    return make_learner(shared, policy, rewards, rewards, config, ranks)
 
 
 def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.World, PlainSampler]:

@@ -135,7 +135,7 @@ async def finished_run(runs_dir: Path, process: "subprocess.Popen[bytes]") -> Pa
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         for metrics in runs_dir.glob("*/metrics.jsonl"):
-            if (metrics.parent / "REPORT.html").exists():  # the last thing that a run leaves
+            if not (metrics.parent / "state").exists():  # the last thing that a run removes
                 return metrics.parent
         assert process.poll() is None, "the trainer died"
         await asyncio.sleep(0.2)

@@ -10,11 +10,11 @@ from pydantic import BaseModel
 from training.config import TrainingConfig
 from training.recipes import FOLDER, RecipeError, load_recipe, recipe_names
 
-LARGE = ("gpu-1.3b",)
+LARGE = ("gpu-1.3b", "fsdp-8gpu")
 
 
 def test_all_recipes_load() -> None:
-    assert recipe_names() == ["gpu-1.3b", "smollm2", "tiny"]
+    assert recipe_names() == ["fsdp-8gpu", "gpu-1.3b", "smollm2", "tiny"]
     assert all(isinstance(load_recipe(name), TrainingConfig) for name in recipe_names())
 
 
@@ -73,6 +73,10 @@ def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
         ("[ppo]\nmax_tokens = '64'", "mine.toml: ppo.max_tokens: Input should be a valid integer"),
         ("[ppo]\nmax_tokens = 0", "mine.toml: ppo.max_tokens: Input should be greater than or equal to 1"),
         ("[ppo]\nprompts_per_step = 5", "mine.toml: ppo: prompts_per_step must be a multiple of num_minibatches"),
+        (
+            "num_processes = 3",
+            "prompts_per_step (16) must be a multiple of ppo.num_minibatches (2) times num_processes (3)",
+        ),
         ("[sft]\nvalidation_share = 1.0", "mine.toml: sft.validation_share: Input should be less than 1"),
         ("seed = ", "mine.toml: Invalid value"),
     ],
@@ -94,7 +98,7 @@ def test_every_mistake_has_a_line(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no recipe 'gpu': take one of gpu-1\.3b, smollm2, tiny"):
+    with pytest.raises(RecipeError, match=r"no recipe 'gpu': take one of fsdp-8gpu, gpu-1\.3b, smollm2, tiny"):
         load_recipe("gpu")
     with pytest.raises(RecipeError, match=r"none\.toml: .*No such file"):
         load_recipe(tmp_path / "none.toml")

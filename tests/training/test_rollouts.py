@@ -60,6 +60,11 @@ def test_draws_k_completions_that_end_with_the_end_token_or_at_the_limit(engine:
     assert len({rollout.token_ids for rollout in drawn[0]}) > 1
 
 
+def test_prompts_share_no_noise(engine: RolloutEngine) -> None:
+    drawn = engine.sample([PROMPTS[0]] * 4, num_completions=3, max_tokens=16, seed=0, eos_token_id=EOS)
+    assert len({rollout.token_ids for rollouts in drawn for rollout in rollouts}) == 12
+
+
 def test_the_same_seed_draws_the_same(engine: RolloutEngine) -> None:
     first, again, other = draw(engine, seed=1), draw(engine, seed=1), draw(engine, seed=2)
     tokens = [[[r.token_ids for r in rollouts] for rollouts in drawn] for drawn in (first, again, other)]

@@ -2,8 +2,9 @@
 
 Weights and optimizer state are counted exactly. Activations are what autograd keeps of a layer of Llama's kind (RMSNorm
 in fp32, gated MLP, SDPA with a mask, which each layer keeps in bf16), as if those of both models were there at once.
-Under FSDP all that has the size of a model is divided by the devices, as is a round of rollouts; activations and the
-engine are each device's own, and two layers at a time are gathered in bf16.
+Several devices divide layers, gradients and moments by FSDP, and a round of rollouts; embeddings, activations and the
+engine are each device's own, and layers are gathered in fp32 as they are needed (training.parallel). The first device
+fits the reward model alone, on models that are not divided yet.
 
 Rows are as long as the configuration allows, but for a round of rollouts, where the mean decides.
 """
@@ -17,11 +18,13 @@ from training.logprobs import CHUNK_TOKENS
 from training.planning.model_size import ModelSize
 from training.planning.workload import Workload
 
-Moment = Literal["reward model", "update", "optimizer step", "checkpoint"]
+Moment = Literal["reward model", "start of PPO", "update", "optimizer step", "checkpoint"]
 """The moments of a run at which memory may be fullest."""
 
-MOMENTS: tuple[Moment, ...] = ("reward model", "update", "optimizer step", "checkpoint")
+WHOLE: tuple[Moment, ...] = ("reward model", "start of PPO")
+"""Those before the devices have divided the models."""
 PPO: tuple[Moment, ...] = ("update", "optimizer step", "checkpoint")
+MOMENTS: tuple[Moment, ...] = (*WHOLE, *PPO)
 
 BF16, FP32 = 2, 4
 ADAM = 2 * FP32
@@ -29,6 +32,9 @@ ADAM = 2 * FP32
 LOGIT_BYTES = 2 * FP32 + BF16
 # Rankings on which the heads are fitted first, where layers are trained too (training.reward_fit).
 PROBED_RANKINGS = 256
+# Layers that FSDP holds whole on each device: two that are gathered and what they are gathered in, the gradient of one
+# and what it is divided from.
+GATHERED_LAYERS = 5
 ROLLOUT_FIELDS = 9
 """Numbers kept of each rollout's token: log-probabilities, values, advantages and the like."""
 
@@ -70,12 +76,12 @@ class Memory:
 
 
 def plan_memory(work: Workload, num_devices: int = 1) -> Memory:
-    """Counts what each of `num_devices` holds."""
+    """Counts what each of `num_devices` holds, the first of them where they differ."""
     parts = (
         *_engine(work),
         *_frozen(work, num_devices),
         *_trained(work, num_devices),
-        *_reward_fit(work, num_devices),
+        *_reward_fit(work),
         *_passes(work, num_devices),
     )
     return Memory(parts)
@@ -113,9 +119,13 @@ def _engine(work: Workload) -> tuple[MemoryPart, ...]:
 
 def _frozen(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     upper = BF16 * work.upper_parameters / num_devices
-    own = work.reward_layers * work.model.layer
+    layers, own = work.model.num_layers * work.model.layer, work.reward_layers * work.model.layer
+    divided = work.model.total - layers + layers / num_devices
+    loaded = work.model.total + work.upper_parameters
     return (
-        MemoryPart("reference, bf16", BF16 * work.model.total / num_devices, MOMENTS),
+        MemoryPart("reference, bf16", BF16 * work.model.total, WHOLE),
+        MemoryPart("policy as it is loaded, bf16", BF16 * loaded, ("start of PPO",), "ppo.num_frozen_layers"),
+        MemoryPart("reference in PPO, bf16", BF16 * divided, PPO),
         MemoryPart("reference: its upper layers again", upper, PPO, "ppo.num_frozen_layers"),
         MemoryPart(
             "reward model: own layers, bf16", BF16 * own / num_devices, PPO, "reward_model.num_trained_layers"
@@ -133,6 +143,9 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     saves = config.checkpoint_every <= config.num_steps
     calibrates = bool(config.ptx.data) and config.ptx.gamma is None
     layers = "reward_model.num_trained_layers"
+    # Gathered from several devices, it goes to the first one's host tensor by tensor.
+    largest = work.model.intermediate * work.model.hidden
+    copied = (FP32 + ADAM) * (policy + value) if num_devices == 1 else FP32 * largest
     return (
         MemoryPart("policy: trained weights, fp32", FP32 * policy, PPO, few),
         MemoryPart("policy: gradients, fp32", FP32 * policy, PPO, few),
@@ -146,19 +159,17 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
         MemoryPart("value model: gradients and moments", (FP32 + ADAM) * value, PPO, layers),
         # AdamW goes through the two models one after the other.
         MemoryPart("optimizer's scratch", FP32 * max(policy, value), ("optimizer step",), few),
-        MemoryPart(
-            "copy for the checkpoint", (FP32 + ADAM) * (policy + value) if saves else 0, ("checkpoint",), few
-        ),
+        MemoryPart("copy for the checkpoint", copied if saves else 0, ("checkpoint",), few),
     )  # fmt: skip
 
 
-def _reward_fit(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
+def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
     """While the reward model is fitted there is no policy yet, but the reward model before."""
     config, model, layers = work.config.reward_model, work.model, work.reward_layers
-    own = layers * model.layer / num_devices
+    own = layers * model.layer
     rankings = min(work.learned_rankings, PROBED_RANKINGS) if layers else work.learned_rankings
     features = 2 * FP32 * rankings * work.config.ppo.rollouts_per_prompt * work.features
-    tokens = -(-config.batch_size // num_devices) * work.longest_row
+    tokens = config.batch_size * work.longest_row
     moment: tuple[Moment, ...] = ("reward model",)
     return (
         MemoryPart("reward model: trained", (2 * FP32 + ADAM) * own, moment, "reward_model.num_trained_layers"),
@@ -184,12 +195,12 @@ def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     last = tokens * (6 * model.hidden + FP32 * model.hidden)
     value = activation_bytes(model, work.reward_layers, tokens, row) + FP32 * tokens * work.features
     fewer = "ppo.micro_batch_tokens" if checkpointing else "ppo.micro_batch_tokens or ppo.gradient_checkpointing"
-    if num_devices == 1:
-        working = BF16 * ((0 if work.lora_parameters else work.upper_parameters) + work.value_parameters)
-    else:
-        working = BF16 * (2 * model.layer + model.embedding + model.head)
+    at_once = model.layer if checkpointing else work.upper_parameters
+    working = BF16 * ((0 if work.lora_parameters else at_once) + work.value_parameters)
+    gathered = GATHERED_LAYERS * (BF16 if work.lora_parameters else FP32) * model.layer if num_devices > 1 else 0
     return (
         MemoryPart("trained weights as used, bf16", working, ("update",)),
+        MemoryPart("layers gathered from all devices", gathered, ("update",)),
         MemoryPart("policy: activations", policy + last, ("update",), fewer),
         MemoryPart("value model: activations", value, ("update",), "ppo.micro_batch_tokens"),
         MemoryPart("logits of a chunk", logit_bytes(model, tokens), ("update",)),

@@ -2,7 +2,8 @@
 
 Decoding takes max(bytes / bandwidth, FLOPs / matmul rate), and all else FLOPs / matmul rate, at the share of these
 roofs that it reaches in practice (`EFFICIENCY`). A backward pass costs twice its forward pass; attention is counted
-without regard to its mask, as kernels compute it. What the engine takes to load weights is left out, and Python's time.
+without regard to its mask, as kernels compute it. What the engine takes to load weights is left out, what
+devices send each other, and Python's time.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ def plan_round(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
 def plan_once(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
     """What a run does once: the reward model's refresh, and held-out prompts asked before and after PPO.
 
-    Rankings are taken to be as many as a refresh may have, with completions like the rollouts.
+    The first of several devices does it alone. Rankings are taken to be as many as a refresh may have, with completions
+    like the rollouts.
     """
-    asked = work.config.num_evaluation_prompts
-    evaluation = _rollouts(work, hardware, "evaluation", asked, 1)
+    first, asked = replace(hardware, num_devices=1), work.config.num_evaluation_prompts
+    evaluation = _rollouts(work, first, "evaluation", asked, 1)
     twice = {name: 2 * getattr(evaluation, name) for name in ("tokens", "flops", "bytes", "seconds")}
-    return _reward_fit(work, hardware), replace(evaluation, **twice)
+    return _reward_fit(work, first), replace(evaluation, **twice)
 
 
 def layer_update_flops(work: Workload, tokens: float, row: float) -> float:

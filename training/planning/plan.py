@@ -7,7 +7,7 @@ training.planning.workload, how it is counted in training.planning.memory and tr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.config import TrainingConfig
 from training.planning.hardware import GIB, Hardware
@@ -72,9 +72,13 @@ def make_plan(
     prompt_tokens: float | None = None,
     completion_tokens: float | None = None,
 ) -> Plan:
-    """Plans a run. Mean lengths of prompts and rollouts are assumed where they are not given."""
+    """Plans a run. Mean lengths of prompts and rollouts are assumed where they are not given.
+
+    Of the machine's devices it takes one for each of `num_processes`.
+    """
     work = assume(config, model, prompt_tokens, completion_tokens)
-    memory = plan_memory(work, hardware.num_devices)
+    num_devices, hardware = hardware.num_devices, replace(hardware, num_devices=config.num_processes)
+    memory = plan_memory(work, config.num_processes)
     return Plan(
         work=work,
         hardware=hardware,
@@ -82,7 +86,7 @@ def make_plan(
         memory=memory,
         round=plan_round(work, hardware),
         once=plan_once(work, hardware),
-        warnings=tuple(_warnings(work, hardware, memory)),
+        warnings=tuple(_warnings(work, hardware, memory, num_devices)),
     )
 
 
@@ -103,7 +107,7 @@ def count_parameters(work: Workload) -> tuple[Parameters, ...]:
     return tuple(part for part in parts if part.trained or part.frozen)
 
 
-def _warnings(work: Workload, hardware: Hardware, memory: Memory) -> Iterator[str]:
+def _warnings(work: Workload, hardware: Hardware, memory: Memory, num_devices: int) -> Iterator[str]:
     yield from _fit_warnings(hardware, memory)
     yield from _length_warnings(work)
     config, num_layers = work.config, work.model.num_layers
@@ -113,12 +117,8 @@ def _warnings(work: Workload, hardware: Hardware, memory: Memory) -> Iterator[st
         yield f"reward_model.num_layers: the model has {num_layers} layers, and all are taken"
     if config.ppo.ptx.gamma is not None and not config.ppo.ptx.data:
         yield "ppo.ptx.data: none is named, so this is plain PPO, and ppo.ptx.gamma does nothing"
-    per_step = config.ppo.prompts_per_step // config.ppo.num_minibatches
-    if per_step % hardware.num_devices:
-        yield (
-            f"ppo.num_minibatches: an optimizer step has {per_step} prompts, "
-            f"which {hardware.num_devices} devices cannot share evenly"
-        )
+    if config.num_processes > num_devices:
+        yield f"num_processes: {config.num_processes} want a device each, and this machine has {num_devices}"
 
 
 def _fit_warnings(hardware: Hardware, memory: Memory) -> Iterator[str]:

@@ -223,14 +223,20 @@ def test_frozen_layers_and_checkpointing_save_memory(values: dict[str, int]) -> 
 def test_devices_share_the_models_and_the_round_but_not_the_engine(values: dict[str, int], num_devices: int) -> None:
     alone, shared = planned(values), planned(values, num_devices)
     for name in (
-        "reference, bf16",
+        "reference: its upper layers again",
         "policy: Adam's moments, fp32",
         "value model: weights, fp32",
         "rollouts of a round",
     ):
         assert num_devices * part(shared, name) == pytest.approx(part(alone, name))
-    for name in ("engine: weights, bf16", "engine: KV cache", "policy: activations"):
+    for name in ("engine: weights, bf16", "engine: KV cache", "policy: activations", "reference, bf16"):
         assert part(shared, name) == part(alone, name)
+    kept = 2 * (size_of(SMOLLM2).embedding + size_of(SMOLLM2).norm)
+    divided = part(alone, "reference in PPO, bf16") - kept
+    assert part(shared, "reference in PPO, bf16") - kept == pytest.approx(divided / num_devices)
+    # The first device fits the reward model, while nothing is divided.
+    assert shared.total("reward model") == alone.total("reward model")
+    assert part(alone, "layers gathered from all devices") == 0 < part(shared, "layers gathered from all devices")
 
 
 def test_what_is_not_used_takes_nothing() -> None:

@@ -92,15 +92,19 @@ def test_a_larger_cache_of_the_size_that_was_asked_for_holds_all() -> None:
     assert plan_of(kv_cache_mib=wanted - 1).warnings != ()
 
 
-def test_prompts_that_devices_cannot_share_are_warned_of() -> None:
-    three = Hardware("three", 30.0, 4000.0, 64.0, num_devices=3)
-    (warning,) = plan_of(three).warnings
-    assert warning.startswith("ppo.num_minibatches: an optimizer step has 8 prompts")
+def test_a_plan_takes_as_many_devices_as_there_are_processes() -> None:
+    assert plan_of(EIGHT_H100).hardware.num_devices == 1
+    several = plan_of(EIGHT_H100, num_processes=4)
+    assert several.hardware.num_devices == 4
+    assert several.warnings == ()
+    assert several.round_seconds < plan_of(EIGHT_H100).round_seconds
+    (warning,) = plan_of(num_processes=2).warnings
+    assert warning.startswith("num_processes: 2 want a device each, and this machine has 1")
 
 
 @pytest.mark.parametrize(
     ("recipe", "model", "machine"),
-    [("smollm2", SMOLLM2, LARGE), ("gpu-1.3b", QWEN, H100)],
+    [("smollm2", SMOLLM2, LARGE), ("gpu-1.3b", QWEN, H100), ("fsdp-8gpu", MISTRAL, EIGHT_H100)],
 )
 def test_each_recipe_fits_the_machine_that_it_is_meant_for(recipe: str, model: str, machine: Hardware) -> None:
     assert make_plan(load_recipe(recipe), size_of(model), machine).warnings == ()

@@ -1,0 +1,160 @@
+"""Two processes that meet over gloo as they would over NCCL, and what they do there, each with a tiny policy."""
+
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
+from tests.training.sampling import PlainSampler
+from training import ppo
+from training.config import PpoConfig, RewardModelConfig
+from training.errors import TrainingError
+from training.learner import Learner, trained_weights
+from training.parallel import Ranks, gathered, join, led, whole
+from training.policy_model import SharedLayers, load_model, merged_weights
+from training.reward_fit import fit
+from training.reward_model import RewardModel
+from training.rollouts import Rollout
+
+SIZE = 2
+# What all need is imported once, in the process that the others are forked from.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.ranks"])
+SECONDS = 90
+OWN_LAYERS = RewardModelConfig(num_layers=2, num_heads=2, num_trained_layers=1)
+
+Work = Callable[..., None]
+
+
+def on_two_ranks(work: Work, *arguments: Any) -> list[int | None]:
+    """Calls `work(ranks, *arguments)` in two processes. Returns their exit codes, the first rank's first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [CONTEXT.Process(target=_start, args=(rank, port, work, arguments)) for rank in range(SIZE)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(SECONDS)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _start(rank: int, port: int, work: Work, arguments: Sequence[Any]) -> None:
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    work(join(SIZE), *arguments)
+    distributed.destroy_process_group()
+
+
+class ReplayedRollouts:
+    """Rollouts that were drawn beforehand, in the place of a sampler that draws them."""
+
+    def __init__(self, drawn: Mapping[ppo.Prompt, list[Rollout]]) -> None:
+        self.drawn = drawn
+
+    def sample(self, prompts: Sequence[ppo.Prompt], seed: int) -> list[list[Rollout]]:
+        """The same for every seed."""
+        return [self.drawn[prompt] for prompt in prompts]
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """What was drawn stays as it is."""
+
+
+def text_for(config: PpoConfig) -> Iterator[tuple[int, ...]] | None:
+    """Stands for pretraining text, where there is any."""
+    return itertools.cycle([tuple(range(i + 3, i + 15)) for i in range(40)]) if config.ptx.data else None
+
+
+def make_learner(ranks: Ranks, folder: Path, config: PpoConfig, *, fp32: bool = False) -> Learner:
+    """A learner whose reward model and value model have layers of their own."""
+    torch.manual_seed(0)
+    model = load_model(folder)
+    shared = SharedLayers(model.float() if fp32 else model)
+    rewards = RewardModel(shared, OWN_LAYERS)
+    fit(rewards, shared, ranked_examples(shared, 24, seed=1), OWN_LAYERS, seed=0, warm=False, log=lambda *_: None)
+    if fp32:
+        rewards.float()
+    return learner_of(shared, folder, config, rewards, ranks)
+
+
+def one_update(
+    ranks: Ranks, folder: Path, out: Path, config: PpoConfig, drawn: Mapping[ppo.Prompt, list[Rollout]], fp32: bool
+) -> None:
+    """Takes the optimizer steps of one round on given rollouts, and leaves weights and figures."""
+    if fp32:
+        torch.autocast = functools.partial(torch.autocast, enabled=False)  # type: ignore[misc, assignment]
+    learner = make_learner(ranks, folder, config, fp32=fp32)
+    replayed, seen = ReplayedRollouts(drawn), []
+    log = lambda *each: seen.append(each[2])  # noqa: E731
+    world = ppo.World(list(drawn), replayed.sample, replayed.load_weights, log, text_for(config))
+    assert ppo.train(learner, config, world, seed=3) is None
+    leave(ranks, out, learner, seen)
+
+
+def leave(ranks: Ranks, out: Path, learner: Learner, seen: Sequence[Mapping[str, Any]]) -> None:
+    """Writes what this rank has come to, by its number."""
+    weights = {f"policy.{name}": whole(each) for name, each in trained_weights(learner.policy).items()}
+    weights |= {f"value.{name}": whole(each) for name, each in trained_weights(learner.value).items()}
+    torch.save(weights, out / f"weights-{ranks.rank}.pt")
+    figures = [{name: value for name, value in each.items() if not name.startswith("seconds/")} for each in seen]
+    (out / f"figures-{ranks.rank}.json").write_text(json.dumps(figures))
+
+
+def left(out: Path, rank: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """What a rank has left."""
+    return torch.load(out / f"weights-{rank}.pt"), json.loads((out / f"figures-{rank}.json").read_text())
+
+
+def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, killed_before: int | None) -> None:
+    """Trains with a sampler of its own, from the checkpoint if there is one. Killed as by kill -9 before that round."""
+    learner = make_learner(ranks, folder, config)
+    sampler = PlainSampler(folder, config.rollouts_per_prompt, config.max_tokens, EOS)
+    seen: list[Mapping[str, Any]] = []
+    begun = itertools.count()
+
+    def between() -> None:
+        if next(begun) == killed_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    world = ppo.World(
+        PROMPTS, sampler.sample, sampler.load_weights, lambda *each: seen.append(each[2]), text_for(config),
+        checkpoints=out / "checkpoints", between_rounds=between,
+    )  # fmt: skip
+    ppo.train(learner, config, world, seed=5)
+    drawn_from, made = sampler.model.state_dict(), merged_weights(learner.shared, learner.policy)
+    assert all(torch.equal(drawn_from[name], tensor) for name, tensor in made.items())
+    leave(ranks, out, learner, seen)
+
+
+def one_dies(ranks: Ranks) -> None:
+    """The last rank ends while the first waits for what all have found."""
+    if ranks.leads:
+        gathered(ranks, ["found"])
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def first_decides(ranks: Ranks, out: Path) -> None:
+    """The first rank alone acts, twice: it finds something out, and then it fails."""
+    said = [str(led(ranks, lambda: {"rank": ranks.rank}))]
+    try:
+        led(ranks, lambda: Path("/no/such/file").read_text())
+    except (OSError, TrainingError) as error:
+        said += [type(error).__name__, str(error)]
+    # All have left the same way, and so are still in step.
+    said += gathered(ranks, [f"rank {ranks.rank}"])
+    (out / f"said-{ranks.rank}.json").write_text(json.dumps(said))
