@@ -14,7 +14,9 @@ from bench.result import BenchResult, cells
 COLOURS = {"ppo": "#c44e52", "ppo-ptx": "#4c72b0", "online": "#55a868"}
 MEANING = """\
 Win rates are by the labelers' true utility, on held-out prompts, one completion each. Figures are means over seeds with
-Student's 95 % interval; with one seed, that seed's own over prompts. Goals that were missed say NO."""
+Student's 95 % interval; with one seed, that seed's own over prompts. Goals that were missed say NO. The pretraining mix
+is WikiText-2's validation part, and the tax is measured on its test part: a policy that gives back more than was lost
+has learned WikiText, not got back what it knew. HellaSwag has nothing to do with the mix."""
 RUNS_MEANING = """\
 Each row is one run of PPO: where it ended, in KL from the SFT policy; the true utility of the rollouts of its first
 round, of its best, and of its last; the learned score of its last; and why the run stopped itself, if it did. Where
