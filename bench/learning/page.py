@@ -78,21 +78,22 @@ def root_kl(metrics: dict[str, Any]) -> float:
 
 
 def draw(seeds: Sequence[dict[str, Any]], path: Path) -> None:
-    """Learned score (dashed) and true utility (whole) of the rollouts of each round against √KL, a line a seed."""
-    canvas = Canvas(figsize=(8, 4.5))
+    """True utility of each round's rollouts, and below it their learned score, against √KL; a line a run."""
+    canvas = Canvas(figsize=(8, 6.5))
     FigureCanvasSVG(canvas)
-    left = canvas.subplots()
-    right = left.twinx()
+    upper, lower = canvas.subplots(2, 1, sharex=True)
     for seed in seeds:
         for name, colour in COLOURS.items():
             rounds = seed[name]["rounds"] if name in seed else []
             distance = [root_kl(each) for each in rounds]
             label = name if rounds and seed is seeds[0] else None
-            left.plot(distance, [each["utility"] for each in rounds], color=colour, label=label)
-            right.plot(distance, [each["objective/score"] for each in rounds], color=colour, linestyle="--", alpha=0.5)
-    left.set_xlabel("√KL from the reference (√nats a completion)")
-    left.set_ylabel("true utility of the rollouts (whole lines)")
-    right.set_ylabel("learned score (dashed lines)")
-    left.legend(loc="lower right")
+            for panel, key in ((upper, "utility"), (lower, "objective/score")):
+                values = [each[key] for each in rounds]
+                panel.plot(distance, values, color=colour, linewidth=0.5, alpha=0.5)
+                panel.scatter(distance, values, color=colour, s=14, label=label)
+    upper.set_ylabel("true utility of the rollouts")
+    upper.legend(loc="lower right")
+    lower.set_ylabel("learned score of the rollouts")
+    lower.set_xlabel("√KL from the reference (√nats a completion)")
     canvas.tight_layout()
     canvas.savefig(path, format="svg")
