@@ -20,7 +20,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from bench.result import BenchResult, Figure, add_arguments, bench_result, cells, report
+from bench.result import (
+    HEADINGS,
+    BenchResult,
+    Figure,
+    add_arguments,
+    bench_result,
+    cells,
+    circumstances,
+    markdown_table,
+    report,
+)
 from bench.roofs import roofs
 from training import ppo
 from training.config import LoraConfig, PpoConfig, RewardModelConfig, TrainingConfig
@@ -197,14 +207,12 @@ def figures(found: Sequence[Measured]) -> list[Figure]:
 def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> None:
     """Writes growth.md and growth.svg."""
     draw(found, folder / "growth.svg")
-    header = "| figure | value | unit | low | high | peer | goal | met |\n|---|---|---|---|---|---|---|---|"
-    circumstances = ", ".join(f"{key} {value}" for key, value in {**result.machine, **result.versions}.items())
     lines = [
-        "# How cost grows", "", f"`{result.command}` on {circumstances}.", "",
+        "# How cost grows", "", f"`{result.command}` on {circumstances(result)}.", "",
         "Scoring and update of one round of PPO by the recipe as shipped (a third of the layers trained), medians of "
         f"{NUM_ROUNDS - 1} rounds with their least and greatest. Dashed: what `alignd train --dry-run` foretells.", "",
         "![seconds of a round, by K, length, batch and model size](growth.svg)", "",
-        header, *("| " + " | ".join(cells(figure)) + " |" for figure in result.figures), "",
+        markdown_table(HEADINGS, map(cells, result.figures)), "",
     ]  # fmt: skip
     (folder / "growth.md").write_text("\n".join(lines))
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.machine import machine, versions
+
+HEADINGS = ("figure", "value", "unit", "low", "high", "peer", "goal", "met")
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,24 @@ def write_json(result: BenchResult, path: Path) -> None:
 def print_table(result: BenchResult, console: Console | None = None) -> None:
     """Prints the same as the JSON holds: the figures as a table, and under it what they were measured on."""
     table = Table(title=f"bench.{result.name}", title_justify="left")
-    for heading in ("figure", "value", "unit", "low", "high", "peer", "goal", "met"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in {"figure", "unit", "met"} else "right")
     for figure in result.figures:
         table.add_row(*cells(figure))
     console = console or Console()
     console.print(table)
-    circumstances = {**result.machine, **result.versions}
-    console.print(", ".join(f"{key} {value}" for key, value in circumstances.items()), style="dim", markup=False)
+    console.print(circumstances(result), style="dim", markup=False)
     console.print(result.command, style="dim", markup=False)
+
+
+def circumstances(result: BenchResult) -> str:
+    """The machine and the versions that it ran on."""
+    return ", ".join(f"{key} {value}" for key, value in {**result.machine, **result.versions}.items())
+
+
+def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
 
 
 def cells(figure: Figure) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 
-from bench.result import BenchResult, cells
+from bench.result import HEADINGS, BenchResult, cells, circumstances, markdown_table
 
 COLOURS = {"ppo": "#c44e52", "ppo-ptx": "#4c72b0", "online": "#55a868"}
+RUN_HEADINGS = ("run", "rounds", "√KL", "utility, first", "best", "last", "score, last", "stopped")
 MEANING = """\
 Win rates are by the labelers' true utility, on held-out prompts, one completion each. Figures are means over seeds with
 Student's 95 % interval; with one seed, that seed's own over prompts. Goals that were missed say NO. The pretraining mix
@@ -32,27 +33,19 @@ def write_page(found: dict[str, list[dict[str, Any]]], result: BenchResult, fold
             path = folder / f"learning-{name}.svg"
             draw(seeds, path)
             plots.append(f"![{name}: score and true utility against √KL]({path.name})")
-    circumstances = ", ".join(f"{key} {value}" for key, value in {**result.machine, **result.versions}.items())
     parts = [
         "# Does it learn?",
-        f"`{result.command}` on {circumstances}.",
+        f"`{result.command}` on {circumstances(result)}.",
         MEANING,
-        table("figure value unit low high peer goal met", map(cells, result.figures)),
+        markdown_table(HEADINGS, map(cells, result.figures)),
         "## Score and true utility against √KL",
         RUNS_MEANING,
-        table("run rounds √KL utility,_first best last score,_last stopped", run_rows(found)),
+        markdown_table(RUN_HEADINGS, run_rows(found)),
         *plots,
     ]
     page = folder / "learning.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page
-
-
-def table(headings: str, rows: Iterable[list[str]]) -> str:
-    """A table in Markdown; an underscore in a heading is a space."""
-    names = [each.replace("_", " ") for each in headings.split()]
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def run_rows(found: dict[str, list[dict[str, Any]]]) -> Iterator[list[str]]:
