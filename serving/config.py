@@ -34,7 +34,10 @@ class ServingConfig(BaseModel):
         description="Largest mean difference of served and trained log-probabilities, in nats, that proves a swap. "
         "Two ways of computing in bf16 differ by 0.05 on CPUs without AMX; versions some steps of PPO apart by 0.2.",
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of the served weights.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="Precision of the engine. auto: bfloat16, or float32 on a CPU that has no instructions for it.",
+    )
     compile: bool = Field(False, description="Let vLLM compile the model: slower to start, faster on a GPU.")
     kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB.")
     gpu_memory_utilization: float = Field(

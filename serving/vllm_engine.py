@@ -4,7 +4,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED, FinishReason
 from serving.config import ServingConfig
@@ -156,7 +156,7 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         prepare_cpu(config)
     arguments = AsyncEngineArgs(
         model=str(folder),
-        dtype=config.dtype,
+        dtype=_dtype(config, on_cpu),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_inflight_completions,
         enforce_eager=not config.compile,
@@ -171,6 +171,15 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         disable_log_stats=True,
     )
     return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)
+
+
+def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16", "float32"]:
+    """What was asked for, or what the trainer takes too (training.device)."""
+    import torch
+
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16"
 
 
 def prepare_cpu(config: ServingConfig) -> None:

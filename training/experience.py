@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from training import ppo_math
 from training.config import PpoConfig
+from training.device import autocast
 from training.groups import Group, PackedGroups, pack
 from training.learner import Learner
 from training.parallel import ALONE, Ranks, gathered_tensor, micro_batches_in_step
-from training.policy_model import autocast, completion_logprobs, completion_logprobs_and_entropy
+from training.policy_model import completion_logprobs, completion_logprobs_and_entropy
 from training.reward_model import last_features
 from training.rollouts import Rollout
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PpoConfig
+from training.device import autocast
 from training.groups import PackedGroups
 from training.parallel import ALONE, Ranks, placed, shard
-from training.policy_model import SharedLayers, UpperLayers, autocast, run_layers
+from training.policy_model import SharedLayers, UpperLayers, run_layers
 from training.reward_model import RewardModel, running_features
 
 ADAM_BETAS = (0.9, 0.95)

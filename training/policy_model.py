@@ -4,9 +4,9 @@ The reference policy, the policy and the reward model stand on the same lower la
 three, and the backward pass ends above them. With no frozen layers, all are trained. Token embeddings and output
 embedding always stay as they are.
 
-The lower layers compute in bf16. What is trained is kept in fp32 and computes in bf16 by autocast: the upper layers
-whole, or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see training.groups. D is the width of the hidden
-state.
+The lower layers are kept as they compute (training.device). What is trained is kept in fp32 and computes likewise by
+autocast: the upper layers whole, or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see training.groups. D is
+the width of the hidden state.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training.config import LoraConfig
+from training.device import compute_dtype, training_device
 from training.errors import TrainingError
 from training.groups import PackedGroups
 from training.logprobs import label_logprobs, label_logprobs_and_entropy
@@ -36,25 +37,15 @@ class ModelMismatchError(TrainingError):
     """Two models that should share their lower layers do not."""
 
 
-def training_device() -> torch.device:
-    """This process's GPU, the first unless it is one of several, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Computes in bf16 what is kept in fp32."""
-    # Each weight is used once in a pass: a cache would only keep all of them in bf16 until its end.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-
-
 def load_model(path: Path) -> PreTrainedModel:
-    """Loads a bf16 model from a policy version's folder, frozen, without dropout."""
+    """Loads a model from a policy version's folder, frozen, without dropout, in the precision it will compute in."""
+    device = training_device()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+        path, dtype=compute_dtype(device), attn_implementation="sdpa", local_files_only=True, use_safetensors=True
     )
     model.requires_grad_(False)
     model.eval()
-    on_device: PreTrainedModel = model.to(training_device())  # type: ignore[arg-type]
+    on_device: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return on_device
 
 
@@ -220,11 +211,11 @@ def merged_weights(shared: SharedLayers, upper: UpperLayers) -> dict[str, Tensor
 
     A collective if weights are in shards: every rank gets all of it.
     """
-    weights = dict(shared.model.state_dict())
+    weights = shared.model.state_dict()
     if shared.model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    weights.update((name, tensor.detach().to(torch.bfloat16)) for name, tensor in tensors_of(upper))
-    return {name: whole(tensor) for name, tensor in weights.items()}
+    weights.update((name, tensor.detach()) for name, tensor in tensors_of(upper))
+    return {name: whole(tensor.to(torch.bfloat16)) for name, tensor in weights.items()}
 
 
 def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from training import ppo_math, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.config import PpoConfig
+from training.device import autocast
 from training.errors import TrainingError
 from training.experience import Experience, Minibatch, gather, observe
 from training.guards import judge_drop, stop_reason
@@ -38,7 +39,7 @@ from training.learner import (
     trained_weights,
 )
 from training.parallel import gathered, led, summed, whole
-from training.policy_model import autocast, completion_logprobs, merged_weights
+from training.policy_model import completion_logprobs, merged_weights
 from training.rollouts import Rollout
 from training.schedule import linear_warmup
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from training.config import PtxConfig
+from training.device import autocast
 from training.errors import TrainingError
 from training.groups import Group, pack
 from training.parallel import ALONE, Ranks, micro_batches_in_step, summed, whole
-from training.policy_model import SharedLayers, UpperLayers, autocast, completion_logprobs
+from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

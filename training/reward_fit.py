@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import RewardModelConfig
+from training.device import compute_dtype
 from training.errors import TrainingError
 from training.groups import RankedExample, pack
 from training.policy_model import SharedLayers
@@ -122,7 +123,7 @@ def _train_layers(
     seed: int,
     log: Log,
 ) -> None:
-    """One epoch of AdamW over layers and heads; cosine to 10 %. The layers end in bf16, as they are used."""
+    """One epoch of AdamW over layers and heads; cosine to 10 %. The layers end rounded to bf16."""
     model.layers.float().requires_grad_(True)
     optimizer = torch.optim.AdamW(
         [
@@ -154,7 +155,8 @@ def _train_layers(
         right_M = margins(scores_NE.detach().mean(1), among) > 0
         share = float(right_M.float().mean()) if len(right_M) else 0.0
         log(done - 1, len(examples), {"reward_model/loss": loss.item(), "reward_model/accuracy": share})
-    model.layers.bfloat16()
+    # As every weight is saved, and then as it is used.
+    model.layers.bfloat16().to(compute_dtype(shared.device))
     model.requires_grad_(False)
 
 

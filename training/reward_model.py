@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.config import RewardModelConfig
+from training.device import autocast
 from training.errors import TrainingError
 from training.groups import Group, PackedGroups, micro_batches, pack
-from training.policy_model import SharedLayers, autocast, run_layers
+from training.policy_model import SharedLayers, run_layers
 
 SCORING_TOKENS = 8192
 
@@ -150,7 +151,5 @@ def load(model: RewardModel, path: Path, reference_digest: str) -> bool:
     tensors = load_file(path)
     if tensors["heads_FE"].shape != model.heads_FE.shape:
         return False
-    for name, layer in model.layers.named_parameters():
-        layer.data = layer.data.to(tensors[f"layers.{name}"].dtype)
     model.load_state_dict(tensors)
     return True

@@ -10,12 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from training.device import compute_dtype, training_device
 from training.parallel import ALONE, Ranks
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # vLLM reads these when it is imported. Its engine runs in this process, so that weights need no copy and no file, and
 # must not pin it to some of the cores. Threads that wait give the core up instead of spinning: others want it.
@@ -61,7 +61,7 @@ class RolloutEngine:
 
         self._llm = LLM(
             model=str(model_path),
-            dtype="bfloat16",
+            dtype="bfloat16" if compute_dtype(training_device()) is torch.bfloat16 else "float32",
             # Compiling takes longer than all rollouts of a short run.
             enforce_eager=True,
             max_model_len=max_model_len,

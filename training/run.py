@@ -97,7 +97,6 @@ def _rewards(run: Run) -> Rewards:
     found = newest_checkpoint(folder.state / "rewards")
     assert found
     model, judge = RewardModel(shared, config), RewardModel(shared, config.model_copy(update=HEADS_ALONE))
-    model.layers.bfloat16()
     for each, prefix in ((model, "model."), (judge, "judge.")):
         each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
     before = [Rollout(tuple(each[0]), tuple(each[1]), each[2]) for each in found.facts["before"]]

@@ -28,6 +28,7 @@ from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from training.config import SftConfig
+from training.device import compute_dtype, training_device
 from training.errors import TrainingError
 
 
@@ -112,7 +113,7 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
         completion_only_loss=True,
         max_length=config.max_tokens,
         adam_beta2=0.95,
-        bf16=True,
+        bf16=compute_dtype(training_device()) is torch.bfloat16,
         gradient_checkpointing=False,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,

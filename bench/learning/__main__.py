@@ -3,13 +3,15 @@
     python -m bench.learning --json FILE [--quick] [--seeds 3] [--only NAME ...]
 
 `--quick` runs one seed of one utility in miniature, in under 20 minutes: it shows that all of it works, and is no
-claim. The whole takes hours and can be stopped and gone on with: what is done lies in var/bench/learning. With `--only`
-several processes can share the experiments (chat-0, plain-2, human ...), and one without it then reports them all. The
-results and their plots go to docs/results/learning.md.
+claim. The whole takes hours and can be stopped and gone on with: stages that are done lie in var/bench/learning, whole
+experiments (chat-0, plain-2, human ...) in docs/results/learning, with what they ran on; without its file one is run
+again. With `--only` several processes or machines can share the experiments, and one without it then reports them all
+in docs/results/learning.md.
 """
 
 import argparse
 import functools
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,15 @@ from bench.learning.lab import Lab
 from bench.learning.page import write_page
 from bench.learning.stages import once
 from bench.result import add_arguments, bench_result, report
+from deploy.machine import machine, versions
 from deploy.models import prepare_smollm2
 from deploy.simulation.utility import load_utility
+from training.device import compute_dtype, training_device
 from training.rollouts import RolloutEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var" / "bench" / "learning"
+RESULTS = ROOT / "docs" / "results"
 UTILITIES = {
     "chat": "deploy.simulation.utility:chat_utility",
     "plain": "bench.learning.second_utility:plain_utility",
@@ -49,9 +54,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, and report nothing yet")
     arguments = parser.parse_args()
     if arguments.quick:
-        jobs = make_jobs(WORK / "quick", QUICK, QUICK_COMPARISONS, 1, ["chat"])
+        jobs = make_jobs(WORK / "quick", WORK / "quick", QUICK, QUICK_COMPARISONS, 1, ["chat"])
     else:
-        jobs = make_jobs(WORK / "full", FULL, FULL_COMPARISONS, arguments.seeds, list(UTILITIES))
+        jobs = make_jobs(WORK / "full", RESULTS / "learning", FULL, FULL_COMPARISONS, arguments.seeds, list(UTILITIES))
     unknown = sorted(set(arguments.only or []) - set(jobs))
     if unknown:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(jobs)}")
@@ -62,11 +67,11 @@ def main() -> None:
     result = bench_result("learning", figures_of(by_experiment))
     report(result, arguments.json)
     if not arguments.quick:
-        write_page(by_experiment, result, ROOT / "docs" / "results")
+        write_page(by_experiment, result, RESULTS)
 
 
-def make_jobs(work: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> Jobs:
-    """What there is to run, by name."""
+def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> Jobs:
+    """What there is to run, by name. Each leaves what it found in `results`, and the way there in `work`."""
     base = prepare_smollm2(WORK / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(base)
 
@@ -81,8 +86,16 @@ def make_jobs(work: Path, size: Size, num_comparisons: int, seeds: int, utilitie
         return run_experiment(Experiment(lab, size, work / f"{name}-{seed}"), UTILITY_VARIANTS[name])
 
     jobs: Jobs = {f"{name}-{seed}": functools.partial(run, name, seed) for name in utilities for seed in range(seeds)}
-    jobs["human"] = lambda: once(work, "human", lambda: human_preferences(base, seeds, num_comparisons))
-    return jobs
+    jobs["human"] = lambda: human_preferences(base, seeds, num_comparisons)
+    return {name: functools.partial(once, results, name, functools.partial(told, job)) for name, job in jobs.items()}
+
+
+def told(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the job found, and what that depends on besides its seed."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    precision = str(compute_dtype(training_device())).removeprefix("torch.")
+    on = {"commit": commit.stdout.strip(), "computes_in": precision, **machine(), **versions()}
+    return job() | {"on": on}
 
 
 def gathered(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -43,6 +43,12 @@ from training.sft import Demonstration, fine_tune
 
 TAX_WINDOW = 512
 VARIANTS = ("ppo", "ppo-ptx", "online")
+# Of a round's metrics, what is worth keeping in the repository.
+SAVED_METRICS = (
+    "objective/score", "objective/judge_score", "objective/kl", "objective/entropy", "completion/length",
+    "policy/clipfrac", "policy/kl_coef", "rollout/sampler_gap", "val/explained_variance", "ptx/loss", "ptx/gamma",
+)  # fmt: skip
+SAVED_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Size:
 
 
 QUICK = Size(96, range(4, 7), 32, 6, 3, 64, 4 * TAX_WINDOW, 40)
-FULL = Size(200, range(4, 10), 96, 12, 15, 300, 12 * TAX_WINDOW, 160)
+FULL = Size(200, range(4, 10), 96, 12, 12, 300, 12 * TAX_WINDOW, 160)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
@@ -246,7 +252,8 @@ def run_ppo(
         return drawn
 
     def log(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
-        rounds.append({**metrics, "part": part, "utility": utilities[-1]})
+        told = {name: round(metrics[name], SAVED_DIGITS) for name in SAVED_METRICS if name in metrics}
+        rounds.append({**told, "part": part, "utility": utilities[-1]})
         print(
             f"{experiment.folder.name}: {name}: round {step + 1} of {num_steps}: utility {utilities[-1]:.3f}, "
             f"score {metrics['objective/score']:.2f}, KL {metrics['objective/kl']:.2f}",

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.device import compute_dtype, training_device
+
 GIB = 2**30
 MATMUL_SECONDS = 0.3
-# Square matrices in bf16 that fill the device, and memory to read that no cache holds.
+# Square matrices that fill the device, and memory to read that no cache holds.
 MATMUL_WIDTH = {"cpu": 2048, "cuda": 8192}
 READ_BYTES = GIB
 NUM_READS = 3
@@ -26,7 +28,7 @@ class Hardware:
     bandwidth_gb_s: float
     """Memory read, in 10⁹ bytes a second."""
     matmul_gflop_s: float
-    """Products of bf16 matrices, in 10⁹ floating-point operations a second."""
+    """Products of matrices in the precision that it computes in, in 10⁹ floating-point operations a second."""
     memory_gib: float
     num_devices: int = 1
 
@@ -46,7 +48,7 @@ def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
 
     Memory is all of the machine's on a CPU, and on a GPU what is free of it now: what is taken there does not go away.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     if device.type == "cuda":
         name, num_devices = torch.cuda.get_device_name(), torch.cuda.device_count()
         memory = torch.cuda.mem_get_info()[0]
@@ -71,7 +73,7 @@ def _read_rate(device: torch.device, num_bytes: int) -> float:
 def _matmul_rate(device: torch.device) -> float:
     """FLOPs a second: the best product in a fixed time."""
     width = MATMUL_WIDTH[device.type]
-    a, b = (torch.randn(width, width, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(width, width, device=device).to(compute_dtype(device)) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS
     while True:
         best = min(best, _seconds(device, lambda: a @ b))

@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_iter
 
 from tests.training.planning.model_configs import QWEN, SMOLLM2, size_of
 from training.config import LoraConfig, TrainingConfig
+from training.device import autocast
 from training.experience import gather
 from training.groups import Group, pack
 from training.learner import make_learner
 from training.planning.memory import Memory, activation_bytes, logit_bytes, plan_memory, round_bytes
 from training.planning.model_size import read_model
 from training.planning.workload import Workload, assume
-from training.policy_model import SharedLayers, UpperLayers, autocast, completion_logprobs
+from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
 from training.reward_model import RewardModel
 from training.rollouts import Rollout
 
