@@ -7,9 +7,11 @@ padding. Neither needs a model hub.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,20 +71,38 @@ def make_tiny_llama(target: Path, seed: int = 0) -> Path:
 
 def _make_once(target: Path, write: Callable[[Path], None]) -> Path:
     """Writes to a temporary name beside `target` and renames, so that `target` is whole or not there."""
-    if all((target / name).is_file() for name in MODEL_FILES):
+    if _is_whole(target):
         return target
-    if target.exists():
-        raise ModelError(f"{target} exists but is no prepared model; remove it or name another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write(partial)
-    for path in (*partial.iterdir(), partial):
-        _fsync(path)
-    partial.rename(target)
-    _fsync(target.parent)
+    # Of several processes that want it one makes it, and the others wait.
+    with _locked(target.parent):
+        if _is_whole(target):
+            return target
+        if target.exists():
+            raise ModelError(f"{target} exists but is no prepared model; remove it or name another folder")
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
+        partial.rename(target)
+        _fsync(target.parent)
     return target
+
+
+def _is_whole(target: Path) -> bool:
+    return all((target / name).is_file() for name in MODEL_FILES)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

@@ -121,7 +121,7 @@ def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
     table.add_row("", escape(str(found.folder)))
     table.add_row(
         "machine",
-        f"{escape(devices)}: reads {hardware.bandwidth_gb_s:,.0f} GB/s, multiplies bf16 at "
+        f"{escape(devices)}: reads {hardware.bandwidth_gb_s:,.0f} GB/s, multiplies {hardware.precision} at "
         f"{hardware.matmul_gflop_s:,.0f} GFLOP/s, {hardware.memory_gib:.1f} GiB{' each' if several else ''}",
     )
     table.add_row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from deploy.models import MODEL_FILES, ModelError, _packaged_gguf, make_tiny_llama, prepare_smollm2
+from deploy.models import MODEL_FILES, ModelError, _make_once, _packaged_gguf, make_tiny_llama, prepare_smollm2
 
 
 def test_tiny_llama_loads_and_gives_every_token_a_finite_score(tmp_path: Path) -> None:
@@ -74,6 +76,22 @@ def test_a_preparation_that_was_cut_off_is_begun_anew(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path / "tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
+
+
+def test_several_that_want_the_same_model_get_it_once(tmp_path: Path) -> None:
+    made = []
+
+    def write(folder: Path) -> None:
+        made.append(folder)
+        for name in MODEL_FILES:
+            (folder / name).write_text("model")
+        # Long enough for the others to come by.
+        time.sleep(0.2)
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: _make_once(tmp_path / "model", write), range(4)))
+    assert folders == {tmp_path / "model"}
+    assert len(made) == 1
 
 
 def test_the_real_model_is_found_without_importing_its_package() -> None:

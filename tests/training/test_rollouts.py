@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import LoraConfig
+from training.device import autocast
 from training.groups import Group, pack
 from training.policy_model import (
     SharedLayers,
@@ -42,7 +43,7 @@ def recomputed(shared: SharedLayers, upper: UpperLayers, drawn: list[list[Rollou
     groups = [Group(p, tuple(r.token_ids for r in rollouts)) for p, rollouts in zip(PROMPTS, drawn, strict=True)]
     packed = pack(groups)
     hidden_GTD = shared.encode(packed, [upper.first])[upper.first]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast(shared.device):
         hidden_GTD = upper(hidden_GTD, packed, shared.angles(packed))
     logprobs_NC = completion_logprobs(hidden_GTD, shared.head_VD, packed)
     sampled_M = torch.tensor([lp for rollouts in drawn for rollout in rollouts for lp in rollout.logprobs])

@@ -31,6 +31,12 @@ class Hardware:
     """Products of matrices in the precision that it computes in, in 10⁹ floating-point operations a second."""
     memory_gib: float
     num_devices: int = 1
+    computes_in: torch.dtype = torch.bfloat16
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, in short."""
+        return "bf16" if self.computes_in is torch.bfloat16 else "fp32"
 
     @property
     def bandwidth(self) -> float:
@@ -61,6 +67,7 @@ def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
         matmul_gflop_s=_matmul_rate(device) / 1e9,
         memory_gib=memory / GIB,
         num_devices=num_devices,
+        computes_in=compute_dtype(device),
     )
 
 

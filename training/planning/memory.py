@@ -1,7 +1,7 @@
 """What a training run holds in memory, part by part, on each device, and when.
 
 Weights and optimizer state are counted exactly. Activations are what autograd keeps of a layer of Llama's kind (RMSNorm
-in fp32, gated MLP, SDPA with a mask, which each layer keeps in bf16), as if those of both models were there at once.
+in fp32, gated MLP, SDPA with a mask, which each layer keeps in its precision), as if both models' were there at once.
 Several devices divide layers, gradients and moments by FSDP, and a round of rollouts; embeddings, activations and the
 engine are each device's own, and layers are gathered in fp32 as they are needed (training.parallel). The first device
 fits the reward model alone, on models that are not divided yet.
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training.logprobs import CHUNK_TOKENS
-from training.planning.model_size import ModelSize
 from training.planning.workload import Workload
 
 Moment = Literal["reward model", "start of PPO", "update", "optimizer step", "checkpoint"]
@@ -28,8 +27,16 @@ MOMENTS: tuple[Moment, ...] = (*WHOLE, *PPO)
 
 BF16, FP32 = 2, 4
 ADAM = 2 * FP32
-# A chunk's logits, their softmax, and its copy in bf16.
-LOGIT_BYTES = 2 * FP32 + BF16
+# Bytes of a token's hidden state that two norms keep, by the bytes of a number. Under adapters their weights need no
+# gradient, and all matrices take the same states.
+# bf16: each norm's input in fp32 and its output in bf16, cast to bf16 anew for each of q, k and v, or gate and up.
+# fp32: what leaves the layer's half, the norm's input scaled, and its output; nothing is cast.
+NORMS = {BF16: 22, FP32: 24}
+NORMS_UNDER_ADAPTERS = {BF16: 12, FP32: 16}
+# The same of the last norm. In fp32 its input is what leaves the last layer, and its output goes as it is made.
+LAST_NORM = {BF16: 6, FP32: 4}
+# A chunk's logits and their softmax, and its copy in bf16.
+LOGITS = {BF16: 2 * FP32 + BF16, FP32: 2 * FP32}
 # Rankings on which the heads are fitted first, where layers are trained too (training.reward_fit).
 PROBED_RANKINGS = 256
 # Layers that FSDP holds whole on each device: two that are gathered and what they are gathered in, the gradient of one
@@ -88,50 +95,55 @@ def plan_memory(work: Workload, num_devices: int = 1) -> Memory:
 
 
 def activation_bytes(
-    model: ModelSize, num_layers: int, tokens: float, row: float, *, checkpointing: bool = False, adapters: bool = False
+    work: Workload, num_layers: int, tokens: float, row: float, *, checkpointing: bool = False, adapters: bool = False
 ) -> float:
     """Bytes that autograd keeps of `tokens` tokens, in rows of `row`, in some layers that are trained.
 
     With checkpointing: the states that enter each layer, and one layer's activations while they are computed again.
-    Under adapters the norms' weights need no gradients, and all matrices take the same bf16 states.
     """
-    # Two norms: each in fp32, in bf16, and cast to bf16 anew for each of q, k and v, or gate and up.
-    norms = (12 if adapters else 22) * model.hidden
-    attention = 8 * model.attention + FP32 * model.num_heads  # q, k, v, and what comes out, with its logsumexp.
-    gated = 8 * model.intermediate  # gate, its activation, up, and their product.
-    layer = tokens * (norms + attention + gated + 2 * FP32 + BF16 * row)
+    model, number = work.model, work.number_bytes
+    norms = (NORMS_UNDER_ADAPTERS if adapters else NORMS)[number] * model.hidden
+    attention = 4 * number * model.attention + FP32 * model.num_heads  # q, k, v, the result with its logsumexp.
+    gated = 4 * number * model.intermediate  # gate, its activation, up, and their product.
+    layer = tokens * (norms + attention + gated + 2 * FP32 + number * row)
     if checkpointing and num_layers:
-        return tokens * num_layers * BF16 * model.hidden + layer
+        return tokens * num_layers * number * model.hidden + layer
     return num_layers * layer
 
 
-def logit_bytes(model: ModelSize, tokens: float) -> float:
+def last_norm_bytes(work: Workload, tokens: float) -> float:
+    """Bytes kept of the states that leave the last layer, and of the slopes of the log-probabilities."""
+    return (LAST_NORM[work.number_bytes] + FP32) * tokens * work.model.hidden
+
+
+def logit_bytes(work: Workload, tokens: float) -> float:
     """Bytes of the logits that are there at one time, and of what is made of them."""
-    return LOGIT_BYTES * min(CHUNK_TOKENS, tokens) * model.vocabulary
+    return LOGITS[work.number_bytes] * min(CHUNK_TOKENS, tokens) * work.model.vocabulary
 
 
 def _engine(work: Workload) -> tuple[MemoryPart, ...]:
     return (
-        MemoryPart("engine: weights, bf16", BF16 * work.model.total, MOMENTS),
+        MemoryPart("engine: weights", work.number_bytes * work.model.total, MOMENTS),
         MemoryPart("engine: KV cache", float(work.config.kv_cache_mib << 20), MOMENTS, "kv_cache_mib"),
     )
 
 
 def _frozen(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
-    upper = BF16 * work.upper_parameters / num_devices
+    number = work.number_bytes
+    upper = number * work.upper_parameters / num_devices
     layers, own = work.model.num_layers * work.model.layer, work.reward_layers * work.model.layer
     divided = work.model.total - layers + layers / num_devices
     loaded = work.model.total + work.upper_parameters
     return (
-        MemoryPart("reference, bf16", BF16 * work.model.total, WHOLE),
-        MemoryPart("policy as it is loaded, bf16", BF16 * loaded, ("start of PPO",), "ppo.num_frozen_layers"),
-        MemoryPart("reference in PPO, bf16", BF16 * divided, PPO),
+        MemoryPart("reference", number * work.model.total, WHOLE),
+        MemoryPart("policy as it is loaded", number * loaded, ("start of PPO",), "ppo.num_frozen_layers"),
+        MemoryPart("reference in PPO", number * divided, PPO),
         MemoryPart("reference: its upper layers again", upper, PPO, "ppo.num_frozen_layers"),
         MemoryPart(
-            "reward model: own layers, bf16", BF16 * own / num_devices, PPO, "reward_model.num_trained_layers"
+            "reward model: own layers", number * own / num_devices, PPO, "reward_model.num_trained_layers"
         ),
         MemoryPart(
-            "policy under its adapters, bf16", upper if work.lora_parameters else 0, PPO, "ppo.num_frozen_layers"
+            "policy under its adapters", upper if work.lora_parameters else 0, PPO, "ppo.num_frozen_layers"
         ),
     )  # fmt: skip
 
@@ -173,11 +185,11 @@ def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
     moment: tuple[Moment, ...] = ("reward model",)
     return (
         MemoryPart("reward model: trained", (2 * FP32 + ADAM) * own, moment, "reward_model.num_trained_layers"),
-        MemoryPart("reward model: the one before", BF16 * own, moment),
-        MemoryPart("reward model: weights as used, bf16", BF16 * own, moment),
+        MemoryPart("reward model: the one before", work.number_bytes * own, moment),
+        MemoryPart("reward model: weights as used", work.number_bytes * own, moment),
         MemoryPart("reward model: what the heads read", features, moment, "reward_model.max_rankings"),
         MemoryPart(
-            "reward model: activations of a batch", activation_bytes(model, layers, tokens, work.longest_row), moment,
+            "reward model: activations of a batch", activation_bytes(work, layers, tokens, work.longest_row), moment,
             "reward_model.batch_size",
         ),
     )  # fmt: skip
@@ -190,20 +202,20 @@ def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     tokens = max(config.micro_batch_tokens, row)
     checkpointing = config.gradient_checkpointing
     policy = activation_bytes(
-        model, work.policy_layers, tokens, row, checkpointing=checkpointing, adapters=bool(work.lora_parameters)
+        work, work.policy_layers, tokens, row, checkpointing=checkpointing, adapters=bool(work.lora_parameters)
     )
-    last = tokens * (6 * model.hidden + FP32 * model.hidden)
-    value = activation_bytes(model, work.reward_layers, tokens, row) + FP32 * tokens * work.features
+    value = activation_bytes(work, work.reward_layers, tokens, row) + FP32 * tokens * work.features
     fewer = "ppo.micro_batch_tokens" if checkpointing else "ppo.micro_batch_tokens or ppo.gradient_checkpointing"
     at_once = model.layer if checkpointing else work.upper_parameters
-    working = BF16 * ((0 if work.lora_parameters else at_once) + work.value_parameters)
-    gathered = GATHERED_LAYERS * (BF16 if work.lora_parameters else FP32) * model.layer if num_devices > 1 else 0
+    cast = (0 if work.lora_parameters else at_once) + work.value_parameters
+    stored = work.number_bytes if work.lora_parameters else FP32
+    gathered = GATHERED_LAYERS * stored * model.layer if num_devices > 1 else 0
     return (
-        MemoryPart("trained weights as used, bf16", working, ("update",)),
+        MemoryPart("trained weights, cast to bf16", BF16 * cast if work.number_bytes == BF16 else 0, ("update",)),
         MemoryPart("layers gathered from all devices", gathered, ("update",)),
-        MemoryPart("policy: activations", policy + last, ("update",), fewer),
+        MemoryPart("policy: activations", policy + last_norm_bytes(work, tokens), ("update",), fewer),
         MemoryPart("value model: activations", value, ("update",), "ppo.micro_batch_tokens"),
-        MemoryPart("logits of a chunk", logit_bytes(model, tokens), ("update",)),
+        MemoryPart("logits of a chunk", logit_bytes(work, tokens), ("update",)),
         MemoryPart(
             "rollouts of a round", round_bytes(work) / num_devices, ("update", "optimizer step"), "ppo.prompts_per_step"
         ),
@@ -218,5 +230,6 @@ def round_bytes(work: Workload) -> float:
     model = work.model
     reward_first = work.reward_level - work.reward_layers
     states = 1 if reward_first == work.frozen_layers else 2
-    row = states * BF16 * model.hidden + work.row_tokens + 2 * BF16 * model.head_width + 2 * 8
+    number = work.number_bytes
+    row = states * number * model.hidden + work.row_tokens + 2 * number * model.head_width + 2 * 8
     return work.round_tokens * row + work.predicted_tokens * (FP32 * ROLLOUT_FIELDS + 2 * 8 + 1)

@@ -60,9 +60,9 @@ class ModelSize:
         return self.total - (self.embedding if self.head else 0)
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of the bf16 KV cache for one token."""
-        return 2 * 2 * self.num_layers * self.key_value
+    def cache_width(self) -> int:
+        """Numbers in the KV cache for one token."""
+        return 2 * self.num_layers * self.key_value
 
     def weight_flops(self, tokens: float, num_layers: int) -> float:
         """FLOPs of multiplying tokens by the matrices of some layers, once."""

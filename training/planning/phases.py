@@ -18,7 +18,6 @@ FORWARD_BACKWARD = 3
 FORWARD_SLOPE = 2
 # Per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
 ADAMW_BYTES = 7 * 4
-BF16 = 2
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def layer_update_flops(work: Workload, tokens: float, row: float) -> float:
 def sequences_at_once(work: Workload, num_rollouts: float) -> float:
     """Rollouts that an engine draws at a time: what it may, what there is, and what its KV cache holds."""
     longest = work.prompt_tokens + work.completion_tokens
-    held = (work.config.kv_cache_mib << 20) / (work.model.cache_bytes * longest)
+    held = (work.config.kv_cache_mib << 20) / (work.cache_bytes * longest)
     return max(1.0, min(work.config.max_num_seqs, num_rollouts, held))
 
 
@@ -109,7 +108,7 @@ def _rollouts(work: Workload, hardware: Hardware, name: str, num_prompts: int, n
     drawn = mine * work.completion_tokens
     steps = max(drawn / sequences_at_once(work, mine), float(ppo.max_tokens))
     context = work.prompt_tokens + work.completion_tokens / 2
-    read = steps * BF16 * model.read_per_token + drawn * context * model.cache_bytes
+    read = steps * work.number_bytes * model.read_per_token + drawn * context * work.cache_bytes
     decode = model.forward_flops(drawn, context, model.num_layers) + model.head_flops(drawn)
     prompts = num_prompts * work.prompt_tokens / hardware.num_devices
     prefill = model.forward_flops(prompts, work.prompt_tokens, model.num_layers)

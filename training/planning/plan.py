@@ -76,7 +76,7 @@ def make_plan(
 
     Of the machine's devices it takes one for each of `num_processes`.
     """
-    work = assume(config, model, prompt_tokens, completion_tokens)
+    work = assume(config, model, prompt_tokens, completion_tokens, hardware.computes_in.itemsize)
     num_devices, hardware = hardware.num_devices, replace(hardware, num_devices=config.num_processes)
     memory = plan_memory(work, config.num_processes)
     return Plan(
@@ -141,12 +141,12 @@ def _length_warnings(work: Workload) -> Iterator[str]:
             f"ppo.max_tokens: with a prompt a rollout may have {longest} tokens, "
             f"but the model was made for {model.max_positions}"
         )
-    held = (config.kv_cache_mib << 20) // (model.cache_bytes * longest)
+    held = (config.kv_cache_mib << 20) // (work.cache_bytes * longest)
     wanted = min(config.max_num_seqs, work.rollouts)
     if held < wanted:
         yield (
             f"kv_cache_mib: {config.kv_cache_mib} MiB hold {held} of the {wanted} rollouts drawn at once, at their "
-            f"longest; {-(-wanted * model.cache_bytes * longest >> 20)} MiB would hold all"
+            f"longest; {-(-wanted * work.cache_bytes * longest >> 20)} MiB would hold all"
         )
     if work.longest_row > config.ppo.micro_batch_tokens:
         yield (

@@ -23,6 +23,8 @@ class Workload:
     model: ModelSize
     prompt_tokens: float
     completion_tokens: float
+    number_bytes: int
+    """Bytes of a number in the precision that the device computes in: 2 or 4 (training.device)."""
 
     @property
     def frozen_layers(self) -> int:
@@ -63,6 +65,11 @@ class Workload:
     def policy_parameters(self) -> int:
         """Parameters of the policy that take gradients."""
         return self.lora_parameters or self.upper_parameters
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache for one token."""
+        return self.number_bytes * self.model.cache_width
 
     @property
     def features(self) -> int:
@@ -123,7 +130,11 @@ class Workload:
 
 
 def assume(
-    config: TrainingConfig, model: ModelSize, prompt_tokens: float | None = None, completion_tokens: float | None = None
+    config: TrainingConfig,
+    model: ModelSize,
+    prompt_tokens: float | None = None,
+    completion_tokens: float | None = None,
+    number_bytes: int = 2,
 ) -> Workload:
     """Puts a workload together, with assumed mean lengths where none are given."""
     return Workload(
@@ -131,4 +142,5 @@ def assume(
         model=model,
         prompt_tokens=prompt_tokens or PROMPT_SHARE * config.ppo.max_prompt_tokens,
         completion_tokens=completion_tokens or COMPLETION_SHARE * config.ppo.max_tokens,
+        number_bytes=number_bytes,
     )

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.training.planning.model_configs import QWEN, SMOLLM2, size_of
+from training import device
 from training.config import LoraConfig, TrainingConfig
 from training.device import autocast
 from training.experience import gather
 from training.groups import Group, pack
 from training.learner import make_learner
-from training.planning.memory import Memory, activation_bytes, logit_bytes, plan_memory, round_bytes
+from training.planning.memory import Memory, activation_bytes, last_norm_bytes, logit_bytes, plan_memory, round_bytes
 from training.planning.model_size import read_model
 from training.planning.workload import Workload, assume
 from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
@@ -65,8 +66,16 @@ class Allocations(TorchDispatchMode):
         self.live -= self._sizes.pop(place)
 
 
-def tiny_work(tiny_folder: Path, config: TrainingConfig = CONFIG) -> Workload:
-    return assume(config, read_model(tiny_folder), len(PROMPT), len(COMPLETION))
+@pytest.fixture(params=[2, 4], ids=["bf16", "fp32"])
+def number_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Computes in either precision, whichever this machine would take."""
+    in_bf16 = request.param == 2
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: in_bf16)
+    return int(request.param)
+
+
+def tiny_work(tiny_folder: Path, config: TrainingConfig = CONFIG, number_bytes: int = 2) -> Workload:
+    return assume(config, read_model(tiny_folder), len(PROMPT), len(COMPLETION), number_bytes)
 
 
 def part(memory: Memory, name: str) -> float:
@@ -93,23 +102,26 @@ def test_trained_weights_gradients_and_moments_are_what_torch_allocates(
     assert part(memory, "policy: Adam's moments, fp32") == sum(each.nbytes for each in moments)
 
 
-def test_adapters_have_as_many_parameters_as_peft_gives_them(shared: SharedLayers, tiny_folder: Path) -> None:
+def test_adapters_have_as_many_parameters_as_peft_gives_them(
+    number_bytes: int, shared: SharedLayers, tiny_folder: Path
+) -> None:
     config = TrainingConfig.model_validate({"ppo": {"num_frozen_layers": 1, "lora": {"rank": 3}}})
     policy = UpperLayers(shared.model, 1, 2).trainable(config.ppo.lora)
     adapters = [each for each in policy.parameters() if each.requires_grad]
-    assert tiny_work(tiny_folder, config).policy_parameters == sum(each.numel() for each in adapters)
-    assert part(plan_memory(tiny_work(tiny_folder, config)), "policy under its adapters, bf16") == sum(
+    work = tiny_work(tiny_folder, config, number_bytes)
+    assert work.policy_parameters == sum(each.numel() for each in adapters)
+    assert part(plan_memory(work), "policy under its adapters") == sum(
         each.nbytes for each in policy.parameters() if not each.requires_grad
     )
 
 
-def test_frozen_weights_are_what_the_models_hold(shared: SharedLayers, tiny_folder: Path) -> None:
-    memory = plan_memory(tiny_work(tiny_folder))
-    assert part(memory, "reference, bf16") == sum(each.nbytes for each in shared.model.parameters())
+def test_frozen_weights_are_what_the_models_hold(number_bytes: int, shared: SharedLayers, tiny_folder: Path) -> None:
+    memory = plan_memory(tiny_work(tiny_folder, number_bytes=number_bytes))
+    assert part(memory, "reference") == sum(each.nbytes for each in shared.model.parameters())
     upper = UpperLayers(shared.model, 1, 2)
     assert part(memory, "reference: its upper layers again") == sum(each.nbytes for each in upper.parameters())
-    own = RewardModel(shared, CONFIG.reward_model).layers.bfloat16()
-    assert part(memory, "reward model: own layers, bf16") == sum(each.nbytes for each in own.parameters())
+    own = RewardModel(shared, CONFIG.reward_model).layers
+    assert part(memory, "reward model: own layers") == sum(each.nbytes for each in own.parameters())
 
 
 def learner_of(shared: SharedLayers, config: TrainingConfig) -> Any:
@@ -120,8 +132,8 @@ def learner_of(shared: SharedLayers, config: TrainingConfig) -> Any:
     return make_learner(shared, policy, rewards, judge, config.ppo)
 
 
-def test_rollouts_of_a_round_take_what_is_planned(shared: SharedLayers, tiny_folder: Path) -> None:
-    learner, work = learner_of(shared, CONFIG), tiny_work(tiny_folder)
+def test_rollouts_of_a_round_take_what_is_planned(number_bytes: int, shared: SharedLayers, tiny_folder: Path) -> None:
+    learner, work = learner_of(shared, CONFIG), tiny_work(tiny_folder, number_bytes=number_bytes)
     assert part(plan_memory(work), "value model: weights, fp32") == sum(
         each.nbytes for each in learner.value.parameters() if each.requires_grad
     )
@@ -137,16 +149,20 @@ def test_rollouts_of_a_round_take_what_is_planned(shared: SharedLayers, tiny_fol
 @pytest.mark.parametrize(
     ("checkpointing", "rank", "tolerance"),
     [
-        pytest.param(False, 0, 0.02, id="full weights"),
+        # States gathered for the logits are not counted: beside this small vocabulary they weigh a little.
+        pytest.param(False, 0, 0.03, id="full weights"),
         # peft casts what enters each adapter once more, which is not counted.
         pytest.param(False, 4, 0.15, id="adapters"),
-        pytest.param(True, 0, 0.10, id="checkpointing"),
+        pytest.param(True, 0, 0.12, id="checkpointing"),
     ],
 )
 def test_activations_and_logits_peak_where_planned(
-    shared: SharedLayers, tiny_folder: Path, checkpointing: bool, rank: int, tolerance: float
+    number_bytes: int, shared: SharedLayers, tiny_folder: Path, checkpointing: bool, rank: int, tolerance: float
 ) -> None:
-    model, groups = read_model(tiny_folder), [Group(PROMPT * 4, (COMPLETION * 2, COMPLETION * 2))] * 4
+    work, groups = (
+        tiny_work(tiny_folder, number_bytes=number_bytes),
+        [Group(PROMPT * 4, (COMPLETION * 2, COMPLETION * 2))] * 4,
+    )
     packed = pack(groups)
     angles, hidden_GTD = shared.angles(packed), shared.encode(packed, [0])[0]
     policy = UpperLayers(shared.model, 0, 2).trainable(LoraConfig(rank=rank))
@@ -158,17 +174,18 @@ def test_activations_and_logits_peak_where_planned(
         loss = completion_logprobs(normed_GTD, shared.head_VD, packed).sum()
         kept = allocations.live
         loss.backward()
-    activations = activation_bytes(model, 2, tokens, row, checkpointing=checkpointing, adapters=rank > 0)
-    last = 6 * tokens * model.hidden + 4 * predicted * model.hidden
-    working = 0 if rank else 2 * sum(each.numel() for each in policy.parameters())
+    activations = activation_bytes(work, 2, tokens, row, checkpointing=checkpointing, adapters=rank > 0)
+    # Slopes are of predicted tokens alone.
+    last = last_norm_bytes(work, tokens) - 4 * (tokens - predicted) * work.model.hidden
+    cast = 0 if rank or number_bytes == 4 else 2 * sum(each.numel() for each in policy.parameters())
     if checkpointing:
         # Logits are gone by the time that a layer is computed again, with the bf16 weights of that layer alone.
         assert kept < 0.5 * allocations.peak
-        assert allocations.peak == pytest.approx(activations + last + working / 2, rel=tolerance)
+        assert allocations.peak == pytest.approx(activations + last + cast / 2, rel=tolerance)
     else:
-        assert kept == pytest.approx(activations + last + working, rel=tolerance)
-        logits = logit_bytes(model, predicted)
-        assert allocations.peak == pytest.approx(activations + last + working + logits, rel=tolerance)
+        assert kept == pytest.approx(activations + last + cast, rel=tolerance)
+        logits = logit_bytes(work, predicted)
+        assert allocations.peak == pytest.approx(activations + last + cast + logits, rel=tolerance)
 
 
 ppo_values = st.fixed_dictionaries(
@@ -230,11 +247,11 @@ def test_devices_share_the_models_and_the_round_but_not_the_engine(values: dict[
         "rollouts of a round",
     ):
         assert num_devices * part(shared, name) == pytest.approx(part(alone, name))
-    for name in ("engine: weights, bf16", "engine: KV cache", "policy: activations", "reference, bf16"):
+    for name in ("engine: weights", "engine: KV cache", "policy: activations", "reference"):
         assert part(shared, name) == part(alone, name)
     kept = 2 * (size_of(SMOLLM2).embedding + size_of(SMOLLM2).norm)
-    divided = part(alone, "reference in PPO, bf16") - kept
-    assert part(shared, "reference in PPO, bf16") - kept == pytest.approx(divided / num_devices)
+    divided = part(alone, "reference in PPO") - kept
+    assert part(shared, "reference in PPO") - kept == pytest.approx(divided / num_devices)
     # The first device fits the reward model, while nothing is divided.
     assert shared.total("reward model") == alone.total("reward model")
     assert part(alone, "layers gathered from all devices") == 0 < part(shared, "layers gathered from all devices")
@@ -246,7 +263,7 @@ def test_what_is_not_used_takes_nothing() -> None:
     for name in ("policy: average of weights", "policy: PPO's gradient set apart"):
         assert part(plain, name) == 0
         assert part(mixed, name) == part(mixed, "policy: trained weights, fp32")
-    assert part(plain, "policy under its adapters, bf16") == 0
+    assert part(plain, "policy under its adapters") == 0
     assert part(planned({"checkpoint_every": 2, "num_steps": 1}), "copy for the checkpoint") == 0
     assert part(planned({"ptx": {"data": "text.txt", "gamma": 1.0}}), "policy: PPO's gradient set apart") == 0
 

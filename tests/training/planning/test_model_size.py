@@ -59,10 +59,10 @@ def test_flops_of_a_forward_pass_are_what_torch_counts(shared: SharedLayers, tin
     assert counter.get_total_flops() - layers == model.head_flops(10)
 
 
-def test_cache_bytes_are_keys_and_values_of_all_layers(tiny_folder: Path, shared: SharedLayers) -> None:
+def test_the_cache_holds_keys_and_values_of_all_layers(tiny_folder: Path, shared: SharedLayers) -> None:
     cache = shared.model(torch.tensor([[1, 2, 3]])).past_key_values
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert 3 * read_model(tiny_folder).cache_bytes == held
+    assert 3 * shared.model.dtype.itemsize * read_model(tiny_folder).cache_width == held
 
 
 def test_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
