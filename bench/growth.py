@@ -31,7 +31,7 @@ from bench.result import (
     markdown_table,
     report,
 )
-from bench.roofs import roofs
+from bench.roofs import CPU_DTYPE, matmul_roof, roofs
 from training import ppo
 from training.config import LoraConfig, PpoConfig, RewardModelConfig, TrainingConfig
 from training.learner import make_learner
@@ -100,7 +100,8 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     measured_roofs = roofs(arguments.quick)
-    hardware = Hardware("this machine", measured_roofs[1].value, measured_roofs[-1].value, memory_gib=1.0)
+    bandwidth, products = measured_roofs[1].value, matmul_roof(measured_roofs).value
+    hardware = Hardware("this machine", bandwidth, products, memory_gib=1.0, computes_in=CPU_DTYPE)
     sizes, axes = (TINY_SIZES, QUICK_AXES) if arguments.quick else (SIZES, AXES)
     found = run_all(sizes, axes, hardware, RESULTS.parent.parent / "var" / "bench" / "growth")
     result = bench_result("growth", [*measured_roofs, *figures(found)])
@@ -137,7 +138,7 @@ def measure(axis: str, x: float, point: Point, shape: Sequence[int], hardware: H
     (work / "config.json").write_text(config.to_json_string(use_diff=False))
     size, recipe = read_model(work / "config.json"), training_config(point, shape[0])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=CPU_DTYPE, attn_implementation="sdpa").eval()
     rounds = run_rounds(model, recipe, point)[1:]
     plan = make_plan(recipe, size, hardware, point.prompt_tokens, point.completion_tokens)
     phases = {phase.name: phase.seconds for phase in plan.round}
@@ -200,7 +201,7 @@ def figures(found: Sequence[Measured]) -> list[Figure]:
         rows.append(Figure(f"{name}: foretold", each.foretold, "s"))
     for phase in ("scoring", "update"):
         shares = [getattr(each, f"{phase}_share") for each in found]
-        rows.append(Figure(f"{phase}: share of bf16 roof", statistics.median(shares), "", min(shares), max(shares)))
+        rows.append(Figure(f"{phase}: share of the roof", statistics.median(shares), "", min(shares), max(shares)))
     return rows
 
 

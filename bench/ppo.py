@@ -25,9 +25,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from bench.peers.environment import VENV, run_trl_ppo, trl_python
 from bench.result import Figure, add_arguments, at_least, bench_result, report
-from bench.roofs import roofs
+from bench.roofs import CPU_DTYPE, matmul_roof, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from deploy.simulation.prompts import load_prompts
+from training.device import precision
 from training.learner import ADAM_BETAS, ADAM_EPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +52,7 @@ def main() -> None:
     trl_python(VENV)
     with tempfile.TemporaryDirectory() as scratch:
         sides, job = run_sides(Path(scratch), arguments.quick, updates, seeds)
-        figures = [*measured, *compare(sides, job, roof=measured[-1].value)]
+        figures = [*measured, *compare(sides, job, roof=matmul_roof(measured))]
     report(bench_result("ppo", figures), arguments.json)
 
 
@@ -94,7 +95,7 @@ def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
         "num_updates": num_updates, "batch": BATCH, "response_tokens": RESPONSE_TOKENS, "num_ppo_epochs": NUM_EPOCHS,
         "num_mini_batches": 1, "learning_rate": 1e-5, "adam_beta2": ADAM_BETAS[1], "adam_eps": ADAM_EPS,
         "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "gamma": 1.0,
-        "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": "bf16", "seed": 0,
+        "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": precision(CPU_DTYPE), "seed": 0,
         "threads": os.cpu_count() or 1,
     }  # fmt: skip
 
@@ -110,8 +111,8 @@ def run_ours(job: dict[str, Any], folder: Path, shared_layers: int) -> Updates:
     return [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
 
 
-def compare(sides: dict[str, Updates], job: dict[str, Any], roof: float) -> list[Figure]:
-    """Speeds with TRL's beside them, what the updates reached, and ours as a share of the roof (GFLOP/s)."""
+def compare(sides: dict[str, Updates], job: dict[str, Any], roof: Figure) -> list[Figure]:
+    """Speeds with TRL's beside them, what the updates reached, and ours as a share of the roof."""
     seconds = {name: [update["seconds"] for update in updates] for name, updates in sides.items()}
     peer = statistics.median(seconds["TRL"])
     figures = [spread(f"TRL: seconds an update of {job['batch']} episodes", "s", seconds["TRL"])]
@@ -125,7 +126,7 @@ def compare(sides: dict[str, Updates], job: dict[str, Any], roof: float) -> list
             figures.append(spread(f"{name}: {part}", "s", [each[f"seconds/{part}"] for each in sides[name]]))
         rates = [update_gflop(job, each["length"], name == "shared") / each["seconds/update"] for each in sides[name]]
         figures.append(
-            at_least(ROOF_GOAL, spread(f"{name}: update, share of bf16 roof", "", [r / roof for r in rates]))
+            at_least(ROOF_GOAL, spread(f"{name}: update, share of {roof.name}", "", [r / roof.value for r in rates]))
         )
     for name, updates in sides.items():
         figures.append(spread(f"{name}: score", "", [update["score"] for update in updates]))

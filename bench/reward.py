@@ -2,9 +2,9 @@
 
     python -m bench.reward --json FILE [--quick]
 
-Both train the whole of SmolLM2 in bf16 autocast, one ranking of K completions an optimizer step. TRL reads a ranking
-expanded into its K (K - 1) / 2 pairs, as all open trainers do; ours reads the prompt once and each completion once.
-They run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
+Both train the whole of SmolLM2 in what training computes in here, one ranking of K completions an optimizer step. TRL
+reads a ranking expanded into its K (K - 1) / 2 pairs, as all open trainers do; ours reads the prompt once and each
+completion once. They run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from bench.learning.hh_rlhf import read_comparisons
 from bench.result import Figure, add_arguments, at_least, bench_result, report
-from bench.roofs import roofs
+from bench.roofs import CPU_DTYPE, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from feedback.comparisons import comparisons
 from training.config import RewardModelConfig
@@ -160,7 +160,7 @@ def run_trl(
             per_device_train_batch_size=len(rows) // len(examples),
             train_sampling_strategy="sequential",
             max_length=None,
-            bf16=True,
+            bf16=CPU_DTYPE is torch.bfloat16,
             use_cpu=True,
             gradient_checkpointing=False,
             dataloader_pin_memory=False,

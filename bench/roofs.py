@@ -9,7 +9,7 @@ those of the BLAS that torch was built with (MKL in its wheels for x86-64).
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.result import Figure, add_arguments, bench_result, report
+from training.device import compute_dtype, precision
 
 Reader = Callable[[Tensor], Tensor]
 
@@ -25,6 +26,10 @@ MEMORY_BYTES, QUICK_MEMORY_BYTES = 2**30, 2**20
 # Square matrices: small ones are not split well among threads, large ones leave the caches.
 SIZES, QUICK_SIZES = (512, 1024, 2048, 3072), (64,)
 REPETITIONS = 4
+# What training computes in on this machine's CPU.
+CPU_DTYPE = compute_dtype(torch.device("cpu"))
+# A CPU without instructions for bf16 multiplies it so slowly that larger matrices would take minutes, and show no more.
+SLOW_SECONDS = 0.5
 # Reductions that read every value once. Which is fastest depends on the CPU.
 READERS: tuple[Reader, ...] = (torch.sum, torch.amax, torch.linalg.vector_norm)
 
@@ -58,6 +63,12 @@ def roofs(quick: bool = False) -> list[Figure]:
     ]
 
 
+def matmul_roof(measured: Sequence[Figure]) -> Figure:
+    """Of what `roofs` returned, the products in the precision that training computes in."""
+    name = f"matrix product, {precision(CPU_DTYPE)}"
+    return next(figure for figure in measured if figure.name == name)
+
+
 @contextmanager
 def num_threads(count: int) -> Iterator[None]:
     """Lets torch use `count` threads for a while."""
@@ -80,7 +91,10 @@ def matrix_product(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Fig
     ways = []
     for size in sizes:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        ways.append([2 * size**3 / seconds / 1e9 for seconds in repeat(partial(torch.matmul, a, b))])
+        seconds = repeat(partial(torch.matmul, a, b))
+        ways.append([2 * size**3 / each / 1e9 for each in seconds])
+        if min(seconds) > SLOW_SECONDS:
+            break
     return best(name, "GFLOP/s", ways)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
+from training.device import precision
 from training.planning.hardware import GIB, Hardware, this_machine
 from training.planning.memory import MOMENTS
 from training.planning.model_size import CONFIG_FILE, UnknownModelError, read_model
@@ -115,14 +116,15 @@ def _page(plan: Plan, found: FoundModel) -> list[RenderableType]:
 def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
     work, hardware, ppo = plan.work, plan.hardware, plan.work.config.ppo
     several = hardware.num_devices > 1
+    products = f"multiplies {precision(hardware.computes_in)} at {hardware.matmul_gflop_s:,.0f} GFLOP/s"
     devices = f"{hardware.num_devices} × {hardware.name}, a process each" if several else hardware.name
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("model", f"{work.model.name}, {amount(work.model.total)} parameters: {escape(found.what)}")
     table.add_row("", escape(str(found.folder)))
     table.add_row(
         "machine",
-        f"{escape(devices)}: reads {hardware.bandwidth_gb_s:,.0f} GB/s, multiplies {hardware.precision} at "
-        f"{hardware.matmul_gflop_s:,.0f} GFLOP/s, {hardware.memory_gib:.1f} GiB{' each' if several else ''}",
+        f"{escape(devices)}: reads {hardware.bandwidth_gb_s:,.0f} GB/s, {products}, "
+        f"{hardware.memory_gib:.1f} GiB{' each' if several else ''}",
     )
     table.add_row(
         "round",

@@ -21,8 +21,11 @@ if [[ ! -x .venv/bin/pip ]]; then
 fi
 .venv/bin/python -m pip install -qq "$(grep '^uv==' requirements/dev.txt)"
 
-# The pins are complete, and leave out on purpose what overrides.txt names: hence --no-deps everywhere.
-uv_install() { .venv/bin/python requirements/uv.py pip install --python .venv/bin/python --no-deps "$@"; }
+# The pins are complete, and leave out on purpose what overrides.txt names: hence --no-deps everywhere. Bytecode is
+# compiled now, on all cores: the first start of the server would do it file by file, while somebody waits for it.
+uv_install() {
+    .venv/bin/python requirements/uv.py pip install --python .venv/bin/python --no-deps --compile-bytecode "$@"
+}
 
 # PyPI has no +cpu build of torch: it is where pip has been told to look, or else on PyTorch's own index.
 torch=$(grep '^torch==' "requirements/$engine.txt")
@@ -38,8 +41,7 @@ fi
 installed=$(.venv/bin/uv pip freeze --quiet --python .venv/bin/python)
 pending=$(cat "requirements/$engine.txt" requirements/dev.txt | grep -v '^#' | sort -u | grep -vxF "$installed" || true)
 say "installing $(wc -w <<<"$pending") other pinned packages"
-# Compiled now, on all cores: the first start of the server would do it file by file, while somebody waits for it.
-uv_install --compile-bytecode -r - <<<"$pending"
+uv_install -r - <<<"$pending"
 
 say "installing alignd itself, editable"
 uv_install --quiet --no-build-isolation --editable .

@@ -23,6 +23,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or _cpu_multiplies_bf16() else torch.float32
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Its name in short."""
+    return "bf16" if dtype is torch.bfloat16 else "fp32"
+
+
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -34,11 +34,6 @@ class Hardware:
     computes_in: torch.dtype = torch.bfloat16
 
     @property
-    def precision(self) -> str:
-        """What it computes in, in short."""
-        return "bf16" if self.computes_in is torch.bfloat16 else "fp32"
-
-    @property
     def bandwidth(self) -> float:
         """Bytes a second of all devices together."""
         return self.bandwidth_gb_s * 1e9 * self.num_devices
