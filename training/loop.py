@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CURSOR_FILE = "rankings_seen"
+SFT_SUFFIX = "-sft"
 RETRY_SECONDS = 30.0
 MOST_ATTEMPTS = 5
 PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -116,7 +117,7 @@ def run_sft_once(
     with PolicyClient(serving_address) as client, lease.held():
         desk = Desk(config, engine, lease)
         place = open_workplace(config, Store(store_url), client, policies_dir, desk.between_rounds, ALONE)
-        folder = RunFolder.create(runs_dir, _new_run_id(), config, origin=None)
+        folder = RunFolder.create(runs_dir, _new_run_id() + SFT_SUFFIX, config, origin=None)
         try:
             version = run_sft(place, folder, find_parents(client, START_SECONDS)).version
             folder.log("done", 0, 1, {"version": version})
@@ -222,7 +223,7 @@ def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: P
         config,
         num_new=store.num_rankings(seen),
         oldest_new=store.oldest_ranking_time(seen),
-        last_began=_last_began(runs_dir),
+        last_began=last_began(runs_dir),
         now=time.time(),
     ):
         desk.between_rounds("")
@@ -238,8 +239,10 @@ def _new_run_id() -> str:
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
-def _last_began(runs_dir: Path) -> float | None:
-    return max((path.stat().st_mtime for path in runs_dir.glob("*/recipe.json")), default=None)
+def last_began(runs_dir: Path) -> float | None:
+    """When the last run that learned from rankings began."""
+    found = (path for path in runs_dir.glob("*/recipe.json") if not path.parent.name.endswith(SFT_SUFFIX))
+    return max((path.stat().st_mtime for path in found), default=None)
 
 
 def run_once(place: Workplace, folder: RunFolder) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
 from training.dataset import is_held_out
-from training.loop import MOST_ATTEMPTS, Cursor, is_due, run_once
+from training.loop import MOST_ATTEMPTS, SFT_SUFFIX, Cursor, is_due, last_began, run_once
 from training.run_folder import Origin, RunFolder
 from training.workplace import Workplace
 
@@ -304,3 +305,11 @@ def test_a_run_is_due_by_count_by_age_or_by_the_clock(
     config = CONFIG.model_copy(update=triggers)
     found = is_due(config, num_new=num_new, oldest_new=oldest_new, last_began=last_began, now=2 * HOUR)
     assert found == due
+
+
+def test_the_clock_runs_from_the_last_run_on_rankings_whatever_sft_did_since(tmp_path: Path) -> None:
+    assert last_began(tmp_path) is None
+    for name, began in (("1", 100), ("2", 200), (f"3{SFT_SUFFIX}", 300)):
+        folder = RunFolder.create(tmp_path, name, CONFIG, origin=None)
+        os.utime(folder.path / "recipe.json", (began, began))
+    assert last_began(tmp_path) == 200

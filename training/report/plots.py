@@ -43,7 +43,7 @@ def draw_plots(steps: Sequence[Record], rewards: Record, limits: Mapping[str, An
     """
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         plots = (
-            _score_by_kl(steps),
+            _score_by_kl(steps, judges_apart="reward_model/held_out_accuracy" in rewards),
             _kl_and_entropy(steps, limits),
             _completions(steps),
             _updates(steps),
@@ -55,14 +55,14 @@ def draw_plots(steps: Sequence[Record], rewards: Record, limits: Mapping[str, An
     return [plot for plot in plots if plot]
 
 
-def _score_by_kl(steps: Sequence[Record]) -> Plot | None:
+def _score_by_kl(steps: Sequence[Record], *, judges_apart: bool) -> Plot | None:
     size = max(1, math.ceil(len(steps) / MOST_POINTS))
     root_kl = _block_means(np.sqrt(np.maximum(series(steps, "objective/kl"), 0.0)), size)
     figure, (axes,) = panels(1, HEIGHT)
     told = []
     for key, name, whose, color in (
         ("objective/score", "reward model", "the reward model’s score", REWARD_MODEL),
-        ("objective/judge_score", "held-out judge", "the held-out judge’s", JUDGE),
+        ("objective/judge_score", "judge", "the judge’s", JUDGE),
     ):
         scores = _block_means(series(steps, key), size)
         if np.isfinite(root_kl + scores).any():
@@ -79,7 +79,8 @@ def _score_by_kl(steps: Sequence[Record]) -> Plot | None:
         f"n = {len(steps)} PPO steps{f', in means of {size}' if size > 1 else ''}; later ones are larger. KL is summed "
         "over a completion."
     )
-    if len(told) > 1:
+    # With nobody held out, it is fitted to the same labelers.
+    if len(told) > 1 and judges_apart:
         caption += (
             " The judge is fitted to labelers unknown to the reward model: where the two part, the policy is "
             "over-optimised (Gao et al. 2022)."

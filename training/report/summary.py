@@ -29,7 +29,7 @@ PHASES = {
 # Metric, what it is called, how it is written, its unit.
 POLICY_FIGURES = (
     ("objective/score", "score, by the reward model", "{:.2f}", "deviations of the reference policy’s scores"),
-    ("objective/judge_score", "score, by the held-out judge", "{:.2f}", "deviations of the reference policy’s scores"),
+    ("objective/judge_score", "score, by the judge", "{:.2f}", "deviations of the reference policy’s scores"),
     ("objective/kl", "KL from the reference policy", "{:.2f}", "nats a completion"),
     ("objective/entropy", "entropy", "{:.2f}", "nats a token"),
     ("completion/length", "completion length", "{:.0f}", "tokens"),
@@ -119,7 +119,7 @@ def _judge(steps: Sequence[Record]) -> list[str]:
         return []
     parted = ", a sign of over-optimisation" if fall and score.clear and score.after > score.before else ""
     ends = f" and ends {fall:.2g} below its best{parted}" if fall else ""
-    return [f"its score by the held-out judge {change.words}{ends}"]
+    return [f"its score by the judge {change.words}{ends}"]
 
 
 def _short(reason: str) -> str:

@@ -123,6 +123,14 @@ def test_any_phase_may_be_missing(tmp_path: Path, kept: tuple[str, ...], num_plo
     assert page.tags.count("figcaption") == num_plots
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_judge_is_said_to_know_other_labelers_only_where_some_are_held_out(tmp_path: Path, held_out: bool) -> None:
+    lines = [line for line in make_lines(4) if held_out or line["phase"] != "reward_model_evaluation"]
+    text = report_of(tmp_path, lines).text
+    assert "score, by the judge" in text
+    assert ("labelers unknown to the reward model" in text) == held_out
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 250])
 def test_short_and_long_runs_have_all_plots(tmp_path: Path, num_steps: int) -> None:
     assert report_of(tmp_path, make_lines(num_steps)).tags.count("figcaption") == NUM_PLOTS
@@ -133,7 +141,7 @@ def test_any_metric_may_be_missing(tmp_path: Path, parity: int) -> None:
     missing = set(list(ppo_step(0, 1))[parity::2])
     lines = [{key: value for key, value in line.items() if key not in missing} for line in make_lines(3)]
     text = report_of(tmp_path, lines, samples=()).text
-    assert ("score, by the held-out judge" in text) == (parity == 1)
+    assert ("score, by the judge" in text) == (parity == 1)
     assert ("nats a completion" in text) == (parity == 1)
 
 

@@ -38,7 +38,7 @@ def test_finding_tells_where_judge_and_reward_model_part(tmp_path: Path) -> None
     for line in phase(lines, "ppo"):
         line["objective/judge_score"] = line["objective/score"]  # type: ignore[index]
     agreed = finding_of(tmp_path / "agreed", lines)
-    assert "the held-out judge rose by" in agreed
+    assert "the judge rose by" in agreed
     assert "over-optimisation" not in agreed
 
 
