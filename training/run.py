@@ -55,7 +55,8 @@ def run(place: Workplace, folder: RunFolder) -> int:
     judged = _judged(started)
     weights = _optimise(started, rewards)
     place.between_rounds(folder.path.name)
-    after = led(ranks, lambda: _sample(started, judged, started.config.seed + 1))
+    # A prompt's seed is the first and its place: these begin where those of the reference's answers end.
+    after = led(ranks, lambda: _sample(started, judged, started.config.seed + len(judged)))
     won = _judge(started, rewards, judged, after)
     place.between_rounds(folder.path.name)
     return led(ranks, lambda: go_live(started, register(started, rewards, weights, won, judged)))

@@ -67,7 +67,7 @@ def main() -> None:
     result = bench_result("learning", figures_of(by_experiment))
     report(result, arguments.json)
     if not arguments.quick:
-        write_page(by_experiment, result, RESULTS)
+        write_page(by_experiment, found, result, RESULTS)
 
 
 def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> Jobs:

@@ -26,6 +26,8 @@ SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sent
 NUM_LABELERS = 40  # about as many as InstructGPT's contractors
 ROLES = {"user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
 CALIBRATION_K = 4
+# Completions that are drawn at a time take seeds in a row; no two draws, and no two experiments, share any.
+SALTED_SEEDS, SEEDS = 10_007, 1_000_000_007
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Lab:
 
     def draw(self, asked: Sequence[Asked], num_completions: int, salt: int) -> list[list[Rollout]]:
         """Completions of each prompt by the policy that is loaded."""
-        return self.draw_tokens([each.token_ids for each in asked], num_completions, self.seed * 1_000_003 + salt)
+        return self.draw_tokens(
+            [each.token_ids for each in asked], num_completions, self.seed * SEEDS + salt * SALTED_SEEDS
+        )
 
     def draw_tokens(self, prompts: Sequence[Sequence[int]], num_completions: int, seed: int) -> list[list[Rollout]]:
         """The same of prompts in tokens, as PPO asks."""

@@ -18,14 +18,21 @@ Win rates are by the labelers' true utility, on held-out prompts, one completion
 Student's 95 % interval; with one seed, that seed's own over prompts. Goals that were missed say NO. The pretraining mix
 is WikiText-2's validation part, and the tax is measured on its test part: a policy that gives back more than was lost
 has learned WikiText, not got back what it knew. HellaSwag has nothing to do with the mix."""
+RAN_HEADINGS = ("experiment", "commit", "computed in", "CPU", "cores", "hours")
+RAN_MEANING = """\
+Hours are of one process, which may have shared its machine: they say what to expect, not how fast anything is."""
 RUNS_MEANING = """\
 Each row is one run of PPO: where it ended, in KL from the SFT policy; the true utility of the rollouts of its first
 round, of its best, and of its last; the learned score of its last; and why the run stopped itself, if it did. Where
 the score rises and the utility falls, the policy is over-optimised (Gao et al. 2022)."""
 
 
-def write_page(found: dict[str, list[dict[str, Any]]], result: BenchResult, folder: Path) -> Path:
-    """Writes the page: a table of all figures, one of all runs of PPO, and for each utility a plot against √KL."""
+def write_page(
+    found: dict[str, list[dict[str, Any]]], ran: dict[str, dict[str, Any]], result: BenchResult, folder: Path
+) -> Path:
+    """Writes the page: a table of all figures, one of all runs of PPO, for each utility a plot against √KL, and what
+    each experiment of `ran` ran on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     for name, seeds in found.items():
@@ -42,6 +49,9 @@ def write_page(found: dict[str, list[dict[str, Any]]], result: BenchResult, fold
         RUNS_MEANING,
         markdown_table(RUN_HEADINGS, run_rows(found)),
         *plots,
+        "## What each experiment ran on",
+        RAN_MEANING,
+        markdown_table(RAN_HEADINGS, (ran_row(name, each) for name, each in ran.items())),
     ]
     page = folder / "learning.md"
     page.write_text("\n\n".join(parts) + "\n")
@@ -63,6 +73,12 @@ def run_row(run: dict[str, Any]) -> list[str]:
     worth = [each["utility"] for each in rounds]
     numbers = root_kl(last), worth[0], max(worth), worth[-1], last["objective/score"]
     return [str(len(rounds)), *(f"{number:.2f}" for number in numbers), run["stopped"] or "-"]
+
+
+def ran_row(name: str, found: dict[str, Any]) -> list[str]:
+    """What this experiment ran on."""
+    on = found["on"]
+    return [name, on["commit"], on["computes_in"], on["cpu"], str(on["cores"]), f"{found['seconds'] / 3600:.1f}"]
 
 
 def root_kl(metrics: dict[str, Any]) -> float:

@@ -83,7 +83,10 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     figures = {figure.name: figure for figure in figures_of(everything)}
     assert figures["HH-RLHF accuracy: reward model"].met
     assert 0 <= figures["chat: ppo-ptx over base"].value <= 1
-    page = write_page(everything, bench_result("learning", list(figures.values())), tmp_path / "results")
+    on = {"commit": "abc1234", "computes_in": "bf16", "cpu": "a CPU", "cores": 2}
+    ran = {"chat-0": found | {"on": on, "seconds": 5400.0}}
+    page = write_page(everything, ran, bench_result("learning", list(figures.values())), tmp_path / "results")
+    assert "| chat-0 | abc1234 | bf16 | a CPU | 2 | 1.5 |" in page.read_text()
     assert "chat: ppo over sft" in page.read_text()
     assert "| chat, online, seed 0 | 3 |" in page.read_text()
     assert (tmp_path / "results" / "learning-chat.svg").stat().st_size > 5000
