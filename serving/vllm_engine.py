@@ -179,7 +179,9 @@ def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16"
 
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16"
+    onednn = torch.backends.mkldnn.is_available()
+    slow = on_cpu and not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "float32" if slow else "bfloat16"
 
 
 def prepare_cpu(config: ServingConfig) -> None:

@@ -30,7 +30,7 @@ def precision(dtype: torch.dtype) -> str:
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def autocast(device: torch.device) -> torch.autocast:
