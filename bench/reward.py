@@ -4,7 +4,8 @@
 
 Both train the whole of SmolLM2 in what training computes in here, one ranking of K completions an optimizer step. TRL
 reads a ranking expanded into its K (K - 1) / 2 pairs, as all open trainers do; ours reads the prompt once and each
-completion once. They run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
+completion once. The 36 pairs of K = 9 at once would take TRL more than 24 GiB, so it takes at most 12 and accumulates.
+They run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from training.reward_model import RewardModel
 
 KS = (4, 6, 9)
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 128
+MAX_TRL_BATCH = 12
 
 
 def main() -> None:
@@ -116,13 +118,21 @@ def _prompt_share(examples: Sequence[RankedExample], prompts: Sequence[int]) -> 
 
 
 def trl_padding(examples: Sequence[RankedExample]) -> float:
-    """Share of padding in TRL's batches: all pairs of a ranking, padded to the longest."""
+    """Share of padding in TRL's batches, each padded to its longest."""
     real, padded = 0, 0
     for example in examples:
         lengths = [len(example.group.prompt) + len(each) for each in example.group.completions]
-        rows = [lengths[side] for pair in comparisons(example.ranks) for side in pair]
-        real, padded = real + sum(rows), padded + max(rows) * len(rows)
+        pairs = comparisons(example.ranks)
+        size = trl_batch(len(pairs))
+        for start in range(0, len(pairs), size):
+            rows = [lengths[side] for pair in pairs[start : start + size] for side in pair]
+            real, padded = real + sum(rows), padded + max(rows) * len(rows)
     return 1 - real / padded
+
+
+def trl_batch(num_pairs: int) -> int:
+    """Pairs of a ranking that TRL takes at a time, so that equal batches make up one optimizer step."""
+    return max(size for size in range(1, MAX_TRL_BATCH + 1) if num_pairs % size == 0)
 
 
 def run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
@@ -149,6 +159,7 @@ def run_trl(
         for example in examples
         for chosen, rejected in comparisons(example.ranks)
     ]
+    num_pairs = len(rows) // len(examples)
     scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     clock = Clock()
     trainer = RewardTrainer(
@@ -157,7 +168,8 @@ def run_trl(
             output_dir=str(folder / "trl"),
             num_train_epochs=1,
             # In the order given: each step has all pairs of one ranking.
-            per_device_train_batch_size=len(rows) // len(examples),
+            per_device_train_batch_size=trl_batch(num_pairs),
+            gradient_accumulation_steps=num_pairs // trl_batch(num_pairs),
             train_sampling_strategy="sequential",
             max_length=None,
             bf16=CPU_DTYPE is torch.bfloat16,
