@@ -84,7 +84,7 @@ class PpoConfig(BaseModel):
     rollouts_per_prompt: int = Field(4, ge=1, description="Rollouts of each of these prompts.")
     max_tokens: int = Field(64, ge=1, description="Most tokens in one rollout.")
     max_prompt_tokens: int = Field(256, ge=1, description="Prompts longer than this are left out.")
-    num_epochs: int = Field(2, ge=1, description="Passes over the rollouts of one round.")
+    num_epochs: int = Field(1, ge=1, description="Passes over the rollouts of one round.")
     num_minibatches: int = Field(2, ge=1, description="Optimizer steps in one pass.")
     micro_batch_tokens: int = Field(
         4096, ge=1, description="Most tokens, padding included, in one forward pass; gradients are accumulated."

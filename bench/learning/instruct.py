@@ -68,7 +68,7 @@ class Size:
 
 
 QUICK = Size(96, range(4, 7), 32, 6, 3, 64, 4 * TAX_WINDOW, 40)
-FULL = Size(200, range(4, 10), 96, 6, 12, 300, 12 * TAX_WINDOW, 160)
+FULL = Size(200, range(4, 10), 96, 6, 15, 300, 12 * TAX_WINDOW, 160)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
