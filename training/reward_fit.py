@@ -131,6 +131,8 @@ def _train_layers(
             {"params": [model.heads_FE], "lr": config.head_learning_rate, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
+        # One pass over memory a tensor in place of a dozen: several times as fast on a CPU.
+        fused=True,
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     batches = shuffled_batches([len(example.group) for example in examples], config.batch_size, seed)
