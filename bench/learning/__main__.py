@@ -2,11 +2,11 @@
 
     python -m bench.learning --json FILE [--quick] [--seeds 3] [--only NAME ...]
 
-`--quick` runs one seed of one utility in miniature, in under 20 minutes: it shows that all of it works, and is no
-claim. The whole takes hours and can be stopped and gone on with: stages that are done lie in var/bench/learning, whole
-experiments (chat-0, plain-2, human ...) in docs/results/learning, with what they ran on; without its file one is run
-again. With `--only` several processes or machines can share the experiments, and one without it then reports them all
-in docs/results/learning.md.
+`--quick` runs one seed of one utility in miniature: it shows that all of it works, and is no claim. The whole takes
+hours and can be stopped and gone on with: stages that are done lie in var/bench/learning, whole experiments (chat-0,
+plain-2, human ...) in docs/results/learning, with what they ran on; without its file one is run again. With `--only`
+several processes or machines can share the experiments, and one without it then reports them all in
+docs/results/learning.md.
 """
 
 import argparse
@@ -87,10 +87,13 @@ def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds
 
     jobs: Jobs = {f"{name}-{seed}": functools.partial(run, name, seed) for name in utilities for seed in range(seeds)}
     jobs["human"] = lambda: human_preferences(base, seeds, num_comparisons)
-    return {name: functools.partial(once, results, name, functools.partial(told, job)) for name, job in jobs.items()}
+    return {
+        name: functools.partial(once, results, name, functools.partial(with_circumstances, job))
+        for name, job in jobs.items()
+    }
 
 
-def told(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the job found, and what that depends on besides its seed."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     computes_in = precision(compute_dtype(training_device()))

@@ -98,6 +98,7 @@ def test_sigterm_ends_all_in_order(supervisor: subprocess.Popen[str], tmp_path: 
 
 def test_kill_9_of_the_supervisor_ends_the_others_too(supervisor: subprocess.Popen[str], tmp_path: Path) -> None:
     children = [pid for verb, pid in pids(tmp_path).items() if verb != "supervisor"]
+    assert children and all(is_alive(pid) for pid in children)
     supervisor.kill()
     wait_until(lambda: not any(is_alive(pid) for pid in children), "the end of the children", timeout_s=15)
 

@@ -147,23 +147,26 @@ def test_rollouts_of_a_round_take_what_is_planned(number_bytes: int, shared: Sha
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "rank", "tolerance"),
+    ("checkpointing", "rank", "tolerances"),
     [
-        # States gathered for the logits are not counted: beside this small vocabulary they weigh a little.
-        pytest.param(False, 0, 0.03, id="full weights"),
+        # By the bytes of a number. In fp32 the states gathered for the logits, which are not counted, weigh more beside
+        # this small vocabulary.
+        pytest.param(False, 0, {2: 0.02, 4: 0.03}, id="full weights"),
         # peft casts what enters each adapter once more, which is not counted.
-        pytest.param(False, 4, 0.15, id="adapters"),
-        pytest.param(True, 0, 0.12, id="checkpointing"),
+        pytest.param(False, 4, {2: 0.15, 4: 0.15}, id="adapters"),
+        pytest.param(True, 0, {2: 0.10, 4: 0.12}, id="checkpointing"),
     ],
 )
 def test_activations_and_logits_peak_where_planned(
-    number_bytes: int, shared: SharedLayers, tiny_folder: Path, checkpointing: bool, rank: int, tolerance: float
+    number_bytes: int,
+    shared: SharedLayers,
+    tiny_folder: Path,
+    checkpointing: bool,
+    rank: int,
+    tolerances: Mapping[int, float],
 ) -> None:
-    work, groups = (
-        tiny_work(tiny_folder, number_bytes=number_bytes),
-        [Group(PROMPT * 4, (COMPLETION * 2, COMPLETION * 2))] * 4,
-    )
-    packed = pack(groups)
+    work, tolerance = tiny_work(tiny_folder, number_bytes=number_bytes), tolerances[number_bytes]
+    packed = pack([Group(PROMPT * 4, (COMPLETION * 2, COMPLETION * 2))] * 4)
     angles, hidden_GTD = shared.angles(packed), shared.encode(packed, [0])[0]
     policy = UpperLayers(shared.model, 0, 2).trainable(LoraConfig(rank=rank))
     policy.checkpointing = checkpointing
