@@ -92,7 +92,7 @@ def make_learner(
             {"params": trained_parameters(policy), "peak_lr": config.learning_rate},
             {"params": trained_parameters(value), "peak_lr": config.value_learning_rate},
         ],
-        betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, foreach=True,
+        betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True,
     )  # fmt: skip
     frozen = [model.requires_grad_(False) for model in (reward_model, judge)]
     return Learner(shared, reference, policy, value, frozen[0], frozen[1], optimizer, ranks)
@@ -150,6 +150,6 @@ def restore_learner(learner: Learner, state: Mapping[str, Tensor]) -> None:
     moments: dict[int, Weights] = {}
     for index in sorted({int(name.split(".")[1]) for name in state if name.startswith("optimizer.")}):
         saved = {name: state[f"optimizer.{index}.{name}"] for name in MOMENTS}
-        # AdamW counts its steps on the CPU.
+        # Where the optimizer counts its steps is its own matter: it moves them as it loads them.
         moments[index] = {n: t if n == "step" else placed(t, parameters[index]) for n, t in saved.items()}
     learner.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})

@@ -26,8 +26,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-
 MAX_BATCHED_TOKENS = 4096
+# Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have; 32
+# is the least it takes on a CPU.
+CPU_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class RolloutEngine:
             # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
+            block_size=CPU_BLOCK_SIZE if training_device().type == "cpu" else None,
             seed=seed,
             # Among several ranks vLLM must take the place that torchrun gave it, and not set out to make its own.
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,

@@ -17,12 +17,12 @@ from typing import Literal
 from training.logprobs import CHUNK_TOKENS
 from training.planning.workload import Workload
 
-Moment = Literal["reward model", "start of PPO", "update", "optimizer step", "checkpoint"]
+Moment = Literal["reward model", "start of PPO", "update", "checkpoint"]
 """The moments of a run at which memory may be fullest."""
 
 WHOLE: tuple[Moment, ...] = ("reward model", "start of PPO")
 """Those before the devices have divided the models."""
-PPO: tuple[Moment, ...] = ("update", "optimizer step", "checkpoint")
+PPO: tuple[Moment, ...] = ("update", "checkpoint")
 MOMENTS: tuple[Moment, ...] = (*WHOLE, *PPO)
 
 BF16, FP32 = 2, 4
@@ -169,8 +169,6 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
         ),
         MemoryPart("value model: weights, fp32", FP32 * value, PPO, layers),
         MemoryPart("value model: gradients and moments", (FP32 + ADAM) * value, PPO, layers),
-        # AdamW goes through the two models one after the other.
-        MemoryPart("optimizer's scratch", FP32 * max(policy, value), ("optimizer step",), few),
         MemoryPart("copy for the checkpoint", copied if saves else 0, ("checkpoint",), few),
     )  # fmt: skip
 
@@ -217,7 +215,7 @@ def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
         MemoryPart("value model: activations", value, ("update",), "ppo.micro_batch_tokens"),
         MemoryPart("logits of a chunk", logit_bytes(work, tokens), ("update",)),
         MemoryPart(
-            "rollouts of a round", round_bytes(work) / num_devices, ("update", "optimizer step"), "ppo.prompts_per_step"
+            "rollouts of a round", round_bytes(work) / num_devices, ("update",), "ppo.prompts_per_step"
         ),
     )  # fmt: skip
 
