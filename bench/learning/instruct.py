@@ -67,14 +67,17 @@ class Size:
     """Refreshes of the reward model during PPO where it is online; rankings and rounds are split evenly."""
 
 
-QUICK = Size(96, range(4, 7), 32, 6, 3, 64, 4 * TAX_WINDOW, 40)
-FULL = Size(200, range(4, 10), 96, 6, 15, 300, 12 * TAX_WINDOW, 160)
+QUICK = Size(60, range(4, 7), 32, 4, 3, 64, 4 * TAX_WINDOW, 20)
+FULL = Size(160, range(4, 10), 64, 4, 12, 300, 8 * TAX_WINDOW, 100)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
 def ppo_config(num_steps: int, text: Path | None) -> PpoConfig:
-    """The recipe as shipped; with the pretraining mix if there is text."""
-    return PpoConfig(num_steps=num_steps, ptx=PtxConfig(data=str(text)) if text else PtxConfig())
+    """The recipe as shipped, but for passes over a round's rollouts; with the pretraining mix if there is text.
+
+    Two passes: a dozen rounds are few, and drawing rollouts is most of what a round costs on a CPU.
+    """
+    return PpoConfig(num_steps=num_steps, num_epochs=2, ptx=PtxConfig(data=str(text)) if text else PtxConfig())
 
 
 @dataclass(frozen=True)
