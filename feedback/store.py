@@ -39,10 +39,10 @@ class RankedGroup:
 
 @dataclass(frozen=True)
 class StoredPrompt:
-    """A prompt that somebody sent."""
+    """A prompt, the sample that it was last sent for, and all users who ever sent it."""
 
     sample_id: str
-    user_id: str
+    user_ids: frozenset[str]
     prompt: types_pb2.Prompt
 
 
@@ -89,9 +89,15 @@ class Store:
         return self._scalar(select(func.count()).select_from(DEAD_LETTERS))
 
     def ranked_groups(
-        self, after_seq: int = 0, up_to_seq: int | None = None, up_to_sample_seq: int | None = None
+        self,
+        after_seq: int = 0,
+        up_to_seq: int | None = None,
+        up_to_sample_seq: int | None = None,
+        newest: int | None = None,
     ) -> list[RankedGroup]:
         """The rankings after this number with their samples, oldest first; only a user's latest of each sample.
+
+        With `newest`, only so many of them are read, the last ones.
 
         Left out are rankings whose sample is not here yet, completions that span a swap, and what then has fewer than
         two completions. A ranking whose sample came late appears under its old number.
@@ -100,9 +106,10 @@ class Store:
         a ranking after `up_to_seq` replaces none, and one whose sample is after `up_to_sample_seq` is left out.
         """
         statement = _current(RANKINGS, after_seq, up_to_seq).where(_up_to(SAMPLES.c.seq, up_to_sample_seq))
+        latest_first = statement.order_by(None).order_by(RANKINGS.c.seq.desc()).limit(newest)
         with self._engine.connect() as connection:
-            rows = connection.execute(statement).all()
-        groups = (_ranked_group(row) for row in rows)
+            rows = connection.execute(latest_first).all()
+        groups = (_ranked_group(row) for row in reversed(rows))
         return [group for group in groups if len(group.completions) >= 2]
 
     def demonstrations(self, after_seq: int = 0) -> list[StoredDemonstration]:
@@ -128,10 +135,18 @@ class Store:
             .subquery()
         )
         rows = select(SAMPLES).join(newest, SAMPLES.c.seq == newest.c.seq).order_by(SAMPLES.c.seq.desc())
+        sent = select(SAMPLES.c.prompt_digest, SAMPLES.c.user_id).where(_up_to(SAMPLES.c.seq, up_to_seq)).distinct()
+        users: dict[bytes, set[str]] = {}
         with self._engine.connect() as connection:
             found = connection.execute(rows).all()
+            for digest, user_id in connection.execute(sent):
+                users.setdefault(bytes(digest), set()).add(user_id)
         return [
-            StoredPrompt(row.event_id, row.user_id, events_pb2.SampleEvent.FromString(row.event).prompt)
+            StoredPrompt(
+                row.event_id,
+                frozenset(users[bytes(row.prompt_digest)]),
+                events_pb2.SampleEvent.FromString(row.event).prompt,
+            )
             for row in found
         ]
 

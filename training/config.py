@@ -28,6 +28,12 @@ class RewardModelConfig(BaseModel):
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of trained layers; cosine to 10 %.")
     head_learning_rate: float = Field(1e-3, gt=0, description="The same for the heads while layers are trained.")
     batch_size: int = Field(8, ge=1, description="Rankings in one optimizer step, where layers are trained.")
+    micro_batch_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Most tokens of a ranking, its prompt and all completions: the longest completions of a longer one "
+        "are left out. Where layers are trained, also the most in one forward pass; gradients are accumulated.",
+    )
     max_rankings: int = Field(2000, ge=1, description="Most rankings that a refresh learns from, the newest first.")
     replay_share: float = Field(
         0.5, ge=0, lt=1, description="Share of rankings already learned from, mixed with new ones, where layers train."

@@ -48,16 +48,23 @@ def make_dataset(
     *,
     held_out_share: float,
     max_prompt_tokens: int,
+    max_group_tokens: int,
 ) -> Dataset:
-    """Splits rankings and prompts by user and tokenizes them. Prompts longer than `max_prompt_tokens` are left out."""
-    held_out_texts = {_text(p.prompt) for p in prompts if is_held_out(p.user_id, held_out_share)}
+    """Splits rankings and prompts by user and tokenizes them.
+
+    Prompts longer than `max_prompt_tokens` are left out, and of a ranking longer than `max_group_tokens` the longest
+    completions: whatever users send, no row is longer than there is memory for.
+    """
+    measured = [group for group in groups if is_held_out(group.user_id, held_out_share)]
+    held_out_texts = {_text(group.prompt) for group in measured} | {
+        _text(p.prompt) for p in prompts if any(is_held_out(user, held_out_share) for user in p.user_ids)
+    }
     tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
     short = [prompt for prompt in tokenized if len(prompt.token_ids) <= max_prompt_tokens]
     learned = [g for g in groups if not (is_held_out(g.user_id, held_out_share) or _text(g.prompt) in held_out_texts)]
-    measured = [group for group in groups if is_held_out(group.user_id, held_out_share)]
     return Dataset(
-        training=_examples(tokenizer, learned, max_prompt_tokens),
-        held_out=_examples(tokenizer, measured, max_prompt_tokens),
+        training=_examples(tokenizer, learned, max_prompt_tokens, max_group_tokens),
+        held_out=_examples(tokenizer, measured, max_prompt_tokens, max_group_tokens),
         training_prompts=tuple(prompt for prompt in short if prompt.text not in held_out_texts),
         held_out_prompts=tuple(prompt for prompt in short if prompt.text in held_out_texts),
         rankings=log_ranges(learned),
@@ -98,18 +105,25 @@ def log_ranges(groups: Sequence[RankedGroup]) -> tuple[policy_manifest_pb2.LogRa
 
 
 def _examples(
-    tokenizer: PreTrainedTokenizerBase, groups: Sequence[RankedGroup], max_prompt_tokens: int
+    tokenizer: PreTrainedTokenizerBase, groups: Sequence[RankedGroup], max_prompt_tokens: int, max_group_tokens: int
 ) -> tuple[RankedExample, ...]:
     examples = []
     for group in groups:
         prompt = tuple(prompt_token_ids(tokenizer, group.prompt))
         encoded = [(completion_token_ids(tokenizer, each), each.rank) for each in group.completions]
         # A completion that was cut off before its first character has no token to score.
-        scored = [(tokens, rank) for tokens, rank in encoded if tokens]
+        scored = _fitting([(tokens, rank) for tokens, rank in encoded if tokens], max_group_tokens - len(prompt))
         if len(prompt) <= max_prompt_tokens and len({rank for _, rank in scored}) > 1:
             tokens, ranks = zip(*scored, strict=True)
             examples.append(RankedExample(Group(prompt, tokens), ranks, group.user_id, group.seq))
     return tuple(examples)
+
+
+def _fitting(scored: list[tuple[tuple[int, ...], int]], room: int) -> list[tuple[tuple[int, ...], int]]:
+    """In their order, the completions that are left when the longest have gone until all have room."""
+    while scored and sum(len(tokens) for tokens, _ in scored) > room:
+        scored.remove(max(scored, key=lambda each: len(each[0])))
+    return scored
 
 
 def _distinct(prompts: Sequence[StoredPrompt]) -> list[StoredPrompt]:

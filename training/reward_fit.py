@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from training.config import RewardModelConfig
 from training.device import compute_dtype
 from training.errors import TrainingError
-from training.groups import RankedExample, pack
+from training.groups import RankedExample, micro_batches, pack
 from training.policy_model import SharedLayers
 from training.ranking_loss import Comparisons, compare, margins, ranking_losses
 from training.reward_model import RewardModel, features_of, group_features
@@ -140,23 +140,27 @@ def _train_layers(
     for step, batch in enumerate(batches):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * cosine_to_tenth(step, len(batches))
-        packed = pack([examples[index].group for index in batch]).to(shared.device)
-        among = compare([examples[index].ranks for index in batch], [weights[index] for index in batch])
-        # A batch of light rankings is a light batch: divided by the mean weight of all, not by its own.
-        among = _on(replace(among, total_weight=mean_weight * len(batch)), shared.device)
-        scores_NE = model.standardized(features_of(model, shared, packed)) @ model.heads_FE
-        losses_E = ranking_losses(scores_NE, among, bootstrap_RE[batch].to(scores_NE.device))
-        penalty = config.l2 / 2 * model.heads_FE.square().sum(0).mean() / len(examples)
-        loss = losses_E.mean() + penalty
         optimizer.zero_grad()
-        loss.backward()
+        penalty = config.l2 / 2 * model.heads_FE.square().sum(0).mean()
+        penalty.backward()
+        loss, right = penalty.item(), []
+        for part in micro_batches([len(examples[index].group) for index in batch], config.micro_batch_tokens):
+            rows = [batch[index] for index in part]
+            packed = pack([examples[row].group for row in rows]).to(shared.device)
+            among = compare([examples[row].ranks for row in rows], [weights[row] for row in rows])
+            # A batch of light rankings is a light batch: divided by the mean weight of all, not by its own.
+            among = _on(replace(among, total_weight=mean_weight * len(batch)), shared.device)
+            scores_NE = model.standardized(features_of(model, shared, packed)) @ model.heads_FE
+            fitted = ranking_losses(scores_NE, among, bootstrap_RE[rows].to(scores_NE.device)).mean()
+            fitted.backward()
+            loss += fitted.item()
+            right += (margins(scores_NE.detach().mean(1), among) > 0).tolist()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        _check(loss.item())
+        _check(loss)
         optimizer.step()
         done += len(batch)
-        right_M = margins(scores_NE.detach().mean(1), among) > 0
-        share = float(right_M.float().mean()) if len(right_M) else 0.0
-        log(done - 1, len(examples), {"reward_model/loss": loss.item(), "reward_model/accuracy": share})
+        share = sum(right) / len(right) if right else 0.0
+        log(done - 1, len(examples), {"reward_model/loss": loss, "reward_model/accuracy": share})
     # As every weight is saved, and then as it is used.
     model.layers.bfloat16().to(compute_dtype(shared.device))
     model.requires_grad_(False)

@@ -72,12 +72,15 @@ def _open(place: Workplace, folder: RunFolder) -> Run:
     parents = Parents(*led(place.ranks, lambda: [place.client.get(version) for version in versions]))
     data = make_dataset(
         place.tokenizer,
-        place.store.ranked_groups(up_to_seq=origin.last_ranking_seq, up_to_sample_seq=origin.last_sample_seq)[
-            -config.reward_model.max_rankings :
-        ],
+        place.store.ranked_groups(
+            up_to_seq=origin.last_ranking_seq,
+            up_to_sample_seq=origin.last_sample_seq,
+            newest=config.reward_model.max_rankings,
+        ),
         place.store.prompts(MAX_STORED_PROMPTS, up_to_seq=origin.last_sample_seq),
         held_out_share=config.reward_model.held_out_share,
         max_prompt_tokens=config.ppo.max_prompt_tokens,
+        max_group_tokens=config.reward_model.micro_batch_tokens,
     )
     if not (data.training and data.training_prompts and data.held_out_prompts):
         raise TrainingError(

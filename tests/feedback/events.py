@@ -17,7 +17,9 @@ TOPIC_OF = {
 }
 
 
-def sample(sample_id: str = "s1", text: str = "Why?", num_completions: int = 3, spanning: int = -1) -> Message:
+def sample(
+    sample_id: str = "s1", text: str = "Why?", num_completions: int = 3, spanning: int = -1, user_id: str = "u"
+) -> Message:
     """A sample whose completions are named s1-0, s1-1, ..."""
     completions = [
         types_pb2.Completion(
@@ -33,7 +35,7 @@ def sample(sample_id: str = "s1", text: str = "Why?", num_completions: int = 3, 
     return events_pb2.SampleEvent(
         event_id=sample_id,
         event_time=Timestamp(seconds=TIME_S),
-        user_id="u",
+        user_id=user_id,
         prompt=types_pb2.Prompt(text=text),
         completions=completions,
     )

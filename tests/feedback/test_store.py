@@ -105,6 +105,21 @@ def test_prompts_come_once_each_the_newest_first(ledger: Ledger, store: Store) -
     assert [each.sample_id for each in store.prompts(1)] == ["s4"]
 
 
+def test_a_prompt_has_all_its_senders_up_to_the_bound(ledger: Ledger, store: Store) -> None:
+    write_events(ledger, sample("s1", "a", user_id="ann"), sample("s2", "a", user_id="bob"), sample("s3", "b"))
+    seq = store.last_sample_seq()
+    write_events(ledger, sample("s4", "a", user_id="eve"))
+    assert [each.user_ids for each in store.prompts(10)] == [{"ann", "bob", "eve"}, {"u"}]
+    assert [each.user_ids for each in store.prompts(10, up_to_seq=seq)] == [{"u"}, {"ann", "bob"}]
+
+
+def test_the_newest_rankings_come_oldest_first(ledger: Ledger, store: Store) -> None:
+    samples = [sample(f"s{number}") for number in range(4)]
+    write_events(ledger, *samples, *(ranking(f"r{number}", f"s{number}") for number in range(4)))
+    assert [group.ranking_id for group in store.ranked_groups(newest=2)] == ["r2", "r3"]
+    assert store.ranked_groups(newest=9) == store.ranked_groups()
+
+
 def test_with_bounds_a_reader_sees_what_was_there(ledger: Ledger, store: Store) -> None:
     write_events(ledger, sample("s1"), ranking("first", "s1"), ranking("early", "s2"))
     seq, sample_seq = store.last_seq(), store.last_sample_seq()

@@ -32,9 +32,18 @@ def group(seq: int, user: str, text: str, *completions: RankedCompletion) -> Ran
     return RankedGroup(seq, f"r{seq}", f"s{seq}", user, types_pb2.Prompt(text=text), ranked, position)
 
 
-def dataset(tokenizer: PreTrainedTokenizerBase, *groups: RankedGroup, max_prompt_tokens: int = 64) -> Dataset:
-    prompts = [StoredPrompt(each.sample_id, each.user_id, each.prompt) for each in groups]
-    return make_dataset(tokenizer, groups, prompts, held_out_share=SHARE, max_prompt_tokens=max_prompt_tokens)
+def dataset(tokenizer: PreTrainedTokenizerBase, *groups: RankedGroup, max_group_tokens: int = 256) -> Dataset:
+    """Of these rankings, and of the prompts as the store has them: each once, with all who sent it."""
+    senders: dict[str, set[str]] = {}
+    for each in groups:
+        senders.setdefault(each.prompt.text, set()).add(each.user_id)
+    prompts = [
+        StoredPrompt(f"s-{text}", frozenset(users), types_pb2.Prompt(text=text)) for text, users in senders.items()
+    ]
+    return make_dataset(
+        tokenizer, groups, prompts,
+        held_out_share=SHARE, max_prompt_tokens=64, max_group_tokens=max_group_tokens,
+    )  # fmt: skip
 
 
 def test_users_are_held_out_by_about_their_share() -> None:
@@ -49,6 +58,35 @@ def test_what_held_out_users_sent_is_never_trained_on(tokenizer: PreTrainedToken
     assert [prompt.text for prompt in data.training_prompts] == ["only learned"]
     assert [prompt.text for prompt in data.held_out_prompts] == ["both"]
     assert [(each.first_offset, each.last_offset) for each in data.rankings] == [(1, 1)]
+
+
+def test_a_prompt_stays_held_out_whoever_sends_it_later(tokenizer: PreTrainedTokenizerBase) -> None:
+    first = dataset(tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"))
+    then = dataset(
+        tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"), group(3, LEARNED, "both")
+    )
+    for data in (first, then):
+        assert [prompt.text for prompt in data.held_out_prompts] == ["both"]
+        assert [example.seq for example in data.training] == [2]
+
+
+def test_what_held_out_users_ranked_is_held_out_though_its_prompt_is_no_longer_listed(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    groups = [group(1, HELD_OUT, "both"), group(2, LEARNED, "both"), group(3, LEARNED, "only learned")]
+    data = make_dataset(tokenizer, groups, [], held_out_share=SHARE, max_prompt_tokens=64, max_group_tokens=256)
+    assert [example.seq for example in data.training] == [3]
+
+
+def test_the_longest_completions_are_left_out_until_a_ranking_has_room(tokenizer: PreTrainedTokenizerBase) -> None:
+    ranked = [completion("short", 1), completion("word " * 50, 0), completion("middling " * 3, 2)]
+    fits, cut, alone = (
+        dataset(tokenizer, group(1, LEARNED, "why", *ranked), max_group_tokens=room).training for room in (256, 40, 4)
+    )
+    assert [example.ranks for example in fits] == [(1, 0, 2)]
+    assert [example.ranks for example in cut] == [(1, 2)]
+    assert len(cut[0].group) <= 40
+    assert alone == ()
 
 
 def test_the_end_token_stands_only_where_the_policy_ended(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -179,7 +179,7 @@ def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
     own = layers * model.layer
     rankings = min(work.learned_rankings, PROBED_RANKINGS) if layers else work.learned_rankings
     features = 2 * FP32 * rankings * work.config.ppo.rollouts_per_prompt * work.features
-    tokens = config.batch_size * work.longest_row
+    row = config.micro_batch_tokens
     moment: tuple[Moment, ...] = ("reward model",)
     return (
         MemoryPart("reward model: trained", (2 * FP32 + ADAM) * own, moment, "reward_model.num_trained_layers"),
@@ -187,8 +187,8 @@ def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
         MemoryPart("reward model: weights as used", work.number_bytes * own, moment),
         MemoryPart("reward model: what the heads read", features, moment, "reward_model.max_rankings"),
         MemoryPart(
-            "reward model: activations of a batch", activation_bytes(work, layers, tokens, work.longest_row), moment,
-            "reward_model.batch_size",
+            "reward model: activations", activation_bytes(work, layers, row, row), moment,
+            "reward_model.micro_batch_tokens",
         ),
     )  # fmt: skip
 
