@@ -1,8 +1,9 @@
-"""How often a policy's completions beat the reference policy's on the same held-out prompts, by the reward model."""
+"""What a new policy is on held-out prompts: how often it beats the reference policy, and how far it is from it."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,35 @@ class WinRate:
     def count(self) -> int:
         """Prompts compared."""
         return self.wins + self.ties + self.losses
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What decides whether a new policy may go live."""
+
+    won: WinRate
+    """Against the reference policy, by the reward model."""
+    kl: Mean
+    """KL from the reference policy, in nats a completion."""
+
+
+def mean(values: Sequence[float]) -> Mean:
+    """The mean with its normal interval, which for a single value is that value. ValueError if there are none."""
+    if not values:
+        raise ValueError("a mean needs at least one value")
+    value = statistics.fmean(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Mean(value, value - Z_95 * error, value + Z_95 * error, len(values))
 
 
 def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinRate:

@@ -13,16 +13,16 @@ from torch import Tensor
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.artifact import MANIFEST, write_artifact
 from training.dataset import TokenizedPrompt
-from training.evaluate import WinRate
+from training.evaluate import Mean, Verdict, WinRate
 from training.policy_model import save_weights
 from training.probes import probes_of
 from training.publish import next_version, prompts_digest
 from training.workplace import Rewards, Run
 
-WIN_RATE = "reward_model/win_rate_over_reference"
+WIN_RATE, KL = "reward_model/win_rate_over_reference", "objective/kl_from_reference"
 
 
-def _manifest(run: Run, rewards: Rewards, won: WinRate) -> policy_manifest_pb2.PolicyManifest:
+def _manifest(run: Run, rewards: Rewards, verdict: Verdict) -> policy_manifest_pb2.PolicyManifest:
     """All of the manifest but what depends on the files."""
     data = run.data
     manifest = policy_manifest_pb2.PolicyManifest(
@@ -40,20 +40,24 @@ def _manifest(run: Run, rewards: Rewards, won: WinRate) -> policy_manifest_pb2.P
             num_prompts=len(data.training_prompts),
             prompts_digest=prompts_digest([prompt.sample_id for prompt in data.training_prompts]),
         ),
-        evaluations=[
-            policy_manifest_pb2.Evaluation(name=WIN_RATE, value=won.value, low=won.low, high=won.high, count=won.count)
-        ],
+        evaluations=[_evaluation(WIN_RATE, verdict.won), _evaluation(KL, verdict.kl)],
         code_version=metadata.version("alignd"),
     )
     manifest.create_time.FromNanoseconds(time.time_ns())
     return manifest
 
 
+def _evaluation(name: str, found: WinRate | Mean) -> policy_manifest_pb2.Evaluation:
+    return policy_manifest_pb2.Evaluation(
+        name=name, value=found.value, low=found.low, high=found.high, count=found.count
+    )
+
+
 def register(
-    run: Run, rewards: Rewards, weights: Mapping[str, Tensor], won: WinRate, probed: Sequence[TokenizedPrompt]
+    run: Run, rewards: Rewards, weights: Mapping[str, Tensor], verdict: Verdict, probed: Sequence[TokenizedPrompt]
 ) -> policy_service_pb2.Policy:
     """Writes and registers the version."""
-    manifest = _manifest(run, rewards, won)
+    manifest = _manifest(run, rewards, verdict)
     sequences = [prompt.token_ids for prompt in probed[: run.config.num_probes]]
 
     def write_files(draft: Path) -> None:
@@ -66,14 +70,21 @@ def register(
 
 
 def _reason(run: Run, manifest: policy_manifest_pb2.PolicyManifest) -> str:
-    won = manifest.evaluations[0]
-    return f"run {run.folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model"
+    won, kl = manifest.evaluations
+    return (
+        f"run {run.folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model, "
+        f"at a KL of {kl.value:.1f} nats"
+    )
 
 
 def go_live(run: Run, policy: policy_service_pb2.Policy) -> int:
-    """Asks for the version to go live if its win rate lets it. Harmless when repeated."""
+    """Asks for the version to go live if its win rate and its KL let it. Harmless when repeated.
+
+    PPO sees the KL of each round's policy but of the last, which is the one that it made.
+    """
     config, manifest = run.config, policy.manifest
-    promoted = config.promote and manifest.evaluations[0].low > config.min_win_rate
+    won, kl = manifest.evaluations
+    promoted = config.promote and won.low > config.min_win_rate and kl.value <= config.ppo.max_kl
     if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
         promoted = run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
     run.folder.rewind("register", 0)

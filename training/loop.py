@@ -250,6 +250,12 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
 
     A run that kills the trainer again and again is given up, so that there can be others.
     """
+    ended = _attempt(place, folder)
+    folder.survived_attempt()
+    return ended
+
+
+def _attempt(place: Workplace, folder: RunFolder) -> bool:
     from feedback.artifact import ArtifactError
     from training.parallel import led
     from training.run import run

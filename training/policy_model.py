@@ -23,14 +23,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training.config import LoraConfig
-from training.device import compute_dtype, training_device
+from training.device import autocast, compute_dtype, training_device
 from training.errors import TrainingError
-from training.groups import PackedGroups
+from training.groups import Group, PackedGroups, micro_batches, pack
 from training.logprobs import label_logprobs, label_logprobs_and_entropy
 from training.parallel import ALONE, Ranks, shard, whole
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER = "default"
+SCORING_TOKENS = 8192
+"""Most tokens, padding included, in a forward pass without gradients."""
 
 
 class ModelMismatchError(TrainingError):
@@ -159,6 +161,21 @@ def completion_logprobs_and_entropy(hidden_GTD: Tensor, head_VD: Tensor, packed:
     hidden_MD, labels_M = _predicting(hidden_GTD, packed)
     logprobs_M, entropy_M = label_logprobs_and_entropy(hidden_MD, head_VD, labels_M)
     return _on_mask(packed.mask_NC, logprobs_M), _on_mask(packed.mask_NC, entropy_M)
+
+
+@torch.no_grad()
+def reference_logprobs(shared: SharedLayers, groups: Sequence[Group]) -> list[float]:
+    """Log-probability of each group's completions by the reference policy, in nats, one after the other."""
+    norm = UpperLayers(shared.model, shared.num_layers, shared.num_layers)
+    found: dict[int, list[float]] = {}
+    for batch in micro_batches([len(group) for group in groups], SCORING_TOKENS):
+        packed = pack([groups[index] for index in batch]).to(shared.device)
+        hidden_GTD = shared.encode(packed, [shared.num_layers])[shared.num_layers]
+        with autocast(shared.device):
+            normed_GTD = norm(hidden_GTD, packed, shared.angles(packed))
+        logprobs_NC = completion_logprobs(normed_GTD, shared.head_VD, packed)
+        found.update(zip(batch, (each.tolist() for each in logprobs_NC.sum(1).split(packed.group_sizes)), strict=True))
+    return [logprob for index in range(len(groups)) for logprob in found[index]]
 
 
 def _predicting(hidden_GTD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,10 @@ class World:
     """Called between two rounds; may wait, or raise to end the run."""
 
 
+class _NotFiniteError(Exception):
+    """An update whose losses or gradients are not finite. The same on all ranks."""
+
+
 @dataclass
 class Progress:
     """How far a run is, beside the learner's own state."""
@@ -90,8 +94,8 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
     """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
 
     Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
-    last good policy if the run stopped itself. Raises TrainingError if a loss is not finite or nothing can be kept, or
-    if the ranks cannot divide an optimizer step's prompts.
+    last good policy if the run stopped itself. Raises TrainingError if it stops before its first update, so that
+    nothing can be kept, or if the ranks cannot divide an optimizer step's prompts.
     """
     steps = config.num_minibatches * learner.ranks.size
     if config.prompts_per_step % steps:
@@ -104,9 +108,12 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
     world.load_weights(merged_weights(learner.shared, learner.policy))
     while progress.step < config.num_steps:
         world.between_rounds()
-        reason, metrics = _round(learner, config, world, progress, next(turns), seed)
+        try:
+            reason, metrics = _round(learner, config, world, progress, next(turns), seed)
+        except _NotFiniteError as error:
+            reason, metrics = str(error), dict(progress.rounds[-1])
         if reason and progress.step == 0:
-            raise TrainingError(f"PPO stopped before its first update: {reason}")
+            raise TrainingError(f"PPO stopped in its first round: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
             world.load_weights(merged_weights(learner.shared, learner.policy))
@@ -164,7 +171,10 @@ def _save(learner: Learner, progress: Progress, folder: Path) -> None:
 def _round(
     learner: Learner, config: PpoConfig, world: World, progress: Progress, prompts: Sequence[Prompt], seed: int
 ) -> tuple[str | None, dict[str, Any]]:
-    """One round. Returns why it must not be gone on from, before any update then, and what was seen."""
+    """One round. Returns why it must not be gone on from, before any update then, and what was seen.
+
+    Raises _NotFiniteError in the middle of an update.
+    """
     started = time.perf_counter()
     round_seed = seed * PROMPT_SEED + progress.step * ROUND_SEED
     own = learner.ranks.share(len(prompts))
@@ -227,7 +237,7 @@ def _update(
             norm = float(whole(nn.utils.clip_grad_norm_(policy_parameters, config.max_grad_norm)))
             nn.utils.clip_grad_norm_(value_parameters, config.max_grad_norm)
             if not (math.isfinite(metrics["policy/loss"] + metrics["val/loss"]) and math.isfinite(norm)):
-                raise TrainingError(f"PPO: losses and gradients must be finite: norm {norm}, {metrics}")
+                raise _NotFiniteError(f"losses and gradients must be finite: norm {norm}, {metrics}")
             learner.optimizer.step()
             steps.append(metrics | {"policy/grad_norm": norm})
     names = dict.fromkeys(name for metrics in steps for name in metrics)

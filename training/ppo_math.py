@@ -32,10 +32,11 @@ def standardize(values_NC: Tensor, mask_NC: Tensor, mean: Tensor, deviation: Ten
 def adapted_kl_coef(kl_coef: float, kl: float, target_kl: float, num_rollouts: int, horizon: int) -> float:
     """Moves the coefficient so that KL goes to its target, by 20 % of num_rollouts / horizon at most.
 
-    The controller of Ziegler et al. 2019, section 2.2.
+    The controller of Ziegler et al. 2019, section 2.2; more rollouts than the horizon count as the horizon, so that
+    the coefficient stays positive.
     """
     error = min(0.2, max(-0.2, kl / target_kl - 1))
-    return kl_coef * (1 + error * num_rollouts / horizon)
+    return kl_coef * (1 + error * min(1.0, num_rollouts / horizon))
 
 
 def importance_weights(old_logprobs_NC: Tensor, sampler_logprobs_NC: Tensor, mask_NC: Tensor, cap: float) -> Tensor:

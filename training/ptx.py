@@ -38,7 +38,8 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
     from datasets.exceptions import DatasetNotFoundError
 
     if config.data.startswith("hf:"):
-        source, arguments = config.data.removeprefix("hf:"), {}
+        source, _, subset = config.data.removeprefix("hf:").partition(":")
+        arguments = {"name": subset} if subset else {}
     else:
         path = Path(config.data)
         suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
@@ -51,6 +52,9 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
         raise TrainingError(
             f"ptx.data: {config.data} cannot be had: {error}. Data sets are downloaded where HF_HUB_OFFLINE is 0"
         ) from error
+    except ValueError as error:
+        # It has no such part, or several and none was named, or nothing to train on.
+        raise TrainingError(f"ptx.data: {config.data} cannot be read: {error}") from error
     for epoch in itertools.count():
         num_texts = 0
         for row in dataset.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BUFFER):

@@ -28,9 +28,7 @@ from training.config import RewardModelConfig
 from training.device import autocast
 from training.errors import TrainingError
 from training.groups import Group, PackedGroups, micro_batches, pack
-from training.policy_model import SharedLayers, run_layers
-
-SCORING_TOKENS = 8192
+from training.policy_model import SCORING_TOKENS, SharedLayers, run_layers
 
 
 class RewardModel(nn.Module):

@@ -21,12 +21,19 @@ from training import ppo, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.dataset import TokenizedPrompt, make_dataset
 from training.errors import TrainingError
-from training.evaluate import WinRate, win_rate
+from training.evaluate import Verdict, mean, win_rate
 from training.groups import Group
-from training.handover import WIN_RATE, go_live, register
+from training.handover import KL, WIN_RATE, go_live, register
 from training.learner import Weights, make_learner
 from training.parallel import led
-from training.policy_model import SharedLayers, load_model, load_weights, merged_weights, upper_layers_of
+from training.policy_model import (
+    SharedLayers,
+    load_model,
+    load_weights,
+    merged_weights,
+    reference_logprobs,
+    upper_layers_of,
+)
 from training.publish import registered_by
 from training.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
 from training.reward_model import RewardModel, normalise, save, score_groups
@@ -57,9 +64,9 @@ def run(place: Workplace, folder: RunFolder) -> int:
     place.between_rounds(folder.path.name)
     # A prompt's seed is the first and its place: these begin where those of the reference's answers end.
     after = led(ranks, lambda: _sample(started, judged, started.config.seed + len(judged)))
-    won = _judge(started, rewards, judged, after)
+    verdict = _judge(started, rewards, judged, after)
     place.between_rounds(folder.path.name)
-    return led(ranks, lambda: go_live(started, register(started, rewards, weights, won, judged)))
+    return led(ranks, lambda: go_live(started, register(started, rewards, weights, verdict, judged)))
 
 
 def _open(place: Workplace, folder: RunFolder) -> Run:
@@ -205,22 +212,26 @@ def _pretraining(run: Run) -> Iterator[tuple[int, ...]] | None:
     return ptx.sequences(texts, run.place.tokenizer, config.sequence_tokens)
 
 
-def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout]) -> WinRate:
+def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout]) -> Verdict:
     """The new policy against the reference on held-out prompts, by the reward model; writes samples of both."""
+    groups = _groups(prompts, after)
     scores, reference_scores = (
-        torch.cat(score_groups(rewards.model, run.shared, _groups(prompts, rollouts))).tolist()
-        for rollouts in (after, rewards.before)
+        torch.cat(score_groups(rewards.model, run.shared, each)).tolist()
+        for each in (groups, _groups(prompts, rewards.before))
     )
-    won = win_rate(scores, reference_scores)
-    led(run.place.ranks, lambda: _write_evaluation(run, rewards, prompts, after, won))
-    return won
+    by_reference = reference_logprobs(run.shared, groups)
+    log_ratios = [sum(each.logprobs) - logprob for each, logprob in zip(after, by_reference, strict=True)]
+    verdict = Verdict(win_rate(scores, reference_scores), mean(log_ratios))
+    led(run.place.ranks, lambda: _write_evaluation(run, rewards, prompts, after, verdict))
+    return verdict
 
 
 def _write_evaluation(
-    run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout], won: WinRate
+    run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout], verdict: Verdict
 ) -> None:
     run.folder.rewind("evaluate", 0)
-    metrics = {WIN_RATE: won.value, "low": won.low, "high": won.high}
+    won = verdict.won
+    metrics = {WIN_RATE: won.value, "low": won.low, "high": won.high, KL: verdict.kl.value}
     run.folder.log("evaluate", 0, 1, metrics | {"wins": won.wins, "ties": won.ties, "losses": won.losses})
     rows = itertools.islice(zip(prompts, rewards.before, after, strict=True), NUM_SAMPLE_PAIRS)
     run.folder.write_samples([SamplePair(prompt.text, _decode(run, b), _decode(run, a)) for prompt, b, a in rows])

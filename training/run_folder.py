@@ -73,14 +73,22 @@ class RunFolder:
         """What the run began from."""
         return Origin(**json.loads((self.state / "origin.json").read_text()))
 
+    @property
+    def _attempts(self) -> Path:
+        return self.state / "attempts.json"
+
     def begin_attempt(self) -> int:
-        """Counts the attempts that came no further than those before them, and this one."""
-        path = self.state / "attempts.json"
+        """Counts this attempt and those before it that killed the trainer and came no further than it begins."""
+        path = self._attempts
         reached = sorted(str(each.relative_to(self.state)) for each in self.state.glob("*/*/"))
         before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         count = int(before["count"]) + 1 if before.get("reached") == reached else 1
         write_json(path, {"reached": reached, "count": count})
         return count
+
+    def survived_attempt(self) -> None:
+        """The trainer is alive: what ended the attempt is no reason to give the run up."""
+        self._attempts.unlink(missing_ok=True)
 
     def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. `step` counts from 0."""

@@ -6,6 +6,7 @@ itself.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -49,9 +50,14 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
     learned = [each for each in stored if not is_held_out(each.user_id, config.sft.validation_share)]
     shared = SharedLayers(load_model(parents.reference_folder))
     rewards = _reward_model(config, shared, folder.path.parent, parents)
-    prompts = sorted({_prompt(place, each) for each in held_out})
+    asked = {_prompt(place, each) for each in held_out}
+    # The engine has room for no longer ones.
+    prompts = sorted(prompt for prompt in asked if len(prompt) <= config.ppo.max_prompt_tokens)
     if not prompts:
-        raise TrainingError("SFT: no demonstration is of a user that sft.validation_share holds out")
+        raise TrainingError(
+            "SFT: of the users that sft.validation_share holds out there is no demonstration for a prompt of at most "
+            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
+        )
 
     def judge(weights: dict[str, Tensor]) -> float:
         place.between_rounds(folder.path.name)
@@ -80,7 +86,8 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
         seed=config.seed,
         log=log,
     )
-    return _register(place, folder, parents, weights, max(epoch.score for epoch in epochs), prompts)
+    score = max(epoch.score for epoch in epochs if math.isfinite(epoch.loss))
+    return _register(place, folder, parents, weights, score, prompts)
 
 
 def _reward_model(config: TrainingConfig, shared: SharedLayers, runs_dir: Path, parents: Parents) -> RewardModel:

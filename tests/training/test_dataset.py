@@ -62,9 +62,7 @@ def test_what_held_out_users_sent_is_never_trained_on(tokenizer: PreTrainedToken
 
 def test_a_prompt_stays_held_out_whoever_sends_it_later(tokenizer: PreTrainedTokenizerBase) -> None:
     first = dataset(tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"))
-    then = dataset(
-        tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"), group(3, LEARNED, "both")
-    )
+    then = dataset(tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"), group(3, LEARNED, "both"))
     for data in (first, then):
         assert [prompt.text for prompt in data.held_out_prompts] == ["both"]
         assert [example.seq for example in data.training] == [2]
