@@ -63,8 +63,8 @@ class PtxConfig(BaseModel):
 
     data: str = Field(
         "",
-        description="Pretraining text: a .txt, .jsonl or .parquet file, each optionally .gz, or hf:name of a Hugging "
-        "Face dataset; empty for plain PPO.",
+        description="Pretraining text: a .txt, .jsonl or .parquet file, each optionally .gz, or hf:name or "
+        "hf:name:part of a Hugging Face dataset; empty for plain PPO.",
     )
     text_field: str = Field("text", min_length=1, description="Field of the text in .jsonl, .parquet and datasets.")
     examples_per_episode: float = Field(

@@ -1,6 +1,7 @@
 """The trainer as a process beside a real policy service and store: rankings in, a live policy version out."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -30,6 +31,7 @@ from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
 from training.dataset import is_held_out
 from training.loop import MOST_ATTEMPTS, SFT_SUFFIX, Cursor, is_due, last_began, run_once
+from training.parallel import ALONE
 from training.run_folder import Origin, RunFolder
 from training.workplace import Workplace
 
@@ -280,6 +282,19 @@ def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     assert run_once(cast(Workplace, None), folder)
     (line,) = lines(folder.path / "metrics.jsonl")
     assert (line["phase"], str(MOST_ATTEMPTS) in str(line["reason"])) == ("stopped", True)
+
+
+def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path) -> None:
+    """The disk is full, however often it is tried: the run waits."""
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+
+    def full(run_id: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    nobody = cast(Any, None)
+    place = Workplace(nobody, nobody, nobody, tmp_path, nobody, full, ALONE)
+    assert [run_once(place, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
+    assert folder.begin_attempt() == 1
 
 
 HOUR = 3600.0

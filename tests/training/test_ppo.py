@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from tests.training.learning import PPO, PROMPTS, fitted, learner_of, ranked_examples, silent, world_of, worths
-from training import ppo
+from training import ppo, ptx
 from training.config import LoraConfig, PtxConfig
 from training.errors import TrainingError
 from training.experience import gather
 from training.groups import Group
-from training.learner import trained_parameters
-from training.policy_model import SharedLayers, merged_weights
+from training.learner import Weights, trained_parameters, trained_weights
+from training.policy_model import SharedLayers, merged_weights, upper_layers_of
 from training.reward_evaluation import evaluate_rewards
 from training.reward_model import normalise, score_groups
 from training.rollouts import Rollout
+
+Gradients = list[list[Tensor]]
 
 
 def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
@@ -97,6 +99,58 @@ def test_a_loss_that_is_not_finite_is_an_error(shared: SharedLayers, tiny_folder
     world, _ = world_of(tiny_folder, PPO)
     with pytest.raises(TrainingError, match="must be finite"):
         ppo.train(learner, PPO, world, seed=0)
+
+
+def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: SharedLayers, tiny_folder: Path) -> None:
+    learner = learner_of(shared, tiny_folder, PPO, fitted(shared))
+    seen: list[dict[str, Any]] = []
+    good: list[Weights] = []
+
+    def poison() -> None:
+        if len(seen) == 2:
+            good.append(trained_weights(learner.policy))
+            with torch.no_grad():
+                learner.value.head_F[0] = torch.nan
+
+    world, sampler = world_of(tiny_folder, PPO, kept(seen))
+    reason = ppo.train(learner, PPO, replace(world, between_rounds=poison), seed=0)
+    assert reason is not None
+    assert "must be finite" in reason
+    assert len(seen) == 3
+    assert seen[-1]["stopped/reason"] == reason
+    assert all(torch.equal(tensor, good[0][name]) for name, tensor in trained_weights(learner.policy).items())
+    for name, tensor in merged_weights(shared, learner.policy).items():
+        assert torch.equal(sampler.model.state_dict()[name], tensor)
+
+
+def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: Iterator[tuple[int, ...]]) -> Gradients:
+    """The policy's gradients at each optimizer step of one round."""
+    config = PPO.model_copy(update={"num_steps": 1, "max_grad_norm": 1e9, "ptx": mix})
+    learner = learner_of(shared, folder, config, fitted(shared, count=20))
+    found: Gradients = []
+
+    def keep(*_: Any) -> None:
+        found.append([p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None])
+
+    learner.optimizer.register_step_pre_hook(keep)
+    world, _ = world_of(folder, config, pretraining=text if mix.data else None)
+    assert ppo.train(learner, config, world, seed=0) is None
+    return found
+
+
+def test_one_step_is_taken_on_the_sum_of_both_gradients(shared: SharedLayers, tiny_folder: Path) -> None:
+    mix = PtxConfig(data="given by the test", gamma=0.5)
+    plain = stepped_gradients(shared, tiny_folder, PtxConfig(), iter(()))
+    mixed = stepped_gradients(shared, tiny_folder, mix, endless_text())
+    # As many sequences as a minibatch has rollouts.
+    drawn = list(itertools.islice(endless_text(), PPO.prompts_per_step * PPO.rollouts_per_prompt // 2))
+    policy = upper_layers_of(tiny_folder, shared, PPO.num_frozen_layers, LoraConfig())
+    ptx.add_gradient(policy, shared, drawn, gamma=0.5, max_tokens=PPO.micro_batch_tokens)
+    text = [p.grad for p in trained_parameters(policy) if p.grad is not None]
+    assert len(mixed) == len(plain) == PPO.num_minibatches
+    # Only the first step is from the same weights.
+    for both, one, other in zip(mixed[0], plain[0], text, strict=True):
+        torch.testing.assert_close(both, one + other, rtol=1e-3, atol=1e-6)
 
 
 class KilledError(Exception):

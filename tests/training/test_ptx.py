@@ -110,6 +110,17 @@ def test_texts_come_from_each_kind_of_file_again_and_again(tmp_path: Path, tiny_
     assert tokenizer.eos_token in joined
 
 
+def test_a_data_set_of_several_parts_is_read_by_its_name_and_that_of_a_part(tmp_path: Path) -> None:
+    for part in "ab":
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps({"text": f"of {part}"}) + "\n")
+    parts = "".join(f"- config_name: {part}\n  data_files: {part}.jsonl\n" for part in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    assert next(ptx.pretraining_texts(PtxConfig(data=f"hf:{tmp_path}:b"), seed=0)) == "of b"
+    for name in ("", ":c"):
+        with pytest.raises(TrainingError, match=r"ptx\.data: hf:.* cannot be read"):
+            next(ptx.pretraining_texts(PtxConfig(data=f"hf:{tmp_path}{name}"), seed=0))
+
+
 def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "empty.txt").write_text("\n\n")

@@ -25,7 +25,8 @@ from training.rollouts import Rollout, RolloutEngine
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 EOS = 2
-PROMPTS = [(1, 50 + i, 90, 17, 33 + i) for i in range(6)]
+# Longer than a block of the KV cache on a CPU, 32 tokens, and nearly all shared: what the prefix cache is for.
+PROMPTS = [(1, *range(60, 100), 50 + i, 90, 17, 33 + i) for i in range(6)]
 # A bf16 logit of size 4 is known to 2^-7; two engines add up what differs on the way.
 TOLERANCE = 0.05
 
