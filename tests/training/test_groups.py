@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.groups import Group, micro_batches, pack
-from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
+from training.policy_model import SharedLayers, UpperLayers, completion_logprobs, reference_logprobs
 
 GROUPS = [
     Group((1, 5, 9, 300), ((7, 8, 2), (11,), (12, 13, 14, 15, 2))),
@@ -32,6 +32,13 @@ def test_packed_logprobs_equal_separate_full_softmax(shared: SharedLayers, level
         expected = naive_logprobs(shared, prompt, completion)
         torch.testing.assert_close(logprobs_NC[row, : len(completion)].double(), expected, atol=1e-5, rtol=0)
         assert not logprobs_NC[row, len(completion) :].any()
+
+
+def test_the_reference_reads_each_completion_as_a_full_softmax_would(shared: SharedLayers) -> None:
+    shared.model.float()
+    alone = [(group.prompt, completion) for group in GROUPS for completion in group.completions]
+    expected = [float(naive_logprobs(shared, prompt, completion).sum()) for prompt, completion in alone]
+    assert reference_logprobs(shared, GROUPS) == pytest.approx(expected, abs=1e-4)
 
 
 def test_last_place_is_the_last_token_of_each_completion() -> None:

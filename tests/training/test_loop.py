@@ -169,6 +169,9 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     (ranges,) = manifest.training.rankings
     assert (ranges.topic, ranges.first_offset, ranges.last_offset) == (RANKINGS, learned[0], learned[-1])
     assert len(manifest.probes) == 2
+    won, kl = manifest.evaluations
+    assert (won.count, kl.count) == (8, 8)
+    assert abs(kl.value - float(cast(float, steps[-1]["objective/kl"]))) < 1
 
     assert "version 2" in (folder / "REPORT.html").read_text()
     assert not (folder / "state").exists()
@@ -202,17 +205,24 @@ SFT = (
 
 
 def write_demonstrations(store_url: str, count: int) -> None:
-    """What users would have wanted of the samples that are there."""
-    batch = []
-    for index in range(count):
+    """What users would have wanted of the samples that are there, and of one whose prompt no engine has room for."""
+    held_out = next(index for index in range(4) if is_held_out(f"user-{index}", 0.4))
+    long = events_pb2.SampleEvent(
+        event_id=f"s{count}", user_id=f"user-{held_out}", prompt=types_pb2.Prompt(text="why " * 400)
+    )
+    long.event_time.FromSeconds(1_700_000_050)
+    batch = [Delivered(Position(SAMPLES, 0, count), b"long", long.SerializeToString(), long.event_id)]
+    for index in (*range(count), count):
+        user = index % 4 if index < count else held_out
         event = events_pb2.DemonstrationEvent(
-            event_id=f"d{index}", user_id=f"user-{index % 4}", sample_id=f"s{index}", text="in the garden, with soil"
+            event_id=f"d{index}", user_id=f"user-{user}", sample_id=f"s{index}", text="in the garden, with soil"
         )
         event.event_time.FromSeconds(1_700_000_100 + index)
         position = Position(DEMONSTRATIONS, 0, index)
         batch.append(Delivered(position, event.sample_id.encode(), event.SerializeToString(), event.event_id))
     ledger = Ledger(store_url)
-    ledger.write(batch, ledger.offsets(), {(DEMONSTRATIONS, 0): Offset("log", count)})
+    after = {(SAMPLES, 0): Offset("log", count + 1), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
+    ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 
 
@@ -252,10 +262,10 @@ async def digest_and_lines(serving: Serving, folder: Path) -> tuple[str, list[di
     return live.manifest.weight_digest, written
 
 
-@pytest.mark.timeout(300)  # vLLM starts four times
-async def test_a_trainer_killed_twice_makes_what_one_does_that_lives(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.timeout(400)  # vLLM starts six times
+async def test_a_trainer_killed_in_each_phase_makes_what_one_does_that_lives(tmp_path: Path, tiny_folder: Path) -> None:
     found = []
-    for name, phases in (("alive", []), ("killed", ["reward_model_evaluation", "ppo"])):
+    for name, phases in (("alive", []), ("killed", ["reward_model_evaluation", "ppo", "evaluate", "register"])):
         folder = tmp_path / name
         folder.mkdir()
         write_rankings(f"sqlite:///{folder}/store.db", 16)

@@ -1,6 +1,9 @@
 """The reward model's fit: a convex minimum, weights, warm starts, layers of its own, and what it is unsure of."""
 
+import itertools
+import math
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -105,6 +108,61 @@ def test_the_evaluation_counts_what_it_says(shared: SharedLayers) -> None:
         assert sum(int(row[-1] or 0) for row in table) == found.num_comparisons
     assert [row[0] for row in found.by_labeler] == ["l0", "l1", "l2", "l3"]
     assert all(0.5 <= float(row[0] or 0) <= 1 for row in found.calibration)
+
+
+def test_the_tables_are_those_of_a_plain_count(shared: SharedLayers) -> None:
+    model, examples = fitted(shared), ranked_examples(shared, 30, seed=6)
+    drawn = random.Random(0)
+    # Some tied, some of three completions of other lengths.
+    examples = [
+        RankedExample(
+            Group(
+                each.group.prompt, tuple(c[: drawn.randrange(1, 9)] for c in each.group.completions[: 3 + index % 2])
+            ),
+            ((0, 1, 1, 2) if index % 3 else each.ranks)[: 3 + index % 2], each.labeler, each.seq,
+        )
+        for index, each in enumerate(examples)
+    ]  # fmt: skip
+    rows: list[tuple[int, str, int, float, float]] = []
+    for example in examples:
+        (scores_K,) = score_groups(model, shared, [example.group])
+        lengths = [len(completion) for completion in example.group.completions]
+        for a, b in itertools.permutations(range(len(lengths)), 2):
+            if example.ranks[a] < example.ranks[b]:
+                margin = float(scores_K[a] - scores_K[b])
+                rows.append((len(lengths), example.labeler, lengths[a] - lengths[b], margin > 0, abs(margin)))
+    found = evaluate_rewards(model, shared, examples)
+    assert found is not None
+
+    def share(chosen: Iterable[tuple[int, str, int, float, float]]) -> list[float]:
+        right = [row[3] for row in chosen]
+        return [pytest.approx(sum(right) / len(right)), len(right)]
+
+    assert [found.accuracy, found.num_comparisons] == share(rows)
+    assert found.by_k == [[k, *share(row for row in rows if row[0] == k)] for k in (3, 4)]
+    assert sorted(found.by_labeler, key=str) == [
+        [name, *share(row for row in rows if row[1] == name)] for name in ("l0", "l1", "l2", "l3")
+    ]
+    edges = [(None, -20), (-20, -5), (-5, 5), (5, 20), (20, None)]
+    assert found.by_length_difference == [
+        [low, high, *share(chosen)]
+        for low, high in edges
+        if (chosen := [row for row in rows if (-99 if low is None else low) <= row[2] < (99 if high is None else high)])
+    ]
+    fifth = sorted(rows, key=lambda row: row[4])[: found.calibration[0][-1]]
+    sure = sum(1 / (1 + math.exp(-row[4])) for row in fifth) / len(fifth)
+    assert found.calibration[0] == [pytest.approx(sure, abs=1e-4), *share(fifth)]
+
+
+def test_passes_of_few_tokens_change_memory_and_not_what_is_learned(shared: SharedLayers) -> None:
+    examples, found = ranked_examples(shared, 24, seed=7), []
+    for tokens in (4096, 1):
+        config = LAYERED.model_copy(update={"micro_batch_tokens": tokens, "batch_size": 6})
+        model = RewardModel(shared, config)
+        fit(model, shared, examples, config, seed=0, warm=False, log=silent)
+        found.append(torch.cat(score_groups(model, shared, [example.group for example in examples])))
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.999
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.02)
 
 
 def test_no_comparison_no_evaluation(shared: SharedLayers) -> None:
