@@ -47,6 +47,15 @@ class StoredPrompt:
 
 
 @dataclass(frozen=True)
+class StoredSample:
+    """A prompt and its completions, without those that span a swap."""
+
+    sample_id: str
+    prompt: types_pb2.Prompt
+    completions: tuple[types_pb2.Completion, ...]
+
+
+@dataclass(frozen=True)
 class StoredDemonstration:
     """What a user wanted to read in answer to a sample's prompt."""
 
@@ -111,6 +120,25 @@ class Store:
             rows = connection.execute(latest_first).all()
         groups = (_ranked_group(row) for row in reversed(rows))
         return [group for group in groups if len(group.completions) >= 2]
+
+    def unranked(
+        self, limit: int, up_to_seq: int | None = None, up_to_sample_seq: int | None = None
+    ) -> list[StoredSample]:
+        """The newest samples that nobody has ranked, of two completions or more; at most `limit` are read.
+
+        Bounds as in `ranked_groups`.
+        """
+        is_ranked = exists().where(RANKINGS.c.sample_id == SAMPLES.c.event_id, _up_to(RANKINGS.c.seq, up_to_seq))
+        newest = (
+            select(SAMPLES.c.event)
+            .where(_up_to(SAMPLES.c.seq, up_to_sample_seq), ~is_ranked)
+            .order_by(SAMPLES.c.seq.desc())
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            rows = connection.execute(newest).all()
+        samples = (_sample(events_pb2.SampleEvent.FromString(row.event)) for row in rows)
+        return [sample for sample in samples if len(sample.completions) >= 2]
 
     def demonstrations(self, after_seq: int = 0) -> list[StoredDemonstration]:
         """The demonstrations after this number, oldest first; only a user's latest of each sample.
@@ -189,6 +217,11 @@ def _current(table: Table, after_seq: int, up_to_seq: int | None = None) -> Sele
         .where(table.c.seq > after_seq, _up_to(table.c.seq, up_to_seq), ~is_replaced)
         .order_by(table.c.seq)
     )
+
+
+def _sample(sample: events_pb2.SampleEvent) -> StoredSample:
+    whole = tuple(each for each in sample.completions if not each.spans_swap)
+    return StoredSample(sample.event_id, sample.prompt, whole)
 
 
 def _demonstration(row: Row[Any]) -> StoredDemonstration:

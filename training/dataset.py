@@ -56,12 +56,12 @@ def make_dataset(
     completions: whatever users send, no row is longer than there is memory for.
     """
     measured = [group for group in groups if is_held_out(group.user_id, held_out_share)]
-    held_out_texts = {_text(group.prompt) for group in measured} | {
-        _text(p.prompt) for p in prompts if any(is_held_out(user, held_out_share) for user in p.user_ids)
+    held_out_texts = {text_of(group.prompt) for group in measured} | {
+        text_of(p.prompt) for p in prompts if any(is_held_out(user, held_out_share) for user in p.user_ids)
     }
     tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
     short = [prompt for prompt in tokenized if len(prompt.token_ids) <= max_prompt_tokens]
-    learned = [g for g in groups if not (is_held_out(g.user_id, held_out_share) or _text(g.prompt) in held_out_texts)]
+    learned = [g for g in groups if not (is_held_out(g.user_id, held_out_share) or text_of(g.prompt) in held_out_texts)]
     return Dataset(
         training=_examples(tokenizer, learned, max_prompt_tokens, max_group_tokens),
         held_out=_examples(tokenizer, measured, max_prompt_tokens, max_group_tokens),
@@ -127,14 +127,14 @@ def _fitting(scored: list[tuple[tuple[int, ...], int]], room: int) -> list[tuple
 
 
 def _distinct(prompts: Sequence[StoredPrompt]) -> list[StoredPrompt]:
-    return list({_text(prompt.prompt): prompt for prompt in prompts}.values())
+    return list({text_of(prompt.prompt): prompt for prompt in prompts}.values())
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: StoredPrompt) -> TokenizedPrompt:
-    return TokenizedPrompt(prompt.sample_id, _text(prompt.prompt), tuple(prompt_token_ids(tokenizer, prompt.prompt)))
+    return TokenizedPrompt(prompt.sample_id, text_of(prompt.prompt), tuple(prompt_token_ids(tokenizer, prompt.prompt)))
 
 
-def _text(prompt: types_pb2.Prompt) -> str:
+def text_of(prompt: types_pb2.Prompt) -> str:
     """All that was said, one turn a line: what makes two prompts the same to a reader."""
     if prompt.WhichOneof("content") == "text":
         return prompt.text

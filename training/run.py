@@ -24,6 +24,7 @@ from training.errors import TrainingError
 from training.evaluate import Verdict, mean, win_rate
 from training.groups import Group
 from training.handover import KL, WIN_RATE, go_live, register
+from training.label_next import label_next
 from training.learner import Weights, make_learner
 from training.parallel import led
 from training.policy_model import (
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 MAX_STORED_PROMPTS = 100_000
 NUM_SAMPLE_PAIRS = 20
+MAX_UNRANKED, NUM_LABEL_NEXT = 64, 20
 
 
 def run(place: Workplace, folder: RunFolder) -> int:
@@ -59,6 +61,7 @@ def run(place: Workplace, folder: RunFolder) -> int:
     if earlier:
         return led(ranks, lambda: go_live(started, earlier))
     rewards = _rewards(started)
+    led(ranks, lambda: _name_what_to_label(started, rewards.model))
     judged = _judged(started)
     weights = _optimise(started, rewards)
     place.between_rounds(folder.path.name)
@@ -150,6 +153,14 @@ def _fit(run: Run) -> Rewards:
     normalise(judge, torch.cat(score_groups(judge, shared, references)))
     folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
     return Rewards(model, judge, fitted, before)
+
+
+def _name_what_to_label(run: Run, model: RewardModel) -> None:
+    origin = run.folder.origin()
+    unranked = run.place.store.unranked(MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
+    longest = run.config.reward_model.micro_batch_tokens
+    found = label_next(model, run.shared, run.place.tokenizer, unranked, max_group_tokens=longest)
+    run.folder.write_label_next(found[:NUM_LABEL_NEXT])
 
 
 def _sample(run: Run, prompts: Sequence[TokenizedPrompt], seed: int) -> list[Rollout]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from training.config import TrainingConfig
 
-METRICS = "metrics.jsonl"
+METRICS, LABEL_NEXT = "metrics.jsonl", "label_next.jsonl"
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,17 @@ class SamplePair:
     prompt: str
     before: str
     after: str
+
+
+@dataclass(frozen=True)
+class Unranked:
+    """A sample that nobody has ranked, and how unsure the reward model is of its order."""
+
+    sample_id: str
+    uncertainty: float
+    """Mean, over pairs of its completions, of the heads' standard deviation of the difference in score."""
+    prompt: str
+    completions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,10 @@ class RunFolder:
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:
         """Writes samples.jsonl."""
         replace_file(self.path / "samples.jsonl", "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+
+    def write_label_next(self, samples: Sequence[Unranked]) -> None:
+        """Writes label_next.jsonl."""
+        replace_file(self.path / LABEL_NEXT, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
 
     def end(self) -> None:
         """Removes what the run would have been resumed from, what makes it unfinished first."""

@@ -120,6 +120,16 @@ def test_the_newest_rankings_come_oldest_first(ledger: Ledger, store: Store) -> 
     assert store.ranked_groups(newest=9) == store.ranked_groups()
 
 
+def test_samples_that_nobody_ranked_come_the_newest_first(ledger: Ledger, store: Store) -> None:
+    cut = sample("s3", num_completions=2, spanning=0)
+    write_events(ledger, sample("s1"), sample("s2"), cut, sample("s4", spanning=1), ranking("r", "s2"))
+    found = store.unranked(9)
+    assert [each.sample_id for each in found] == ["s4", "s1"]
+    assert [each.completion_id for each in found[0].completions] == ["s4-0", "s4-2"]
+    assert [each.sample_id for each in store.unranked(1)] == ["s4"]
+    assert [each.sample_id for each in store.unranked(9, up_to_seq=0, up_to_sample_seq=2)] == ["s2", "s1"]
+
+
 def test_with_bounds_a_reader_sees_what_was_there(ledger: Ledger, store: Store) -> None:
     write_events(ledger, sample("s1"), ranking("first", "s1"), ranking("early", "s2"))
     seq, sample_seq = store.last_seq(), store.last_sample_seq()

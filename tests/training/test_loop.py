@@ -87,7 +87,7 @@ async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
 
 
 def write_rankings(store_url: str, count: int) -> None:
-    """Rankings of four completions each, by four users, the longer the better."""
+    """Rankings of four completions each, by four users, the longer the better; and a sample that nobody ranked."""
     batch = []
     for index in range(count):
         user, sample_id = f"user-{index % 4}", f"s{index}"
@@ -109,8 +109,13 @@ def write_rankings(store_url: str, count: int) -> None:
             batch.append(
                 Delivered(Position(topic, 0, index), sample_id.encode(), event.SerializeToString(), event.event_id)
             )
+    unranked = events_pb2.SampleEvent(event_id="unranked", user_id="user-0", prompt=prompt, completions=completions[:2])
+    unranked.event_time.FromSeconds(1_700_000_040)
+    place = Position(SAMPLES, 0, count)
+    batch.append(Delivered(place, b"unranked", unranked.SerializeToString(), unranked.event_id))
     ledger = Ledger(store_url)
-    ledger.write(batch, ledger.offsets(), {(topic, 0): Offset("log", count) for topic in (SAMPLES, RANKINGS)})
+    after = {(SAMPLES, 0): Offset("log", count + 1), (RANKINGS, 0): Offset("log", count)}
+    ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 
 
@@ -157,6 +162,9 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert {"objective/kl", "objective/score", "policy/clipfrac", "completion/eos_rate"} <= steps[0].keys()
     assert TrainingConfig.model_validate_json((folder / "recipe.json").read_text()) == CONFIG
     assert set(lines(folder / "samples.jsonl")[0]) == {"prompt", "before", "after"}
+
+    (unsure,) = lines(folder / "label_next.jsonl")
+    assert (unsure["sample_id"], len(cast(str, unsure["completions"]))) == ("unranked", 2)
 
     async with grpc.aio.insecure_channel(serving.address) as channel:
         stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
@@ -211,7 +219,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
         event_id=f"s{count}", user_id=f"user-{held_out}", prompt=types_pb2.Prompt(text="why " * 400)
     )
     long.event_time.FromSeconds(1_700_000_050)
-    batch = [Delivered(Position(SAMPLES, 0, count), b"long", long.SerializeToString(), long.event_id)]
+    batch = [Delivered(Position(SAMPLES, 0, count + 1), b"long", long.SerializeToString(), long.event_id)]
     for index in (*range(count), count):
         user = index % 4 if index < count else held_out
         event = events_pb2.DemonstrationEvent(
@@ -221,7 +229,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
         position = Position(DEMONSTRATIONS, 0, index)
         batch.append(Delivered(position, event.sample_id.encode(), event.SerializeToString(), event.event_id))
     ledger = Ledger(store_url)
-    after = {(SAMPLES, 0): Offset("log", count + 1), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
+    after = {(SAMPLES, 0): Offset("log", count + 2), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
     ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 

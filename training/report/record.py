@@ -14,7 +14,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
-from training.run_folder import SamplePair
+from training.run_folder import LABEL_NEXT, SamplePair, Unranked
 
 Record = Mapping[str, Any]
 RECORD_KEYS = frozenset({"time", "phase", "step", "num_steps"})
@@ -54,6 +54,7 @@ class Run:
     name: str
     records: Sequence[Record]
     samples: Sequence[SamplePair]
+    label_next: Sequence[Unranked]
     recipe: Mapping[str, Any]
     manifest: PolicyManifest | None
     notes: Sequence[str]
@@ -69,9 +70,10 @@ def read_run(folder: Path) -> Run:
     """Reads what is there; what is not, or cannot be read, is left empty."""
     metrics = read_lines(folder / "metrics.jsonl")
     samples = read_lines(folder / "samples.jsonl", {"prompt", "before", "after"})
+    unranked = read_lines(folder / LABEL_NEXT, {"sample_id", "uncertainty", "prompt", "completions"})
     notes = [
         f"{lines.num_unreadable} of the lines of {name} could not be read."
-        for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples))
+        for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples), (LABEL_NEXT, unranked))
         if lines.num_unreadable
     ]
     recipe = _read_json(folder / "recipe.json", notes)
@@ -82,7 +84,12 @@ def read_run(folder: Path) -> Run:
         except ParseError as error:
             notes.append(f"manifest.json is no policy manifest: {error}")
     pairs = [SamplePair(str(s["prompt"]), str(s["before"]), str(s["after"])) for s in samples.found]
-    return Run(folder.resolve().name, metrics.found, pairs, recipe, manifest, notes)
+    least_sure = [
+        Unranked(str(u["sample_id"]), float(u["uncertainty"]), str(u["prompt"]), tuple(map(str, u["completions"])))
+        for u in unranked.found
+        if isinstance(u["uncertainty"], int | float) and isinstance(u["completions"], list)
+    ]
+    return Run(folder.resolve().name, metrics.found, pairs, least_sure, recipe, manifest, notes)
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:

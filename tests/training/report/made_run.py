@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToJson
 
 from alignd.v1.policy_manifest_pb2 import Evaluation, LogRange, PolicyManifest, TrainingLineage
 from training.config import PpoConfig, TrainingConfig
-from training.run_folder import RunFolder, SamplePair
+from training.run_folder import RunFolder, SamplePair, Unranked
 
 HOSTILE = "<script>alert('x')</script> & \"more\""
 RUN_ID = "20261124T101500-a1b2c3"
@@ -107,6 +107,11 @@ def make_lines(num_steps: int = 40) -> list[dict[str, Any]]:
     return lines
 
 
+LABEL_NEXT = [
+    Unranked(f"s{index}", 1.25 - index / 10, f"Unranked question {index}?", ("First.", HOSTILE)) for index in range(7)
+]
+
+
 def make_manifest() -> PolicyManifest:
     return PolicyManifest(
         version=2,
@@ -137,6 +142,7 @@ def make_folder(
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if samples:
         run.write_samples(samples)
+        run.write_label_next(LABEL_NEXT)
     if manifest:
         (run.path / "manifest.json").write_text(MessageToJson(make_manifest()))
     return run.path

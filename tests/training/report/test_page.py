@@ -69,6 +69,13 @@ def test_page_shows_what_a_policy_wrote_as_text(page: Page) -> None:
         assert text in page.text
 
 
+def test_page_names_what_to_label_next_the_least_sure_first(page: Page) -> None:
+    places = [page.text.index(f"Unranked question {index}?") for index in range(7)]
+    assert places == sorted(places)
+    assert "the heads differ by 1.25" in page.text
+    assert page.text.count("2 more") == 1
+
+
 def test_page_has_every_plot_in_the_colours_of_the_page(page: Page) -> None:
     svgs = re.findall(r"<svg.*?</svg>", page.html, flags=re.DOTALL)
     assert len(svgs) == page.tags.count("figcaption") == NUM_PLOTS

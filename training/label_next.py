@@ -1,0 +1,65 @@
+"""What to label next: of the samples that nobody ranked, those on whose order the reward model's heads differ most.
+
+The heads were fitted to the same rankings with random weights, so where they differ more rankings would teach most.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from alignd.v1 import types_pb2
+from feedback.rendering import prompt_token_ids
+from feedback.store import StoredSample
+from training.dataset import completion_token_ids_of, text_of
+from training.groups import Group
+from training.policy_model import SharedLayers
+from training.reward_model import RewardModel, group_features
+from training.run_folder import Unranked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def label_next(
+    model: RewardModel,
+    shared: SharedLayers,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[StoredSample],
+    *,
+    max_group_tokens: int,
+) -> list[Unranked]:
+    """The samples, the least sure first. Those with an empty completion, or longer than may be, are left out."""
+    groups = [(sample, _group(tokenizer, sample)) for sample in samples]
+    readable = [(sample, group) for sample, group in groups if group and len(group) <= max_group_tokens]
+    features = group_features(model, shared, [group for _, group in readable])
+    found = [
+        Unranked(
+            sample.sample_id,
+            uncertainty(model.standardized(features_KF) @ model.heads_FE),
+            text_of(sample.prompt),
+            tuple(each.text for each in sample.completions),
+        )
+        for (sample, _), features_KF in zip(readable, features, strict=True)
+    ]
+    return sorted(found, key=lambda sample: -sample.uncertainty)
+
+
+def uncertainty(scores_KE: Tensor) -> float:
+    """Mean, over pairs of completions, of the standard deviation over heads of the difference of their scores."""
+    pairs = list(itertools.combinations(range(len(scores_KE)), 2))
+    differences_ME = torch.stack([scores_KE[one] - scores_KE[other] for one, other in pairs])
+    return float(differences_ME.std(1).mean())
+
+
+def _group(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> Group | None:
+    completions = [
+        completion_token_ids_of(tokenizer, each.text, ended=each.finish_reason == types_pb2.FINISH_REASON_STOP)
+        for each in sample.completions
+    ]
+    return Group(tuple(prompt_token_ids(tokenizer, sample.prompt)), tuple(completions)) if all(completions) else None
