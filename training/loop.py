@@ -125,6 +125,7 @@ def run_sft_once(
             folder.log("stopped", 0, 1, {"reason": str(error)})
             raise
         finally:
+            _write_reports(folder)
             folder.end()
     return version
 

@@ -39,13 +39,12 @@ from training.publish import registered_by
 from training.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
 from training.reward_model import RewardModel, normalise, save, score_groups
 from training.rollouts import Rollout
-from training.run_folder import RunFolder, SamplePair
+from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
 from training.workplace import Parents, Rewards, Run, Workplace
 
 logger = logging.getLogger(__name__)
 
 MAX_STORED_PROMPTS = 100_000
-NUM_SAMPLE_PAIRS = 20
 MAX_UNRANKED, NUM_LABEL_NEXT = 64, 20
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from training.config import TrainingConfig
 
+NUM_SAMPLE_PAIRS = 20
 METRICS, LABEL_NEXT = "metrics.jsonl", "label_next.jsonl"
 
 

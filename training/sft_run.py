@@ -6,9 +6,11 @@ itself.
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,23 +20,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import write_artifact
+from feedback.artifact import MANIFEST, write_artifact
 from feedback.rendering import prompt_token_ids
 from training.config import TrainingConfig
-from training.dataset import completion_token_ids_of, is_held_out
+from training.dataset import completion_token_ids_of, is_held_out, text_of
 from training.errors import TrainingError
 from training.groups import Group
-from training.policy_model import WEIGHTS_FILE, SharedLayers, copy_settings, load_model
+from training.policy_model import WEIGHTS_FILE, SharedLayers, copy_settings, load_model, load_weights
 from training.probes import probes_of
 from training.publish import next_version
 from training.refresh import REWARD_MODEL_FILE, current
 from training.reward_model import RewardModel, load, score_groups
-from training.run_folder import RunFolder
+from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
 from training.sft import Demonstration, Epoch, fine_tune
 from training.workplace import Parents, Workplace
 
 if TYPE_CHECKING:
     from feedback.store import StoredDemonstration
+
+logger = logging.getLogger(__name__)
 
 SCORE = "reward_model/mean_score_on_validation_prompts"
 
@@ -50,7 +54,7 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
     learned = [each for each in stored if not is_held_out(each.user_id, config.sft.validation_share)]
     shared = SharedLayers(load_model(parents.reference_folder))
     rewards = _reward_model(config, shared, folder.path.parent, parents)
-    asked = {_prompt(place, each) for each in held_out}
+    asked = {_prompt(place, each): text_of(each.prompt) for each in held_out}
     # The engine has room for no longer ones.
     prompts = sorted(prompt for prompt in asked if len(prompt) <= config.ppo.max_prompt_tokens)
     if not prompts:
@@ -59,7 +63,10 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
             f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
         )
 
-    def judge(weights: dict[str, Tensor]) -> float:
+    answers: list[list[tuple[int, ...]]] = []
+    """Of the reference policy, and of each epoch."""
+
+    def judge(weights: Mapping[str, Tensor]) -> float:
         place.between_rounds(folder.path.name)
         place.engine.load_weights(weights)
         drawn = place.engine.sample(
@@ -69,12 +76,18 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
             seed=config.seed,
             eos_token_id=place.tokenizer.eos_token_id,
         )
-        groups = [Group(prompt, (each[0].token_ids,)) for prompt, each in zip(prompts, drawn, strict=True)]
+        answers.append([each[0].token_ids for each in drawn])
+        groups = [Group(prompt, (answer,)) for prompt, answer in zip(prompts, answers[-1], strict=True)]
         return float(torch.cat(score_groups(rewards, shared, groups)).mean())
 
     def log(epoch: Epoch) -> None:
         metrics = {"sft/loss": epoch.loss, "sft/score": epoch.score}
         folder.log("sft", epoch.index, config.sft.num_epochs, metrics)
+        logger.info(
+            "epoch %d of %d: loss %.3f  score %.2f", epoch.index + 1, config.sft.num_epochs, epoch.loss, epoch.score
+        )
+
+    folder.log("sft_reference", 0, 1, {"sft/score": judge(load_weights(parents.reference_folder))})
 
     weights, epochs = fine_tune(
         parents.reference_folder,
@@ -86,8 +99,14 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
         seed=config.seed,
         log=log,
     )
-    score = max(epoch.score for epoch in epochs if math.isfinite(epoch.loss))
-    return _register(place, folder, parents, weights, score, prompts)
+    best = max((epoch for epoch in epochs if math.isfinite(epoch.loss)), key=lambda epoch: epoch.score)
+    folder.write_samples(
+        [
+            SamplePair(asked[prompt], _decode(place, before), _decode(place, after))
+            for prompt, before, after in zip(prompts, answers[0], answers[best.index + 1], strict=True)
+        ][:NUM_SAMPLE_PAIRS]
+    )
+    return _register(place, folder, parents, weights, best.score, prompts)
 
 
 def _reward_model(config: TrainingConfig, shared: SharedLayers, runs_dir: Path, parents: Parents) -> RewardModel:
@@ -103,6 +122,10 @@ def _reward_model(config: TrainingConfig, shared: SharedLayers, runs_dir: Path, 
 
 def _prompt(place: Workplace, each: StoredDemonstration) -> tuple[int, ...]:
     return tuple(prompt_token_ids(place.tokenizer, each.prompt))
+
+
+def _decode(place: Workplace, token_ids: tuple[int, ...]) -> str:
+    return str(place.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def _tokens(place: Workplace, each: StoredDemonstration) -> Demonstration:
@@ -138,6 +161,7 @@ def _register(
         manifest.probes.extend(probes_of(draft, prompts[: config.num_probes]))
 
     written, complete = write_artifact(place.policies_dir, manifest, write_files)
+    shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
     reason = f"run {folder.path.name}: SFT, score {score:.2f} by the reward model"
     folder.log("register", 0, 1, {"version": version, "promoted": 0.0})
     return place.client.register(complete, written, reason)

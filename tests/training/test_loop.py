@@ -201,7 +201,12 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert tuned.manifest.training.algorithm == "sft"
     assert tuned.manifest.weight_digest != live.manifest.weight_digest
     newest = max((tmp_path / "runs").glob("*/metrics.jsonl"))
-    assert [line["phase"] for line in lines(newest)] == ["sft", "sft", "register", "done"]
+    assert [line["phase"] for line in lines(newest)] == ["sft_reference", "sft", "sft", "register", "done"]
+    left = {path.name for path in newest.parent.iterdir()}
+    assert left == {"recipe.json", "metrics.jsonl", "samples.jsonl", "manifest.json", "REPORT.html", "tensorboard"}
+    page = (newest.parent / "REPORT.html").read_text()
+    assert "Version 3 is the reference policy fine-tuned on demonstrations, epoch" in page
+    assert "Where version 3 comes from" in page
 
 
 SFT = (

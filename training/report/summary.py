@@ -19,6 +19,8 @@ WIN_RATE = "reward_model/win_rate_over_reference"
 COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
 ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
 PHASES = {
+    "sft_reference": "sampling the reference policy",
+    "sft": "fine-tuning",
     "reward_model": "fitting the reward model",
     "reward_model_evaluation": "judging the reward model",
     "normalise": "sampling the reference policy",
@@ -80,6 +82,13 @@ def finding(run: Run) -> str:
         if version:
             return f"The run registered version {version}, then stopped: {reason}"
         return f"The run stopped {_where(records[:-1])}, and made no version: {reason}"
+    if last["phase"] == "done" and (epochs := fine_tuning(run)):
+        best, reference = best_epoch(epochs), _number(last_of(records, "sft_reference"), "sft/score")
+        return (
+            f"Version {version} is the reference policy fine-tuned on demonstrations, epoch {best['step'] + 1} of "
+            f"{len(epochs)}: its score by the reward model is {_number(best, 'sft/score'):.2f}, the reference's "
+            f"{reference:.2f}."
+        )
     won = last_of(records, "evaluate")
     if not won:
         return f"The run has not ended: its records break off {_where(records)}."
@@ -89,6 +98,16 @@ def finding(run: Run) -> str:
         clauses.append(f"it was {'' if promoted else 'not '}promoted")
     clauses += [f"PPO stopped itself at step {step['step'] + 1} of {step['num_steps']}" for step in _cut_short(run)]
     return _capitalized("; ".join(clauses)) + "."
+
+
+def fine_tuning(run: Run) -> list[Record]:
+    """The epochs of SFT; none in a run of PPO."""
+    return [record for record in run.records if record["phase"] == "sft"]
+
+
+def best_epoch(epochs: Sequence[Record]) -> Record:
+    """The one that was kept: of those with a finite loss the one with the highest score."""
+    return max(epochs, key=lambda epoch: (math.isfinite(_number(epoch, "sft/loss")), _number(epoch, "sft/score")))
 
 
 def _where(records: Sequence[Record]) -> str:
@@ -165,6 +184,14 @@ def figures(run: Run) -> list[Figure]:
     won, rewards = last_of(run.records, "evaluate"), last_of(run.records, "reward_model_evaluation")
     return [
         *_outcome(won, last_of(run.records, "register")),
+        *(
+            Figure(
+                f"epoch {epoch['step'] + 1}",
+                f"{_number(epoch, 'sft/score'):.2f}",
+                f"score, by the reward model; loss {_number(epoch, 'sft/loss'):.3f} nats a token",
+            )
+            for epoch in fine_tuning(run)
+        ),
         *_of_metrics(run.steps, POLICY_FIGURES),
         *_reward_model(rewards),
         *_evaluations(run),
