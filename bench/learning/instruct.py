@@ -67,7 +67,7 @@ class Size:
     """Refreshes of the reward model during PPO where it is online; rankings and rounds are split evenly."""
 
 
-QUICK = Size(60, range(4, 7), 32, 4, 3, 64, 4 * TAX_WINDOW, 20)
+QUICK = Size(48, range(4, 7), 24, 4, 3, 48, 4 * TAX_WINDOW, 20)
 FULL = Size(160, range(4, 10), 64, 4, 12, 300, 8 * TAX_WINDOW, 100)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 

@@ -123,6 +123,43 @@ def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: Sha
         assert torch.equal(sampler.model.state_dict()[name], tensor)
 
 
+def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLayers, tiny_folder: Path) -> None:
+    config = PPO.model_copy(update={"num_steps": 3, "ema_decay": 0.6, "num_warmup_steps": 1})
+    learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
+    rates: list[list[float]] = []
+    learner.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
+    weights = [trained_weights(learner.policy)]
+    world, sampler = world_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
+    assert ppo.train(learner, config, world, seed=0) is None
+    peaks = [config.learning_rate, config.value_learning_rate]
+    assert rates == [pytest.approx([peak * factor for peak in peaks]) for factor in (0.5, 0.5, 1, 1, 1, 1)]
+    for name, found in trained_weights(learner.policy).items():
+        expected = weights[0][name]
+        for each in weights[1:]:
+            expected = 0.6 * expected + 0.4 * each[name]
+        torch.testing.assert_close(found, expected)
+    for name, tensor in merged_weights(shared, learner.policy).items():
+        assert torch.equal(sampler.model.state_dict()[name], tensor)
+
+
+def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:
+    learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=60))
+    _, sampler = world_of(tiny_folder, PPO)
+    rows = list(zip(PROMPTS, sampler.sample(PROMPTS, seed=1), strict=True))
+    free, clipped = (
+        torch.cat([
+            each.scores_N
+            for minibatch in gather(learner, PPO.model_copy(update={"score_clip": clip}), rows, 0.02, seed=3)
+            for each in minibatch
+        ])
+        for clip in (100.0, 0.5)
+    )  # fmt: skip
+    assert float(free.max()) > 0.5 > -0.5 > float(free.min())
+    assert torch.equal(clipped, free.clamp(-0.5, 0.5))
+
+
 def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: Iterator[tuple[int, ...]]) -> Gradients:
     """The policy's gradients at each optimizer step of one round."""
     config = PPO.model_copy(update={"num_steps": 1, "max_grad_norm": 1e9, "ptx": mix})

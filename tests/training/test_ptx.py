@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -94,7 +95,9 @@ def test_texts_come_from_each_kind_of_file_again_and_again(tmp_path: Path, tiny_
     texts = [f"the garden number {i}" for i in range(5)]
     (tmp_path / "a.txt").write_text("\n".join(texts))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps({"body": t}) for t in texts).encode()))
+    Dataset.from_dict({"text": texts}).to_parquet(tmp_path / "c.parquet")
     for config in (
+        PtxConfig(data=str(tmp_path / "c.parquet")),
         PtxConfig(data=str(tmp_path / "a.txt")),
         PtxConfig(data=str(tmp_path / "b.jsonl.gz"), text_field="body"),
     ):

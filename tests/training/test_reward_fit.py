@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training.learning import REWARD_MODEL, fitted, ranked_examples, silent
-from training.groups import Group, RankedExample
+from training.groups import Group, RankedExample, pack
 from training.policy_model import SharedLayers
 from training.ranking_loss import compare, ranking_losses
 from training.reward_evaluation import clustered_share, evaluate_rewards
 from training.reward_fit import bootstrap_weights, fit, labeler_weights, shuffled_batches
-from training.reward_model import RewardModel, load, save, score_groups
+from training.reward_model import RewardModel, last_features, load, running_features, save, score_groups
 
 LAYERED = REWARD_MODEL.model_copy(update={"num_layers": 2, "num_trained_layers": 1, "learning_rate": 1e-3})
 
@@ -66,6 +66,25 @@ def test_scores_of_a_group_equal_scores_one_by_one(shared: SharedLayers) -> None
             for completion in example.group.completions
         ]
         assert together.tolist() == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_heads_read_the_last_state_and_the_mean_of_those_that_predict_and_it(shared: SharedLayers, level: int) -> None:
+    shared.model.float()
+    model = RewardModel(shared, REWARD_MODEL.model_copy(update={"num_layers": level}))
+    groups = [Group((1, 5, 9, 300), ((7, 8, 2), (11,))), Group((1, 40), ((200, 201, 202, 203),))]
+    packed = pack(groups)
+    angles = shared.angles(packed)
+    hidden_GTD = model.hidden(shared.encode(packed, [model.first])[model.first], packed, angles)
+    whole_NF, running_NCF = last_features(hidden_GTD, packed), running_features(hidden_GTD, packed)
+    alone = [(group.prompt, completion) for group in groups for completion in group.completions]
+    for row, (prompt, completion) in enumerate(alone):
+        states = shared.model(torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states
+        read_TD = states[level][0, len(prompt) - 1 :]
+        torch.testing.assert_close(whole_NF[row], torch.cat([read_TD[-1], read_TD.mean(0)]), atol=1e-5, rtol=1e-4)
+        for place in range(len(completion)):
+            expected_F = torch.cat([read_TD[place], read_TD[: place + 1].mean(0)])
+            torch.testing.assert_close(running_NCF[row, place], expected_F, atol=1e-5, rtol=1e-4)
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.floats(0.05, 1.0))
