@@ -32,12 +32,13 @@ from feedback.comparisons import comparisons
 from training.config import RewardModelConfig
 from training.groups import Group, RankedExample
 from training.policy_model import SharedLayers, load_model
-from training.reward_fit import fit
+from training.reward_fit import fit, shuffled_batches
 from training.reward_model import RewardModel
 
 KS = (4, 6, 9)
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 128
 MAX_TRL_BATCH = 12
+SEED = 0
 
 
 def main() -> None:
@@ -87,10 +88,12 @@ def compare(
     k: int, examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[Figure]:
     """Both sides on these rankings, in turns; the first step of each run warms up and does not count."""
+    # TRL gets them in the order that ours takes them, so that the same rankings count on both sides.
+    in_turn = [examples[index] for (index,) in shuffled_batches([len(each.group) for each in examples], 1, SEED)]
     ours, peer = [], []
     for _ in range(2):
         ours += run_ours(examples, model)
-        peer += run_trl(examples, model, tokenizer, folder)
+        peer += run_trl(in_turn, model, tokenizer, folder)
     rates, peer_rates = ([1 / seconds for seconds in side] for side in (ours, peer))
     faster = [rate * statistics.median(peer) for rate in rates]
     shared = sum(len(example.group) for example in examples)
@@ -141,7 +144,7 @@ def run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
     config = RewardModelConfig(num_layers=shared.num_layers, num_trained_layers=shared.num_layers, batch_size=1)
     ended = []
     fit(
-        RewardModel(shared, config), shared, examples, config, seed=0, warm=True,
+        RewardModel(shared, config), shared, examples, config, seed=SEED, warm=True,
         log=lambda step, num_steps, metrics: ended.append(time.perf_counter()),
     )  # fmt: skip
     return [after - before for before, after in itertools.pairwise(ended)]

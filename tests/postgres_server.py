@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.kafka_broker import free_port
@@ -48,7 +48,9 @@ def running_postgres(folder: Path) -> Iterator[str]:
     finally:
         stopped = subprocess.run([*control, "-m", "immediate", "stop"], check=False, capture_output=True, cwd="/")
         if stopped.returncode != 0:
-            os.kill(server, signal.SIGKILL)
+            # It also ends by itself, once its folder is gone.
+            with suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
 
 
 def _programs() -> Path:
