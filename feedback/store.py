@@ -39,10 +39,10 @@ class RankedGroup:
 
 @dataclass(frozen=True)
 class StoredPrompt:
-    """A prompt, the sample that it was last sent for, and all users who ever sent it."""
+    """A prompt, the sample that it was last sent for, and the user who was the first to send it."""
 
     sample_id: str
-    user_ids: frozenset[str]
+    first_user_id: str
     prompt: types_pb2.Prompt
 
 
@@ -155,26 +155,24 @@ class Store:
         With `up_to_seq`, of the samples up to this number alone, so that the answer does not change when more come.
         """
         newest = (
-            select(func.max(SAMPLES.c.seq).label("seq"))
+            select(func.max(SAMPLES.c.seq).label("last"), func.min(SAMPLES.c.seq).label("first"))
             .where(_up_to(SAMPLES.c.seq, up_to_seq))
             .group_by(SAMPLES.c.prompt_digest)
             .order_by(func.max(SAMPLES.c.seq).desc())
             .limit(limit)
             .subquery()
         )
-        rows = select(SAMPLES).join(newest, SAMPLES.c.seq == newest.c.seq).order_by(SAMPLES.c.seq.desc())
-        sent = select(SAMPLES.c.prompt_digest, SAMPLES.c.user_id).where(_up_to(SAMPLES.c.seq, up_to_seq)).distinct()
-        users: dict[bytes, set[str]] = {}
+        first = SAMPLES.alias("first")
+        rows = (
+            select(SAMPLES.c.event_id, SAMPLES.c.event, first.c.user_id.label("first_user_id"))
+            .join(newest, SAMPLES.c.seq == newest.c.last)
+            .join(first, first.c.seq == newest.c.first)
+            .order_by(SAMPLES.c.seq.desc())
+        )
         with self._engine.connect() as connection:
             found = connection.execute(rows).all()
-            for digest, user_id in connection.execute(sent):
-                users.setdefault(bytes(digest), set()).add(user_id)
         return [
-            StoredPrompt(
-                row.event_id,
-                frozenset(users[bytes(row.prompt_digest)]),
-                events_pb2.SampleEvent.FromString(row.event).prompt,
-            )
+            StoredPrompt(row.event_id, row.first_user_id, events_pb2.SampleEvent.FromString(row.event).prompt)
             for row in found
         ]
 

@@ -1,7 +1,8 @@
 """What a run learns from and what it is judged on: rankings and prompts of the store, in tokens, split by user.
 
-A user is held out by a hash of their id, so that the split stays the same at every refresh. A prompt that any held-out
-user sent is never trained on.
+A user is held out by a hash of their id, and a prompt if the first who sent it is, so that the split stays the same at
+every refresh. What measures is of held-out users on held-out prompts, what is learned from of the others on the others;
+a ranking between the two does neither.
 """
 
 from __future__ import annotations
@@ -55,13 +56,17 @@ def make_dataset(
     Prompts longer than `max_prompt_tokens` are left out, and of a ranking longer than `max_group_tokens` the longest
     completions: whatever users send, no row is longer than there is memory for.
     """
-    measured = [group for group in groups if is_held_out(group.user_id, held_out_share)]
-    held_out_texts = {text_of(group.prompt) for group in measured} | {
-        text_of(p.prompt) for p in prompts if any(is_held_out(user, held_out_share) for user in p.user_ids)
-    }
+    listed = {text_of(each.prompt) for each in prompts}
+    # A ranked prompt that is not among the newest, which are listed, goes with its ranking.
+    senders = [(text_of(each.prompt), each.first_user_id) for each in prompts] + [
+        (text, group.user_id) for group in groups if (text := text_of(group.prompt)) not in listed
+    ]
+    held_out_texts = {text for text, user in senders if is_held_out(user, held_out_share)}
     tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
     short = [prompt for prompt in tokenized if len(prompt.token_ids) <= max_prompt_tokens]
-    learned = [g for g in groups if not (is_held_out(g.user_id, held_out_share) or text_of(g.prompt) in held_out_texts)]
+    sides = [(is_held_out(g.user_id, held_out_share), text_of(g.prompt) in held_out_texts, g) for g in groups]
+    learned = [group for by_held_out, of_held_out, group in sides if not (by_held_out or of_held_out)]
+    measured = [group for by_held_out, of_held_out, group in sides if by_held_out and of_held_out]
     return Dataset(
         training=_examples(tokenizer, learned, max_prompt_tokens, max_group_tokens),
         held_out=_examples(tokenizer, measured, max_prompt_tokens, max_group_tokens),

@@ -110,7 +110,8 @@ async def tell(
         await until_serving(address, supervisor, bar)
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
-        labelers = await calibrated_labelers(address, prompts, config.simulation)
+        # Not the prompts that will be ranked: those go to the side of the split that their first sender is on.
+        labelers = await calibrated_labelers(address, prompts[::-1], config.simulation)
         tally.samples += min(len(prompts), config.simulation.calibration_prompts)
     with stages.stage("users sample and rank") as bar:
         first_ranking_at = await rank(config, prompts, labelers, tally, bar)

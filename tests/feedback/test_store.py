@@ -105,12 +105,14 @@ def test_prompts_come_once_each_the_newest_first(ledger: Ledger, store: Store) -
     assert [each.sample_id for each in store.prompts(1)] == ["s4"]
 
 
-def test_a_prompt_has_all_its_senders_up_to_the_bound(ledger: Ledger, store: Store) -> None:
+def test_a_prompt_has_the_user_who_was_the_first_to_send_it(ledger: Ledger, store: Store) -> None:
     write_events(ledger, sample("s1", "a", user_id="ann"), sample("s2", "a", user_id="bob"), sample("s3", "b"))
     seq = store.last_sample_seq()
     write_events(ledger, sample("s4", "a", user_id="eve"))
-    assert [each.user_ids for each in store.prompts(10)] == [{"ann", "bob", "eve"}, {"u"}]
-    assert [each.user_ids for each in store.prompts(10, up_to_seq=seq)] == [{"u"}, {"ann", "bob"}]
+    found = [(each.sample_id, each.first_user_id) for each in store.prompts(10)]
+    assert found == [("s4", "ann"), ("s3", "u")]
+    found = [(each.sample_id, each.first_user_id) for each in store.prompts(10, up_to_seq=seq)]
+    assert found == [("s3", "u"), ("s2", "ann")]
 
 
 def test_the_newest_rankings_come_oldest_first(ledger: Ledger, store: Store) -> None:

@@ -33,13 +33,11 @@ def group(seq: int, user: str, text: str, *completions: RankedCompletion) -> Ran
 
 
 def dataset(tokenizer: PreTrainedTokenizerBase, *groups: RankedGroup, max_group_tokens: int = 256) -> Dataset:
-    """Of these rankings, and of the prompts as the store has them: each once, with all who sent it."""
-    senders: dict[str, set[str]] = {}
+    """Of these rankings, and of the prompts as the store has them: each once, with the first who sent it."""
+    senders: dict[str, str] = {}
     for each in groups:
-        senders.setdefault(each.prompt.text, set()).add(each.user_id)
-    prompts = [
-        StoredPrompt(f"s-{text}", frozenset(users), types_pb2.Prompt(text=text)) for text, users in senders.items()
-    ]
+        senders.setdefault(each.prompt.text, each.user_id)
+    prompts = [StoredPrompt(f"s-{text}", user, types_pb2.Prompt(text=text)) for text, user in senders.items()]
     return make_dataset(
         tokenizer, groups, prompts,
         held_out_share=SHARE, max_prompt_tokens=64, max_group_tokens=max_group_tokens,
@@ -60,11 +58,13 @@ def test_what_held_out_users_sent_is_never_trained_on(tokenizer: PreTrainedToken
     assert [(each.first_offset, each.last_offset) for each in data.rankings] == [(1, 1)]
 
 
-def test_a_prompt_stays_held_out_whoever_sends_it_later(tokenizer: PreTrainedTokenizerBase) -> None:
-    first = dataset(tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"))
-    then = dataset(tokenizer, group(1, HELD_OUT, "both"), group(2, LEARNED, "only learned"), group(3, LEARNED, "both"))
-    for data in (first, then):
-        assert [prompt.text for prompt in data.held_out_prompts] == ["both"]
+def test_a_prompt_stays_on_its_side_whoever_sends_it_later(tokenizer: PreTrainedTokenizerBase) -> None:
+    first = [group(1, HELD_OUT, "theirs"), group(2, LEARNED, "ours")]
+    later = [group(3, LEARNED, "theirs"), group(4, HELD_OUT, "ours")]
+    for data in (dataset(tokenizer, *first), dataset(tokenizer, *first, *later)):
+        assert [prompt.text for prompt in data.held_out_prompts] == ["theirs"]
+        assert [prompt.text for prompt in data.training_prompts] == ["ours"]
+        assert [example.seq for example in data.held_out] == [1]
         assert [example.seq for example in data.training] == [2]
 
 
