@@ -25,7 +25,9 @@ class Efficiency:
     """The share of the roof that each kind of work reaches.
 
     On a CPU bench.growth found 0.34 to 0.70 for scoring (median 0.55) and 0.46 to 0.68 for the update (0.58), more for
-    larger work (docs/results/growth.md): a half is near. The others, and all on GPUs, are assumed.
+    larger work (docs/results/growth.md): a half is near. Decoding reached 0.21 with 16 rollouts at a time in bf16
+    (docs/results/ppo.json), and 0.55 with 64 on a CPU that computes in fp32, where products take longer than reading: a
+    quarter is careful. The others, and all on GPUs, are assumed.
     """
 
     decode: float = 0.25
