@@ -16,6 +16,8 @@ from training.report.reward_plots import shares
 MOST_REASON = 160  # characters of a reason in the finding; it stands in full further down
 MOST_STEPS = 8  # steps named where a metric is not finite
 WIN_RATE = "reward_model/win_rate_over_reference"
+# What the manifest's evaluations are called here, and their units.
+EVALUATIONS = {"objective/kl_from_reference": ("KL of its answers to held-out prompts", "nats a completion; ")}
 COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
 ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
 PHASES = {
@@ -272,7 +274,8 @@ def _evaluations(run: Run) -> Iterator[Figure]:
         if each.name != WIN_RATE:
             has_interval = each.HasField("low") and each.HasField("high")
             interval = f"95% interval {each.low:.3g} to {each.high:.3g}; " if has_interval else ""
-            yield Figure(each.name, f"{each.value:.3g}", f"{interval}n = {each.count}")
+            name, unit = EVALUATIONS.get(each.name, (each.name, ""))
+            yield Figure(name, f"{each.value:.3g}", f"{unit}{interval}n = {each.count}")
 
 
 def _time(run: Run) -> Iterator[Figure]:

@@ -90,7 +90,7 @@ def test_page_has_every_plot_in_the_colours_of_the_page(page: Page) -> None:
 def test_page_tells_the_figures(page: Page) -> None:
     for figure in (
         "71.1%", "59.0% to 80.6%; 45 won, 1 tied, 18 lost", "68.4%", "64.2% to 72.6%; 912", "67.1%", "64% to 71%",
-        "gsm8k/accuracy", "0.03 to 0.055; n = 1319", "5c1f5c1f", "offsets 0 to 319", "pretraining weight γ", "0.580",
+        "gsm8k/accuracy", "0.03 to 0.055; n = 1319", "nats a completion; 95% interval 5.4 to 6.4; n = 64", "5c1f5c1f", "offsets 0 to 319", "pretraining weight γ", "0.580",
         "ppo.target_kl", "default: not set", "PPO’s 19.8 minutes", "the policy’s tokens", "1 more",
     ):  # fmt: skip
         assert figure in page.text, figure
