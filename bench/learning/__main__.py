@@ -1,12 +1,12 @@
 """Does it learn? HH-RLHF, InstructGPT in miniature, alignment tax, over-optimisation, and the worth of being online.
 
-    python -m bench.learning --json FILE [--quick] [--seeds 3] [--only NAME ...]
+    python -m bench.learning --json FILE [--quick] [--seeds 3] [--only NAME ... | --report]
 
 `--quick` runs one seed of one utility in miniature: it shows that all of it works, and is no claim. The whole takes
 hours and can be stopped and gone on with: stages that are done lie in var/bench/learning, whole experiments (chat-0,
 plain-2, human ...) in docs/results/learning, with what they ran on; without its file one is run again. With `--only`
 several processes or machines can share the experiments, and one without it then reports them all in
-docs/results/learning.md.
+docs/results/learning.md. `--report` runs nothing: it reports those that are there, and says which are not.
 """
 
 import argparse
@@ -51,23 +51,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each experiment")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, and report nothing yet")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, and report nothing yet")
+    some.add_argument("--report", action="store_true", help="run nothing, and report the experiments that are there")
     arguments = parser.parse_args()
+    kept = WORK / "quick" if arguments.quick else RESULTS / "learning"
     if arguments.quick:
-        jobs = make_jobs(WORK / "quick", WORK / "quick", QUICK, QUICK_COMPARISONS, 1, ["chat"])
+        jobs = make_jobs(WORK / "quick", kept, QUICK, QUICK_COMPARISONS, 1, ["chat"])
     else:
-        jobs = make_jobs(WORK / "full", RESULTS / "learning", FULL, FULL_COMPARISONS, arguments.seeds, list(UTILITIES))
+        jobs = make_jobs(WORK / "full", kept, FULL, FULL_COMPARISONS, arguments.seeds, list(UTILITIES))
     unknown = sorted(set(arguments.only or []) - set(jobs))
     if unknown:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(jobs)}")
-    found = {name: jobs[name]() for name in arguments.only or jobs}
+    there = [name for name in jobs if (kept / f"{name}.json").exists()]
+    found = {name: jobs[name]() for name in (there if arguments.report else arguments.only or jobs)}
     if arguments.only:
         return
     by_experiment = gathered(found)
     result = bench_result("learning", figures_of(by_experiment))
     report(result, arguments.json)
     if not arguments.quick:
-        write_page(by_experiment, found, result, RESULTS)
+        write_page(by_experiment, found, result, RESULTS, missing=sorted(set(jobs) - set(found)))
 
 
 def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> Jobs:
@@ -103,10 +107,13 @@ def with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def gathered(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """What was found, by experiment, one entry a seed."""
-    by_experiment: dict[str, list[dict[str, Any]]] = {"human": found["human"]["seeds"]}
-    for name, each in found.items():
-        if name != "human":
-            by_experiment.setdefault(name.rpartition("-")[0], []).append(each)
+    by_experiment: dict[str, list[dict[str, Any]]] = {}
+    for name, each in sorted(found.items(), key=lambda item: item[0] != "human"):
+        kind, _, seed = name.rpartition("-")
+        if name == "human":
+            by_experiment[name] = each["seeds"]
+        else:
+            by_experiment.setdefault(kind, []).append(each | {"seed": int(seed)})
     return by_experiment
 
 

@@ -24,10 +24,9 @@ PTX_GOAL = 0.5
 
 def figures_of(found: Found) -> list[Figure]:
     """All figures, in the order of the experiments."""
-    figures = human_figures(found["human"])
+    figures = []
     for name, seeds in found.items():
-        if name != "human":
-            figures += win_figures(name, seeds) + tax_figures(name, seeds)
+        figures += human_figures(seeds) if name == "human" else win_figures(name, seeds) + tax_figures(name, seeds)
     return figures
 
 

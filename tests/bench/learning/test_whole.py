@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bench.learning import instruct
+from bench.learning.__main__ import gathered
 from bench.learning.figures import figures_of
 from bench.learning.hh_rlhf import Message
 from bench.learning.instruct import Experiment, Size, run_experiment
@@ -79,14 +80,23 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     human: Sequence[dict[str, Any]] = [
         {"reward model": [0.65, 0.6, 0.7], "length": [0.6, 0.55, 0.65], "bag of words": [0.62, 0.57, 0.67]}
     ]
-    everything = {"human": list(human), "chat": [found]}
+    everything = gathered({"chat-0": found, "human": {"seeds": human}})
+    assert list(everything) == ["human", "chat"]
     figures = {figure.name: figure for figure in figures_of(everything)}
     assert figures["HH-RLHF accuracy: reward model"].met
     assert 0 <= figures["chat: ppo-ptx over base"].value <= 1
     on = {"commit": "abc1234", "computes_in": "bf16", "cpu": "a CPU", "cores": 2}
     ran = {"chat-0": found | {"on": on, "seconds": 5400.0}}
-    page = write_page(everything, ran, bench_result("learning", list(figures.values())), tmp_path / "results")
+    result = bench_result("learning", list(figures.values()))
+    page = write_page(everything, ran, result, tmp_path / "results")
+    assert "Not finished" not in page.read_text()
     assert "| chat-0 | abc1234 | bf16 | a CPU | 2 | 1.5 |" in page.read_text()
     assert "chat: ppo over sft" in page.read_text()
     assert "| chat, online, seed 0 | 3 |" in page.read_text()
     assert (tmp_path / "results" / "learning-chat.svg").stat().st_size > 5000
+
+    alone = gathered({"chat-2": found})
+    assert [figure.name for figure in figures_of(alone)] == [name for name in figures if name.startswith("chat")]
+    page = write_page(alone, ran, result, tmp_path / "results", missing=["chat-0", "human"])
+    assert "**Not finished.** Missing: chat-0, human." in page.read_text()
+    assert "| chat, online, seed 2 | 3 |" in page.read_text()
