@@ -54,15 +54,8 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
     learned = [each for each in stored if not is_held_out(each.user_id, config.sft.validation_share)]
     shared = SharedLayers(load_model(parents.reference_folder))
     rewards = _reward_model(config, shared, folder.path.parent, parents)
-    asked = {_prompt(place, each): text_of(each.prompt) for each in held_out}
-    # The engine has room for no longer ones.
-    prompts = sorted(prompt for prompt in asked if len(prompt) <= config.ppo.max_prompt_tokens)
-    if not prompts:
-        raise TrainingError(
-            "SFT: of the users that sft.validation_share holds out there is no demonstration for a prompt of at most "
-            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
-        )
-
+    asked = _validation_prompts(place, config, held_out)
+    prompts = sorted(asked)
     answers: list[list[tuple[int, ...]]] = []
     """Of the reference policy, and of each epoch."""
 
@@ -107,6 +100,20 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
         ][:NUM_SAMPLE_PAIRS]
     )
     return _register(place, folder, parents, weights, best.score, prompts)
+
+
+def _validation_prompts(
+    place: Workplace, config: TrainingConfig, held_out: Sequence[StoredDemonstration]
+) -> dict[tuple[int, ...], str]:
+    """In tokens, and as text. Those that the engine has no room for are left out."""
+    asked = {_prompt(place, each): text_of(each.prompt) for each in held_out}
+    short = {tokens: text for tokens, text in asked.items() if len(tokens) <= config.ppo.max_prompt_tokens}
+    if not short:
+        raise TrainingError(
+            "SFT: of the users that sft.validation_share holds out there is no demonstration for a prompt of at most "
+            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
+        )
+    return short
 
 
 def _reward_model(config: TrainingConfig, shared: SharedLayers, runs_dir: Path, parents: Parents) -> RewardModel:

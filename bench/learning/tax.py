@@ -23,10 +23,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.learning.data import data_file
-from training.groups import Group, micro_batches, pack
-from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
+from training.groups import Group
+from training.policy_model import SharedLayers, reference_logprobs
 
-BATCH_TOKENS = 4096
 ITEM_LINES = 6
 SHUFFLE_SEED = 0
 
@@ -153,7 +152,6 @@ def hellaswag_accuracy(
     return Measure(tuple(float(chosen == item.label) for chosen, item in zip(chosen_N.tolist(), items, strict=True)))
 
 
-@torch.no_grad()
 def ending_logprobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[HellaSwagItem]
 ) -> Tensor:
@@ -161,17 +159,8 @@ def ending_logprobs(
 
     Each context is encoded once for all its endings. The model must have the layers of a Llama.
     """
-    shared = SharedLayers(model)
-    norm = UpperLayers(model, shared.num_layers, shared.num_layers)
     groups = [_group(tokenizer, item) for item in items]
-    logprobs_NE = torch.zeros(len(items), len(items[0].endings))
-    for batch in micro_batches([len(group) for group in groups], BATCH_TOKENS):
-        packed = pack([groups[index] for index in batch]).to(shared.device)
-        hidden_GTD = shared.encode(packed, [shared.num_layers])[shared.num_layers]
-        normed_GTD = norm(hidden_GTD, packed, shared.angles(packed))
-        logprobs_MC = completion_logprobs(normed_GTD, shared.head_VD, packed)
-        logprobs_NE[batch] = logprobs_MC.sum(-1).view(len(batch), -1).cpu()
-    return logprobs_NE
+    return torch.tensor(reference_logprobs(SharedLayers(model), groups)).view(len(items), -1)
 
 
 def _group(tokenizer: PreTrainedTokenizerBase, item: HellaSwagItem) -> Group:

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.learning import tax
 from deploy.models import make_tiny_llama
+from training import policy_model
 from training.policy_model import load_model
 
 
@@ -52,7 +53,7 @@ def test_endings_scored_in_one_row_equal_a_loop_over_each(
     found_NE = tax.ending_logprobs(model, tokenizer, ITEMS)
     torch.testing.assert_close(found_NE.double(), torch.tensor(expected).double(), atol=1e-3, rtol=0)
     # The same where every item is a batch of its own.
-    monkeypatch.setattr(tax, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(policy_model, "SCORING_TOKENS", 1)
     torch.testing.assert_close(tax.ending_logprobs(model, tokenizer, ITEMS), found_NE, atol=1e-3, rtol=0)
 
 
