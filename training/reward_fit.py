@@ -124,7 +124,8 @@ def _train_layers(
     log: Log,
 ) -> None:
     """One epoch of AdamW over layers and heads; cosine to 10 %. The layers end rounded to bf16."""
-    model.layers.float().requires_grad_(True)
+    model.layers.float()
+    model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         [
             {"params": list(model.layers.parameters()), "lr": config.learning_rate, "weight_decay": 0.0},

@@ -44,7 +44,7 @@ CONFIG = TrainingConfig(
     num_probes=2,
     max_num_seqs=16,
     kv_cache_mib=64,
-    reward_model=RewardModelConfig(num_layers=2, held_out_share=0.4),
+    reward_model=RewardModelConfig(num_layers=2, held_out_share=0.4, max_rankings=14),
     ppo=PpoConfig(num_steps=2, prompts_per_step=4, rollouts_per_prompt=2, max_tokens=8, num_frozen_layers=1),
 )
 TRAINER = (
@@ -172,8 +172,9 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert (live.version, live.manifest.parent_version, live.manifest.reference_version) == (2, 1, 1)
     manifest = verify_artifact(serving.policies_dir / "v2", serving.policies_dir / "v1")
     assert manifest == live.manifest
-    learned = [index for index in range(16) if not is_held_out(f"user-{index % 4}", 0.4)]
-    assert manifest.training.num_rankings == len(learned) < 16
+    # Of the sixteen, the two oldest are more than `max_rankings`.
+    learned = [index for index in range(2, 16) if not is_held_out(f"user-{index % 4}", 0.4)]
+    assert 0 < manifest.training.num_rankings == len(learned) < 14
     (ranges,) = manifest.training.rankings
     assert (ranges.topic, ranges.first_offset, ranges.last_offset) == (RANKINGS, learned[0], learned[-1])
     assert len(manifest.probes) == 2

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,19 @@ def test_passes_of_few_tokens_change_memory_and_not_what_is_learned(shared: Shar
         found.append(torch.cat(score_groups(model, shared, [example.group for example in examples])))
     assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.999
     torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_the_penalty_draws_heads_to_zero_where_layers_are_trained_too(shared: SharedLayers, l2: float) -> None:
+    # Ties alone: no comparison moves anything, so what moves is the penalty's work.
+    tied = [RankedExample(each.group, (0,) * len(each.ranks)) for each in ranked_examples(shared, 24, seed=7)]
+    model = fitted(shared, LAYERED)
+    heads_FE, layers = model.heads_FE.detach().clone(), deepcopy(model.layers.state_dict())
+    fit(model, shared, tied, LAYERED.model_copy(update={"l2": l2}), seed=0, warm=True, log=silent)
+    moved_FE = heads_FE.abs() - model.heads_FE.abs()
+    assert bool((moved_FE > 0).all() if l2 else (moved_FE == 0).all())
+    for name, tensor in model.layers.state_dict().items():
+        assert torch.equal(tensor, layers[name])
 
 
 def test_no_comparison_no_evaluation(shared: SharedLayers) -> None:
