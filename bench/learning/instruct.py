@@ -22,6 +22,7 @@ from bench.learning.hh_rlhf import Message
 from bench.learning.lab import Asked, Lab
 from bench.learning.prompts import few_shot_prefix, held_out_prompts, train_prompts
 from bench.learning.rewards import (
+    REWARD_MODEL,
     Rankings,
     Rewards,
     add_rankings,
@@ -30,10 +31,11 @@ from bench.learning.rewards import (
     load_rewards,
     save_rewards,
 )
-from bench.learning.stages import once
+from bench.learning.stages import begin, once
 from bench.learning.tax import hellaswag_accuracy, read_hellaswag, read_wikitext, wikitext_loss
 from training import ppo, ptx
 from training.config import LoraConfig, PpoConfig, PtxConfig, SftConfig
+from training.device import compute_dtype, precision, training_device
 from training.groups import Group
 from training.learner import make_learner
 from training.policy_model import SharedLayers, load_model, save_policy, upper_layers_of
@@ -46,7 +48,8 @@ VARIANTS = ("ppo", "ppo-ptx", "online")
 # Of a round's metrics, what is worth keeping in the repository.
 SAVED_METRICS = (
     "objective/score", "objective/judge_score", "objective/kl", "objective/entropy", "completion/length",
-    "policy/clipfrac", "policy/kl_coef", "rollout/sampler_gap", "val/explained_variance", "ptx/loss", "ptx/gamma",
+    "completion/eos_rate", "policy/clipfrac", "policy/kl_coef", "rollout/sampler_gap", "val/explained_variance",
+    "ptx/loss", "ptx/gamma",
 )  # fmt: skip
 SAVED_DIGITS = 4
 
@@ -99,6 +102,7 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
     train = lab.ask(train_prompts(size.num_rankings))
     held_out = held_out_prompts(size.num_held_out)
     measures_tax = "ppo" in variants
+    begin(folder, how(size))
     found = {"sft": experiment.once("sft", lambda: make_sft(experiment, train))}
     found |= judge(experiment, "base", lab.base, held_out, measures_tax)
     found |= judge(experiment, "few-shot", lab.base, held_out, False, few_shot_prefix())
@@ -109,6 +113,12 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
         found[name] = experiment.once(name, lambda: variant(experiment, train, name))  # noqa: B023
         found |= judge(experiment, name, folder / name, held_out, measures_tax and name != "online")
     return found
+
+
+def how(size: Size) -> str:
+    """All that a stage depends on besides the experiment's name and seed."""
+    computes_in = precision(compute_dtype(training_device()))
+    return "\n".join(map(repr, (size, ppo_config(size.num_steps, None), SFT, REWARD_MODEL, computes_in)))
 
 
 def judge(
@@ -158,7 +168,7 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     labelers = lab.labelers(train[-32:])
     shared = SharedLayers(load_model(lab.base))
     rankings = add_rankings(lab, shared, Rankings(), train[-64:], labelers, size.ks, salt=200)
-    rewards = fit_one(shared, rankings, lab.seed)
+    rewards = fit_one(shared, rankings, len(rankings.examples), lab.seed)
     validation = train[-32:]
 
     def judge(weights: dict[str, torch.Tensor]) -> float:
@@ -188,7 +198,7 @@ def make_rewards(experiment: Experiment, train: Sequence[Asked]) -> dict[str, An
     shared = SharedLayers(load_model(sft))
     lab.load(sft)
     rankings = add_rankings(lab, shared, Rankings(), train, lab.labelers(train[:32]), size.ks, salt=1000)
-    rewards = fit_rewards(shared, rankings, lab.seed)
+    rewards = fit_rewards(shared, rankings, len(rankings.examples), lab.seed)
     save_rewards(rewards, experiment.folder / "rewards.safetensors")
     comparisons = sum(len(each.ranks) * (len(each.ranks) - 1) // 2 for each in rankings.examples)
     return {"accuracy": rewards.accuracy, "num_rankings": len(rankings.examples), "num_comparisons": comparisons}
@@ -215,16 +225,17 @@ def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -
     lab.load(sft)
     labelers = lab.labelers(train[:32])
     rounds: list[dict[str, Any]] = []
-    reason, accuracy = None, []
+    reasons, accuracy = [], []
     for part in range(parts):
         asked = train[part * len(train) // parts : (part + 1) * len(train) // parts]
         rankings = add_rankings(lab, shared, rankings, asked, labelers, size.ks, salt=1000 * (part + 1))
-        rewards = fit_rewards(shared, rankings, lab.seed)
+        rewards = fit_rewards(shared, rankings, len(train) // parts, lab.seed)
         accuracy.append(rewards.accuracy)
         more, reason = run_ppo(experiment, train, config, shared, start, rewards, name, part)
         rounds += more
+        reasons += [f"part {part + 1}: {reason}"] if reason else []
         start = experiment.folder / name
-    return {"rounds": rounds, "stopped": reason, "accuracy": accuracy}
+    return {"rounds": rounds, "stopped": "; ".join(reasons) or None, "accuracy": accuracy}
 
 
 def run_ppo(

@@ -109,7 +109,7 @@ class Lab:
             drawn = self.draw(chosen, k, salt + k)
             worth = self.utilities(chosen, drawn)
             for index, each, rollouts, values in zip(indices, chosen, drawn, worth, strict=True):
-                labeler = labelers[index % len(labelers)]
+                labeler = labelers[(first_seq + index) % len(labelers)]
                 groups = labeler.rank(each.text, [self.text(rollout) for rollout in rollouts], values)
                 ranks = {member: rank for rank, group in enumerate(groups) for member in group}
                 group = Group(each.token_ids, tuple(rollout.token_ids for rollout in rollouts))

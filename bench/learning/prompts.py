@@ -1,8 +1,8 @@
-"""The prompts and demonstrations of the learning benchmark, kept apart: nothing held out is near what is learnt from.
+"""The prompts of the learning benchmark, kept apart: nothing held out is near what is learnt from.
 
 The simulated users' prompts (deploy/simulation/PROMPTS.md), more of them from Self-Instruct (Wang et al., arXiv
-2212.10560), and answers that people wrote or chose. Self-Instruct's user-oriented instructions are held out, since
-their authors ask that nothing be trained on them. Every list is shuffled once and for all: its first n are a fair
+2212.10560), and a few answers that people wrote or chose. Self-Instruct's user-oriented instructions are held out,
+since their authors ask that nothing be trained on them. Every list is shuffled once and for all: its first n are a fair
 sample of it, of size n.
 """
 
@@ -17,25 +17,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bench.learning.data import data_file
-from bench.learning.hh_rlhf import Message, is_held_out, messages
-from deploy.simulation.make_prompts import PRIVATE, TALKS_TO_MODEL, UNWANTED_WORD, is_fit, without_near_duplicates
+from bench.learning.hh_rlhf import Message, messages
+from deploy.simulation.make_prompts import PRIVATE, TALKS_TO_MODEL, UNWANTED_WORD, without_near_duplicates
 from deploy.simulation.prompts import load_prompts
-from deploy.simulation.utility import direct, finished
 
 SEED = 20221220  # the day Self-Instruct was published
 MAX_PROMPT_CHARACTERS = 300
 MIN_OUTPUT_WORDS = 12  # whoever wants less does not want prose
-ANSWER_WORDS = range(20, 121)
 # What is asked for with these words is not prose, or not fit to be shown.
 UNWANTED_TASK = re.compile(
     r"(?i)\b(?:python|program\w*|code|coding|sql|json|latex|regular expression|sudoku|pars(?:e|ing)|yaml|markdown|"
     r"excel|notation|stereotyp\w+|ssn|address of)\b|[_\[<|]"
 )
-# What people chose is at times the better of two poor answers: of one who knows nothing, or tells of its own life.
-POOR_ANSWER = re.compile(
-    r"\b(?:I|[Mm]e|[Mm]y|[Yy]ou mean|[Yy]ou asked|not sure)\b|\?|(?:Human|Assistant|https?):|\w\.(?:com|org|net)\b"
-)
-HH_SOURCES = ("helpful-base", "helpful-online")
+HH_SOURCE = "helpful-online"
 # Demonstrations of a question of fact, of a request for advice, and of one for a list.
 FEW_SHOT_PROMPTS = (
     "What is the pituitary gland?",
@@ -48,11 +42,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt, a good answer to it, and the data set that both are from."""
+    """A prompt, and an answer to it that a person wrote or chose."""
 
     prompt: str
     answer: str
-    source: str
 
 
 def train_prompts(num: int) -> list[str]:
@@ -73,38 +66,17 @@ def held_out_prompts(num: int) -> list[str]:
     return _first(num, [*load_prompts("held_out"), *_user_oriented()], "held-out prompts")
 
 
-def demonstrations(num: int) -> list[Demonstration]:
-    """`num` demonstrations for SFT (InstructGPT, section 3.5), none with a held-out prompt nor one that is near it.
-
-    First answers that people chose in the helpful parts of HH-RLHF, and outputs that people wrote in Self-Instruct's
-    seed tasks. No prompt is held out by `hh_rlhf.split` either: a reward model on an SFT model is not told the answers.
-    Raises ValueError if there are not as many, DataMissingError if a data set is not there.
-    """
-    found = {each.prompt: each for each in _answers()}
-    fresh_prompts = _new([*load_prompts("held_out"), *_user_oriented()], list(found))
-    return _first(num, [found[prompt] for prompt in fresh_prompts], "demonstrations")
-
-
 def few_shot_prefix() -> list[Message]:
     """Three demonstrations as the turns before a prompt: what a policy can do that was shown, and taught nothing.
 
     InstructGPT's "GPT-3 (prompted)", section 3.5. Raises DataMissingError if a data set is not there.
     """
-    known = {each.prompt: each.answer for each in _answers()}
+    known = {each.prompt: each.answer for each in (*_self_instruct("seed_tasks"), *_first_answers())}
     return [
         message
         for prompt in FEW_SHOT_PROMPTS
         for message in (Message("user", prompt), Message("assistant", known[prompt]))
     ]
-
-
-def _answers() -> Iterator[Demonstration]:
-    """Answers of middling length, those that a person wrote before those that a person chose."""
-    for task in _self_instruct("seed_tasks"):
-        if len(task.answer.split()) <= ANSWER_WORDS[-1] and not UNWANTED_WORD.search(task.answer):
-            yield task
-    for source in HH_SOURCES:
-        yield from (each for each in _first_answers(source) if _is_good(each.answer))
 
 
 def _user_oriented() -> list[str]:
@@ -122,28 +94,15 @@ def _self_instruct(name: str) -> Iterator[Demonstration]:
         wants_prose = not task.get("is_classification") and len(output.split()) >= MIN_OUTPUT_WORDS
         unfit = any(pattern.search(prompt) for pattern in (UNWANTED_WORD, UNWANTED_TASK, PRIVATE, TALKS_TO_MODEL))
         if wants_prose and prompt.isascii() and len(prompt) <= MAX_PROMPT_CHARACTERS and not unfit:
-            yield Demonstration(prompt, output, "self-instruct")
+            yield Demonstration(prompt, output)
 
 
-def _first_answers(source: str) -> Iterator[Demonstration]:
+def _first_answers() -> Iterator[Demonstration]:
     """The first answer of each dialogue: chosen, whether the dialogue ended with it or went on from it."""
-    with gzip.open(data_file(f"hh-rlhf/{source}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
+    with gzip.open(data_file(f"hh-rlhf/{HH_SOURCE}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
         for line in lines:
             asked, answered, *_ = *messages(json.loads(line)["chosen"]), Message("", ""), Message("", "")
-            prompt = " ".join(asked.text.split())
-            if answered.role == "assistant" and is_fit(prompt) and not is_held_out(prompt):
-                yield Demonstration(prompt, answered.text, f"hh-rlhf {source}")
-
-
-def _is_good(answer: str) -> bool:
-    """Of middling length, whole, to the point, and nothing one would mind seeing on a public page."""
-    return (
-        len(answer.split()) in ANSWER_WORDS
-        and finished(answer) == 1.0
-        and direct(answer) == 1.0
-        and not POOR_ANSWER.search(answer)
-        and not UNWANTED_WORD.search(answer)
-    )
+            yield Demonstration(" ".join(asked.text.split()), answered.text)
 
 
 def _new(known: Sequence[str], prompts: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from training.reward_evaluation import evaluate_rewards
 from training.reward_fit import fit
 from training.reward_model import RewardModel, group_features, normalise
 
-CONFIG = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
+REWARD_MODEL = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
 # Of 40 labelers: their rankings only measure.
 HELD_OUT_LABELERS = frozenset(f"simulated-{index:03d}" for index in range(10))
 NORMALISED_ON = 64
@@ -60,28 +60,32 @@ def add_rankings(
 ) -> Rankings:
     """`known` and one ranking more of each prompt, of completions by the policy that is loaded."""
     new = lab.rank(asked, labelers, ks, salt, first_seq=len(known.examples))
-    features = group_features(RewardModel(shared, CONFIG), shared, [example.group for example in new])
+    features = group_features(RewardModel(shared, REWARD_MODEL), shared, [example.group for example in new])
     return Rankings((*known.examples, *new), (*known.features, *features))
 
 
-def fit_rewards(shared: SharedLayers, rankings: Rankings, seed: int) -> Rewards:
-    """Fits the reward model to most labelers' rankings, and the judge to the others'."""
+def fit_rewards(shared: SharedLayers, rankings: Rankings, num_of_reference: int, seed: int) -> Rewards:
+    """Fits the reward model to most labelers' rankings, and the judge to the others'.
+
+    The first `num_of_reference` rankings are of what the reference policy wrote.
+    """
     known = rankings.only(lambda example: example.labeler not in HELD_OUT_LABELERS)
     unknown = rankings.only(lambda example: example.labeler in HELD_OUT_LABELERS)
-    model, judge = fit_one(shared, known, seed), fit_one(shared, unknown, seed)
+    model, judge = (fit_one(shared, each, num_of_reference, seed) for each in (known, unknown))
     judged = evaluate_rewards(model, shared, unknown.examples, unknown.features)
     return Rewards(model, judge, dataclasses.asdict(judged) if judged else None)
 
 
-def fit_one(shared: SharedLayers, rankings: Rankings, seed: int) -> RewardModel:
-    """A reward model of these rankings, normalised on the first of them, the reference policy's answers."""
-    model = RewardModel(shared, CONFIG)
+def fit_one(shared: SharedLayers, rankings: Rankings, num_of_reference: int, seed: int) -> RewardModel:
+    """A reward model of these rankings, normalised on the reference policy's answers, those of the first rankings."""
+    model = RewardModel(shared, REWARD_MODEL)
     fit(
-        model, shared, rankings.examples, CONFIG, seed=seed, warm=False, log=lambda *_: None,
+        model, shared, rankings.examples, REWARD_MODEL, seed=seed, warm=False, log=lambda *_: None,
         features=rankings.features,
     )  # fmt: skip
+    of_reference = rankings.only(lambda example: example.seq < num_of_reference)
     with torch.no_grad():
-        normalise(model, model.score(torch.cat(rankings.features[:NORMALISED_ON])).cpu())
+        normalise(model, model.score(torch.cat(of_reference.features[:NORMALISED_ON])).cpu())
     return model
 
 
@@ -94,7 +98,7 @@ def save_rewards(rewards: Rewards, path: Path) -> None:
 
 def load_rewards(shared: SharedLayers, path: Path, accuracy: dict[str, Any] | None) -> Rewards:
     """Reads what `save_rewards` wrote."""
-    tensors, model, judge = load_file(path), RewardModel(shared, CONFIG), RewardModel(shared, CONFIG)
+    tensors, model, judge = load_file(path), RewardModel(shared, REWARD_MODEL), RewardModel(shared, REWARD_MODEL)
     for each, prefix in ((model, "model."), (judge, "judge.")):
         each.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     return Rewards(model, judge, accuracy)

@@ -1,11 +1,10 @@
-"""Prompts and demonstrations, none near what is held out."""
+"""Prompts, none that trains near one that is held out, and the few shots."""
 
 from pathlib import Path
 
 import pytest
 
 from bench.learning import prompts
-from bench.learning.hh_rlhf import is_held_out
 from deploy.simulation.prompts import load_prompts
 from tests.bench.learning.data import task, write_hh, write_self_instruct
 
@@ -20,7 +19,6 @@ def dialogue(prompt: str, answer: str) -> tuple[str, str]:
 def small_data(data: Path) -> Path:
     """Some of each: what should be taken, and what should not."""
     held_out = load_prompts("held_out")[0]
-    hashed = next(p for p in (f"How do I polish trumpet {name}?" for name in "abcdefgh") if is_held_out(p))
     fact, snack, paris = prompts.FEW_SHOT_PROMPTS
     seeds = [
         task("Describe a violin to a child.", LONG),
@@ -34,17 +32,8 @@ def small_data(data: Path) -> Path:
     ]
     write_self_instruct(data, "seed_tasks", seeds)
     write_self_instruct(data, "user_oriented_instructions", [task("Please suggest names for a canoe club.", LONG)])
-    talks = [
-        dialogue("How do I tune a banjo at home?", LONG + "\n\nHuman: And a lute?\n\nAssistant: Alike."),
-        dialogue("Which tea is best for a picnic?", LONG + " Not that I know."),
-        dialogue("How can I fold a paper crane?", LONG + " Which size?"),
-        dialogue("Where do otters sleep?", "In kelp."),
-        dialogue("How do I carve a spoon?", LONG.removesuffix(".")),
-        dialogue(held_out, LONG),
-        dialogue(hashed, LONG),
-    ]
-    write_hh(data, "helpful-base", talks)
-    write_hh(data, "helpful-online", [dialogue(fact, LONG), dialogue(snack, LONG)])
+    other = dialogue("How do I tune a banjo at home?", LONG + "\n\nHuman: And a lute?\n\nAssistant: Alike.")
+    write_hh(data, "helpful-online", [other, dialogue(fact, LONG), dialogue(snack, LONG)])
     return data
 
 
@@ -64,25 +53,8 @@ def test_prompts_are_the_simulated_users_and_what_asks_for_prose(small_data: Pat
         prompts.held_out_prompts(202)
 
 
-def test_demonstrations_are_good_answers_to_prompts_that_are_not_held_out(small_data: Path) -> None:
-    found = {each.prompt: each.source for each in prompts.demonstrations(6)}
-    fact, snack, paris = prompts.FEW_SHOT_PROMPTS
-    assert found == {
-        "Describe a violin to a child.": "self-instruct",
-        "Explain this word to a beginner.\n\norigami": "self-instruct",
-        paris: "self-instruct",
-        "How do I tune a banjo at home?": "hh-rlhf helpful-base",
-        fact: "hh-rlhf helpful-online",
-        snack: "hh-rlhf helpful-online",
-    }
-    assert {each.answer for each in prompts.demonstrations(6)} == {LONG}
-    with pytest.raises(ValueError, match="there are 6 demonstrations, not 7"):
-        prompts.demonstrations(7)
-
-
 def test_few_shot_prefix_is_three_demonstrations_as_turns(small_data: Path) -> None:
     turns = prompts.few_shot_prefix()
     assert [turn.role for turn in turns] == ["user", "assistant"] * 3
-    shown = {each.prompt: each.answer for each in prompts.demonstrations(6)}
-    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
-        assert shown[asked.text] == answered.text
+    assert tuple(turn.text for turn in turns[::2]) == prompts.FEW_SHOT_PROMPTS
+    assert {turn.text for turn in turns[1::2]} == {LONG}
