@@ -3,8 +3,8 @@
     python -m bench.ppo_ours JOB UPDATES SHARED_LAYERS
 
 Writes the same lines to UPDATES as the peer does, and the seconds of each part besides. SHARED_LAYERS lower layers are
-frozen and shared by all models, and the value model is a head; with 0, policy and value model are trained whole, as the
-peer's are.
+frozen and shared by all models, and the value model is a head; with 0, all layers of policy and value model are
+trained, as the peer's are.
 """
 
 import itertools

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -59,6 +60,17 @@ def bench_result(name: str, figures: Sequence[Figure]) -> BenchResult:
     """The result of the running benchmark, with this machine, these versions and this command."""
     command = shlex.join(["python", *sys.orig_argv[1:]])
     return BenchResult(name, machine(), versions(), command, tuple(figures))
+
+
+def spread(name: str, unit: str, values: Sequence[float], peer: float | None = None) -> Figure:
+    """The median, with the least and the greatest."""
+    return Figure(name, statistics.median(values), unit, min(values), max(values), peer=peer)
+
+
+def times_as_fast(name: str, seconds: Sequence[float], peer_seconds: Sequence[float]) -> Figure:
+    """How many times as fast as the peer: of the medians, and of the slowest and the fastest against each other's."""
+    ratio = statistics.median(peer_seconds) / statistics.median(seconds)
+    return Figure(name, ratio, "x", min(peer_seconds) / max(seconds), max(peer_seconds) / min(seconds))
 
 
 def write_json(result: BenchResult, path: Path) -> None:

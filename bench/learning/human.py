@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from bench.learning.baselines import bag_of_words_baseline, length_baseline
+from bench.learning.baselines import bag_of_words_baseline, length_baseline, right
 from bench.learning.hh_rlhf import Comparison, is_held_out, read_comparisons
 from training.config import RewardModelConfig
 from training.groups import Group, RankedExample
@@ -26,7 +26,9 @@ CONFIG = RewardModelConfig(max_labeler_share=1.0)
 
 
 def human_preferences(model: Path, num_seeds: int, num_comparisons: int) -> dict[str, Any]:
-    """Held-out accuracies on splits of the data, a seed each; all learn from the same comparisons."""
+    """What is right and what is wrong on splits of the same comparisons, a seed each; dialogues that begin alike are
+    on one side of a split, and of one number in `prompts`.
+    """
     drawn = random.Random(0).sample(read_comparisons((SOURCE,)).comparisons, num_comparisons)
     tokenizer = AutoTokenizer.from_pretrained(model)
     shared = SharedLayers(load_model(model))
@@ -44,24 +46,26 @@ def one_split(
     seed: int,
 ) -> dict[str, Any]:
     """Fits and judges on the split of this seed."""
-    is_out = [is_held_out(each.prompt[0].text, salt=str(seed)) for each in drawn]
+    begins = [each.prompt[0].text for each in drawn]
+    is_out = [is_held_out(text, salt=str(seed)) for text in begins]
     train, held_out = ([index for index, out in enumerate(is_out) if out == side] for side in (False, True))
     rewards = RewardModel(shared, CONFIG)
     fit(
         rewards, shared, [examples[i] for i in train], CONFIG, seed=seed, warm=False, log=lambda *_: None,
         features=[features[i] for i in train],
     )  # fmt: skip
-    judged = evaluate_rewards(rewards, shared, [examples[i] for i in held_out], [features[i] for i in held_out])
-    assert judged is not None
+    evaluation = evaluate_rewards(rewards, shared, [examples[i] for i in held_out], [features[i] for i in held_out])
+    assert evaluation is not None
+    margins = [chosen - rejected for chosen, rejected in (rewards.score(features[i]).tolist() for i in held_out)]
     sides = [drawn[i] for i in train], [drawn[i] for i in held_out]
-    length, words = length_baseline(*sides), bag_of_words_baseline(*sides)
     return {
-        "reward model": [judged.accuracy, judged.low, judged.high],
-        "length": [length.learnt.value, length.learnt.low, length.learnt.high],
-        "bag of words": [words.accuracy.value, words.accuracy.low, words.accuracy.high],
+        "reward model": right(margins),
+        "bag of words": bag_of_words_baseline(*sides).right,
+        "length": length_baseline(*sides).right,
+        "held_out": held_out,
+        "prompts": [begins.index(begins[i]) for i in held_out],
         "num_train": len(train),
-        "num_held_out": len(held_out),
-        "evaluation": asdict(judged),
+        "evaluation": asdict(evaluation),
     }
 
 

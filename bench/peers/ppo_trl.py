@@ -12,11 +12,13 @@ JOB is a JSON file with exactly the fields of `Job`. To UPDATES one JSON object 
     peak_rss_mib   most memory that this process had resident until then
 
 Policy, reference, reward and value model are four models made of the same weights. The score is linear in the hidden
-state after the last norm, at the last real token; the value model starts as the reward model and is trained whole.
+state after the last norm, at the last real token; the value model starts as the reward model. Of policy and value model all
+layers are trained, and no embeddings, as in alignd.
 What this script sets besides the job is what is fastest on a CPU: no gradient checkpointing, no key-value cache in
-passes that generate nothing, one batch for scoring, one micro-batch in a mini-batch. Weights stay in float32: in
-bfloat16 an update is a sixth cheaper, but at a learning rate of 1e-5 only one weight in fifty moves at all. The rate is
-constant. TRL clips no gradients, clips values to ± 0.2, and has AdamW without weight decay.
+passes that generate nothing, one batch for scoring, one micro-batch in a mini-batch, frozen models in the job's
+precision. Weights that are trained stay in float32, and so do rollouts, which read them: in bfloat16 an update is a
+sixth cheaper, but at a learning rate of 1e-5 only one weight in fifty moves at all. The rate is constant. TRL clips no
+gradients, clips values to ± 0.2, and has AdamW without weight decay.
 """
 
 import json
@@ -39,6 +41,8 @@ from transformers import (
     TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Job:
     missing_eos_penalty: float | None
     temperature: float
     precision: str
-    """fp32, or bf16: autocast in the passes that learn, with weights, rollouts and scoring left in float32."""
+    """fp32, or bf16: that of the frozen models, and autocast in the passes that learn; trained weights and rollouts
+    are float32 all the same."""
     seed: int
     threads: int
 
@@ -124,10 +129,14 @@ def make_trainer(job: Job, folder: str, stopwatch: Stopwatch) -> PPOTrainer:
     if len(job.prompts) < job.batch or any(tokenizer.pad_token_id in prompt for prompt in job.prompts):
         # TRL waits for ever for a whole batch, and takes every padding token for padding.
         raise ValueError(f"need at least {job.batch} prompts, none with the padding token {tokenizer.pad_token}")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32) for _ in range(2))
-    reward_model, value_model = (score_model(job) for _ in range(2))
+    frozen = PRECISIONS[job.precision]
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype) for dtype in (torch.float32, frozen)
+    )
+    value_model, reward_model = (score_model(job, dtype) for dtype in (torch.float32, frozen))
     for model in (policy, reference, reward_model, value_model):
         model.config.use_cache = False
+        model.get_input_embeddings().requires_grad_(False)
     return PPOTrainer(
         args=ppo_config(job, folder),
         processing_class=tokenizer,
@@ -141,19 +150,15 @@ def make_trainer(job: Job, folder: str, stopwatch: Stopwatch) -> PPOTrainer:
     )
 
 
-def score_model(job: Job) -> PreTrainedModel:
+def score_model(job: Job, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the score's head."""
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        job.model, num_labels=1, dtype=torch.float32
-    )
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
     model.get_submodule("score").load_state_dict({"weight": load_file(job.score_head)["score.weight"]})
     return model
 
 
 def ppo_config(job: Job, folder: str) -> PPOConfig:
     """The job in TRL's words, and what is against its defaults."""
-    if job.precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision is fp32 or bf16, not {job.precision}")
     if job.precision == "bf16":
         # The trainer's own bf16=True no longer reaches the Accelerator that it makes; this does.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"

@@ -14,9 +14,7 @@ def test_length_learns_its_sign_from_the_training_data_alone() -> None:
     held_out = [comparison("longer one", "short"), comparison("same", "size"), comparison("s", "long"), *short_wins[3:]]
     found = baselines.length_baseline(short_wins, held_out)
     assert found.sign == -1
-    assert (found.longer.value, found.longer.ties) == (2.5 / 4, 1)
-    assert found.learnt.value == 1.5 / 4
-    assert found.longer.low < found.longer.value < found.longer.high
+    assert found.right == (0.0, 0.5, 1.0, 0.0)
 
 
 def test_bag_of_words_learns_words_and_pairs_that_length_does_not_tell() -> None:
@@ -24,20 +22,18 @@ def test_bag_of_words_learns_words_and_pairs_that_length_does_not_tell() -> None
     train = [comparison(f"it is good {i}", f"good it is not {i}", f"Prompt {i}") for i in range(40)]
     held_out = [comparison("it is good now", "good it is not"), comparison("is good", "is not")]
     found = baselines.bag_of_words_baseline(train, held_out)
-    assert found.accuracy.value == 1.0
-    assert found.accuracy.low < 1.0
+    assert found.right == (1.0, 1.0)
     assert set(found.validation) == set(baselines.L2_WEIGHTS)
     # All do equally well here, so the weights are kept as small as can be.
     assert found.l2_weight == max(baselines.L2_WEIGHTS)
-    assert baselines.length_baseline(train, held_out).learnt.value < 1.0
+    assert baselines.length_baseline(train, held_out).right != (1.0, 1.0)
 
 
 def test_words_never_seen_are_a_tie() -> None:
     model = baselines.fit([comparison("good", "bad")] * 3, [0.1])[0.1]
-    found = baselines.accuracy(model, [comparison("unheard", "of"), comparison("good", "bad")])
-    assert (found.wins, found.ties, found.value) == (1, 1, 0.75)
+    assert baselines.judged(model, [comparison("unheard", "of"), comparison("good", "bad")]) == (0.5, 1.0)
     with pytest.raises(ValueError, match="at least one comparison"):
-        baselines.accuracy(model, [])
+        baselines.judged(model, [])
 
 
 def test_logistic_weights_are_where_the_gradient_of_the_loss_vanishes() -> None:

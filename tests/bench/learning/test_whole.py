@@ -78,7 +78,7 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     assert run_experiment(experiment) == found
 
     human: Sequence[dict[str, Any]] = [
-        {"reward model": [0.65, 0.6, 0.7], "length": [0.6, 0.55, 0.65], "bag of words": [0.62, 0.57, 0.67]}
+        {"held_out": [3, 5], "prompts": [0, 5], "reward model": [1, 1], "bag of words": [1, 0], "length": [0, 0.5]}
     ]
     everything = gathered({"chat-0": found, "human": {"seeds": human}})
     assert list(everything) == ["human", "chat"]
@@ -86,11 +86,12 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     assert figures["HH-RLHF accuracy: reward model"].met
     assert 0 <= figures["chat: ppo-ptx over base"].value <= 1
     on = {"commit": "abc1234", "computes_in": "bf16", "cpu": "a CPU", "cores": 2}
-    ran = {"chat-0": found | {"on": on, "seconds": 5400.0}}
+    ran = {"chat-0": found | {"on": on}, "human": {"on": on, "seconds": 5400.0}}
     result = bench_result("learning", list(figures.values()))
     page = write_page(everything, ran, result, tmp_path / "results")
     assert "Not finished" not in page.read_text()
-    assert "| chat-0 | abc1234 | bf16 | a CPU | 2 | 1.5 |" in page.read_text()
+    assert "| chat-0 | abc1234 | bf16 | a CPU | 2 | 0.0 |" in page.read_text()
+    assert "| human | abc1234 | bf16 | a CPU | 2 | 1.5 |" in page.read_text()
     assert "chat: ppo over sft" in page.read_text()
     assert "| chat, online, seed 0 | 3 |" in page.read_text()
     assert (tmp_path / "results" / "learning-chat.svg").stat().st_size > 5000
