@@ -6,21 +6,22 @@ Tensors are safetensors and facts are JSON: nothing is unpickled.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from feedback.sqlite_file import fsync_folder
+from training.run_folder import replace_file
+from training.tensor_file import save_tensors
 
 PREFIX = "step-"
 DRAFT = "draft"
+TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,8 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
     draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, draft / "tensors.safetensors")
-    except SafetensorError as error:
-        raise OSError(f"{draft}: {error}") from error
-    (draft / "facts.json").write_text(json.dumps(facts))
-    for path in draft.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    save_tensors(draft / TENSORS, tensors, {})
+    replace_file(draft / FACTS, json.dumps(facts))
     fsync_folder(draft)
     target = folder / f"{PREFIX}{step}"
     shutil.rmtree(target, ignore_errors=True)
@@ -61,9 +56,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     if not steps:
         return None
     found = folder / f"{PREFIX}{max(steps)}"
-    return Checkpoint(
-        max(steps), load_file(found / "tensors.safetensors"), json.loads((found / "facts.json").read_text())
-    )
+    return Checkpoint(max(steps), load_file(found / TENSORS), json.loads((found / FACTS).read_text()))
 
 
 def _steps(folder: Path) -> list[int]:

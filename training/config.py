@@ -39,7 +39,10 @@ class RewardModelConfig(BaseModel):
         0.5, ge=0, lt=1, description="Share of rankings already learned from, mixed with new ones, where layers train."
     )
     max_labeler_share: float = Field(
-        0.2, gt=0, le=1, description="A labeler with more than this share of the rankings weighs no more than it."
+        0.2,
+        gt=0,
+        le=1,
+        description="A labeler with more than this share of the rankings weighs as if they had given no more.",
     )
     held_out_share: float = Field(0.35, ge=0, lt=1, description="Share of users whose rankings only measure.")
     max_accuracy_drop: float = Field(
@@ -178,7 +181,7 @@ class TrainingConfig(BaseModel):
         description="Win rate over the reference, by the reward model, "
         "that the lower end of the interval must pass before a version is promoted.",
     )
-    num_evaluation_prompts: int = Field(64, ge=1, description="Most held-out prompts that a new policy is judged on.")
+    num_evaluation_prompts: int = Field(64, ge=2, description="Most held-out prompts that a new policy is judged on.")
     num_probes: int = Field(4, ge=1, le=64, description="Probes in the manifest.")
     num_processes: int = Field(
         1, ge=1, description="Processes, one a GPU, that share the models being trained and the rollouts (FSDP)."

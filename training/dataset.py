@@ -12,13 +12,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignd.v1 import policy_manifest_pb2, types_pb2
+from alignd.v1 import types_pb2
 from feedback.rendering import prompt_token_ids
-from feedback.store import RankedCompletion, RankedGroup, StoredPrompt
+from feedback.store import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
 from training.groups import Group, RankedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_STORED_PROMPTS = 100_000
+
+
+@dataclass(frozen=True)
+class LogRange:
+    """Records of a partition, by their first and last offset."""
+
+    topic: str
+    partition: int
+    first_offset: int
+    last_offset: int
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,10 @@ class Dataset:
     held_out: tuple[RankedExample, ...]
     training_prompts: tuple[TokenizedPrompt, ...]
     held_out_prompts: tuple[TokenizedPrompt, ...]
-    rankings: tuple[policy_manifest_pb2.LogRange, ...]
+    rankings: tuple[LogRange, ...]
     """Where in the log the training rankings are."""
+    held_out_texts: frozenset[str]
+    """Of all prompts that are held out, those that are too long as well."""
 
 
 def make_dataset(
@@ -56,12 +70,7 @@ def make_dataset(
     Prompts longer than `max_prompt_tokens` are left out, and of a ranking longer than `max_group_tokens` the longest
     completions: whatever users send, no row is longer than there is memory for.
     """
-    listed = {text_of(each.prompt) for each in prompts}
-    # A ranked prompt that is not among the newest, which are listed, goes with its ranking.
-    senders = [(text_of(each.prompt), each.first_user_id) for each in prompts] + [
-        (text, group.user_id) for group in groups if (text := text_of(group.prompt)) not in listed
-    ]
-    held_out_texts = {text for text, user in senders if is_held_out(user, held_out_share)}
+    held_out_texts = _held_out_texts(groups, prompts, held_out_share)
     tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
     short = [prompt for prompt in tokenized if len(prompt.token_ids) <= max_prompt_tokens]
     sides = [(is_held_out(g.user_id, held_out_share), text_of(g.prompt) in held_out_texts, g) for g in groups]
@@ -73,7 +82,38 @@ def make_dataset(
         training_prompts=tuple(prompt for prompt in short if prompt.text not in held_out_texts),
         held_out_prompts=tuple(prompt for prompt in short if prompt.text in held_out_texts),
         rankings=log_ranges(learned),
+        held_out_texts=held_out_texts,
     )  # fmt: skip
+
+
+def split_demonstrations(
+    stored: Sequence[StoredDemonstration],
+    prompts: Sequence[StoredPrompt],
+    *,
+    held_out_share: float,
+    validation_share: float,
+) -> tuple[list[StoredDemonstration], list[StoredDemonstration]]:
+    """The demonstrations that SFT learns from, and those whose prompts choose its epoch, by the same rule as rankings.
+
+    What measures rankings, `held_out_share` of the users, is not learned from here either.
+    """
+    share = max(held_out_share, validation_share)
+    texts = _held_out_texts(stored, prompts, share)
+    return (
+        [each for each in stored if not (is_held_out(each.user_id, share) or text_of(each.prompt) in texts)],
+        [each for each in stored if is_held_out(each.user_id, validation_share) and text_of(each.prompt) in texts],
+    )
+
+
+def _held_out_texts(
+    feedback: Sequence[RankedGroup] | Sequence[StoredDemonstration], prompts: Sequence[StoredPrompt], share: float
+) -> frozenset[str]:
+    listed = {text_of(each.prompt) for each in prompts}
+    # A prompt that is not among the newest, which are listed, goes with its ranking or demonstration.
+    senders = [(text_of(each.prompt), each.first_user_id) for each in prompts] + [
+        (text, each.user_id) for each in feedback if (text := text_of(each.prompt)) not in listed
+    ]
+    return frozenset(text for text, user in senders if is_held_out(user, share))
 
 
 def is_held_out(user_id: str, share: float) -> bool:
@@ -98,14 +138,13 @@ def completion_token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, en
     return tuple(tokens)
 
 
-def log_ranges(groups: Sequence[RankedGroup]) -> tuple[policy_manifest_pb2.LogRange, ...]:
+def log_ranges(groups: Sequence[RankedGroup]) -> tuple[LogRange, ...]:
     """The first and last offset of these rankings in each partition of the log."""
     offsets: dict[tuple[str, int], list[int]] = {}
     for group in groups:
         offsets.setdefault((group.position.topic, group.position.partition), []).append(group.position.offset)
     return tuple(
-        policy_manifest_pb2.LogRange(topic=topic, partition=partition, first_offset=min(found), last_offset=max(found))
-        for (topic, partition), found in sorted(offsets.items())
+        LogRange(topic, partition, min(found), max(found)) for (topic, partition), found in sorted(offsets.items())
     )
 
 

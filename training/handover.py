@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def _manifest(run: Run, rewards: Rewards, verdict: Verdict) -> policy_manifest_p
             recipe_json=run.config.model_dump_json(),
             seed=run.config.seed,
             reward_model_digest=rewards.fitted.digest,
-            rankings=data.rankings,
-            num_rankings=len(data.training),
+            rankings=[policy_manifest_pb2.LogRange(**asdict(each)) for each in rewards.fitted.rankings],
+            num_rankings=rewards.fitted.num_rankings,
             num_prompts=len(data.training_prompts),
             prompts_digest=prompts_digest([prompt.sample_id for prompt in data.training_prompts]),
         ),
@@ -58,11 +59,11 @@ def register(
 ) -> policy_service_pb2.Policy:
     """Writes and registers the version."""
     manifest = _manifest(run, rewards, verdict)
-    sequences = [prompt.token_ids for prompt in probed[: run.config.num_probes]]
+    sequences = [prompt.token_ids for prompt in probed]
 
     def write_files(draft: Path) -> None:
         save_weights(draft, weights, run.parents.reference_folder)
-        manifest.probes.extend(probes_of(draft, sequences))
+        manifest.probes.extend(probes_of(draft, sequences, run.config.num_probes))
 
     written, complete = write_artifact(run.place.policies_dir, manifest, write_files)
     shutil.copyfile(written / MANIFEST, run.folder.path / MANIFEST)

@@ -74,8 +74,9 @@ def run_trainer(
                 if run_once(place, folder):
                     cursor.write(folder.origin().last_ranking_seq)
                     _write_reports(folder)
-                    clear_abort(engine, folder.path.name)
+                    # In this order: killed between the two, it leaves a request that concerns nobody any more.
                     folder.end()
+                    clear_abort(engine, folder.path.name)
                 else:
                     time.sleep(RETRY_SECONDS)
 
@@ -247,11 +248,21 @@ def last_began(runs_dir: Path) -> float | None:
 
 
 def run_once(place: Workplace, folder: RunFolder) -> bool:
-    """Runs, or goes on with a run. False if the disk is full or serving could not be reached: then it goes on later.
+    """Runs, or goes on with a run. False if a disk is full or serving or the store is away: then it goes on later.
 
     A run that kills the trainer again and again is given up, so that there can be others.
     """
-    ended = _attempt(place, folder)
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        ended = _attempt(place, folder)
+    except (OSError, OperationalError) as error:
+        logger.error("run %s waits: %s", folder.path.name, error)
+        ended = False
+    except SystemExit:
+        # The trainer was told to end; the run did not do it.
+        folder.survived_attempt()
+        raise
     folder.survived_attempt()
     return ended
 
@@ -279,9 +290,6 @@ def _attempt(place: Workplace, folder: RunFolder) -> bool:
         # Asked again, serving would refuse again.
         logger.error("run %s stopped: serving refused: %s", run_id, error.details())
         folder.log("stopped", 0, 1, {"reason": f"serving refused: {error.details()}"})
-    except OSError as error:
-        logger.error("run %s waits: %s", run_id, error)
-        return False
     return True
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,6 +28,7 @@ from training.errors import TrainingError
 from training.groups import Group, PackedGroups, micro_batches, pack
 from training.logprobs import label_logprobs, label_logprobs_and_entropy
 from training.parallel import ALONE, Ranks, shard, whole
+from training.tensor_file import save_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER = "default"
@@ -243,8 +244,7 @@ def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], source: Path) -> None:
     """The same for weights that `merged_weights` has returned."""
     copy_settings(source, folder)
-    on_cpu = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
-    save_file(on_cpu, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
 
 
 def copy_settings(source: Path, folder: Path) -> None:

@@ -83,8 +83,9 @@ class Progress:
     kl_coef: float
     gamma: ptx.Gamma
     good: Weights
-    """Weights of the last policy that was seen to be within bounds."""
+    """Weights of the last policy that was seen to be within bounds, as they were before the round `good_step`."""
     averaged: Weights
+    good_step: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)
     num_sequences: int = 0
     """Pretraining sequences used."""
@@ -94,8 +95,8 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
     """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
 
     Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
-    last good policy if the run stopped itself. Raises TrainingError if it stops before its first update, so that
-    nothing can be kept, or if the ranks cannot divide an optimizer step's prompts.
+    last good policy if the run stopped itself. Raises TrainingError if it stops before any policy of its own was seen
+    to be good, or if the ranks cannot divide an optimizer step's prompts.
     """
     steps = config.num_minibatches * learner.ranks.size
     if config.prompts_per_step % steps:
@@ -112,8 +113,8 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
             reason, metrics = _round(learner, config, world, progress, next(turns), seed)
         except _NotFiniteError as error:
             reason, metrics = str(error), dict(progress.rounds[-1])
-        if reason and progress.step == 0:
-            raise TrainingError(f"PPO stopped in its first round: {reason}")
+        if reason and progress.good_step == 0:
+            raise TrainingError(f"PPO stopped in round {progress.step + 1} with nothing better to keep: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
             world.load_weights(merged_weights(learner.shared, learner.policy))
@@ -144,6 +145,7 @@ def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
         progress.averaged = placed_weights(learner.policy, parts["averaged"])
         progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
         progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
+        progress.good_step = found.facts["good_step"]
     if world.pretraining:
         next(itertools.islice(world.pretraining, progress.num_sequences, progress.num_sequences), None)
     return progress
@@ -164,6 +166,7 @@ def _save(learner: Learner, progress: Progress, folder: Path) -> None:
         "rounds": progress.rounds,
         "gamma_asked": progress.gamma.asked,
         "num_sequences": progress.num_sequences,
+        "good_step": progress.good_step,
     }
     led(learner.ranks, lambda: save_checkpoint(folder, progress.step, tensors, facts))
 
@@ -191,7 +194,7 @@ def _round(
     if reason:
         return reason, seen
     if judge_drop(progress.rounds) <= GOOD_JUDGE_DROP:
-        progress.good = trained_weights(learner.policy)
+        progress.good, progress.good_step = trained_weights(learner.policy), progress.step
     scored = time.perf_counter()
     metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
     metrics |= _update(learner, config, world, progress, minibatches)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import RewardModelConfig
-from training.dataset import Dataset
+from training.dataset import Dataset, LogRange
 from training.groups import RankedExample
 from training.policy_model import SharedLayers
 from training.reward_evaluation import RewardEvaluation, evaluate_rewards
@@ -35,6 +35,14 @@ class Fitted:
     run_id: str
     digest: str
     last_seq: int
+    num_rankings: int
+    rankings: tuple[LogRange, ...]
+    """Where in the log they are."""
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> Fitted:
+        """From what `asdict` made of it."""
+        return cls(**{**found, "rankings": tuple(LogRange(**each) for each in found["rankings"])})
 
 
 def current(runs_dir: Path) -> Fitted | None:
@@ -42,7 +50,7 @@ def current(runs_dir: Path) -> Fitted | None:
     path = runs_dir / POINTER_FILE
     if not path.exists():
         return None
-    fitted = Fitted(**json.loads(path.read_text()))
+    fitted = Fitted.of_json(json.loads(path.read_text()))
     return fitted if (runs_dir / fitted.run_id / REWARD_MODEL_FILE).exists() else None
 
 
@@ -85,16 +93,16 @@ def refresh(
     found = evaluate_rewards(model, shared, data.held_out)
     earlier = evaluate_rewards(before, shared, data.held_out) if has_parent else None
     refused = bool(found and earlier and found.accuracy < earlier.accuracy - config.max_accuracy_drop)
-    metrics: dict[str, Any] = {"reward_model/refused": float(refused)}
     if found:
-        metrics |= as_metrics(found)
-    if earlier:
-        metrics["reward_model/parent_accuracy"] = earlier.accuracy
-    log("reward_model_evaluation", 0, 1, metrics)
+        metrics: dict[str, Any] = {"reward_model/refused": float(refused), **as_metrics(found)}
+        if earlier:
+            metrics["reward_model/parent_accuracy"] = earlier.accuracy
+        log("reward_model_evaluation", 0, 1, metrics)
     if refused and parent:
         return before, parent
     digest = save(model, run_path / REWARD_MODEL_FILE, reference_digest)
-    return model, Fitted(run_path.name, digest, max((example.seq for example in examples), default=0))
+    last_seq = max((example.seq for example in examples), default=0)
+    return model, Fitted(run_path.name, digest, last_seq, len(data.training), data.rankings)
 
 
 def as_metrics(found: RewardEvaluation) -> dict[str, Any]:

@@ -125,7 +125,9 @@ def _train_layers(
 ) -> None:
     """One epoch of AdamW over layers and heads; cosine to 10 %. The layers end rounded to bf16."""
     model.layers.float()
-    model.requires_grad_(True)
+    trained = [*model.layers.parameters(), model.heads_FE]
+    for parameter in trained:
+        parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(
         [
             {"params": list(model.layers.parameters()), "lr": config.learning_rate, "weight_decay": 0.0},
@@ -156,7 +158,7 @@ def _train_layers(
             fitted.backward()
             loss += fitted.item()
             right += (margins(scores_NE.detach().mean(1), among) > 0).tolist()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         _check(loss)
         optimizer.step()
         done += len(batch)

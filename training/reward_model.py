@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.config import RewardModelConfig
@@ -29,6 +29,7 @@ from training.device import autocast
 from training.errors import TrainingError
 from training.groups import Group, PackedGroups, micro_batches, pack
 from training.policy_model import SCORING_TOKENS, SharedLayers, run_layers
+from training.tensor_file import save_tensors
 
 
 class RewardModel(nn.Module):
@@ -47,6 +48,7 @@ class RewardModel(nn.Module):
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[self.first : self.level])
         # What leaves the topmost layer is read as the policy reads it.
         self.norm = copy.deepcopy(body.norm) if self.level == shared.num_layers else nn.Identity()
+        self.norm.requires_grad_(False)
         width = 2 * shared.head_VD.shape[1]
         # Zero: before it has learned anything it prefers nothing.
         self.heads_FE = nn.Parameter(torch.zeros(width, config.num_heads))
@@ -133,10 +135,9 @@ def normalise(model: RewardModel, scores: Tensor) -> float:
 
 
 def save(model: RewardModel, path: Path, reference_digest: str) -> str:
-    """Writes the weights as safetensors, and returns their SHA-256. `reference_digest` names what they stand on."""
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    """Writes the weights, and returns the file's SHA-256. `reference_digest` names what they stand on."""
     facts = {"first": model.first, "level": model.level, "reference": reference_digest}
-    save_file(tensors, path, metadata={"reward_model": json.dumps(facts)})
+    save_tensors(path, model.state_dict(), {"reward_model": json.dumps(facts)})
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

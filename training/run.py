@@ -19,7 +19,7 @@ import torch
 
 from training import ppo, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
-from training.dataset import TokenizedPrompt, make_dataset
+from training.dataset import MAX_STORED_PROMPTS, TokenizedPrompt, make_dataset, text_of
 from training.errors import TrainingError
 from training.evaluate import Verdict, mean, win_rate
 from training.groups import Group
@@ -44,8 +44,8 @@ from training.workplace import Parents, Rewards, Run, Workplace
 
 logger = logging.getLogger(__name__)
 
-MAX_STORED_PROMPTS = 100_000
 MAX_UNRANKED, NUM_LABEL_NEXT = 64, 20
+LEAST_HELD_OUT = 2  # of one score there is no deviation
 
 
 def run(place: Workplace, folder: RunFolder) -> int:
@@ -91,10 +91,11 @@ def _open(place: Workplace, folder: RunFolder) -> Run:
         max_prompt_tokens=config.ppo.max_prompt_tokens,
         max_group_tokens=config.reward_model.micro_batch_tokens,
     )
-    if not (data.training and data.training_prompts and data.held_out_prompts):
+    if not (data.training and data.training_prompts and len(data.held_out_prompts) >= LEAST_HELD_OUT):
         raise TrainingError(
             f"too little to learn from: {len(data.training)} rankings with a comparison, "
-            f"{len(data.training_prompts)} prompts to train on, {len(data.held_out_prompts)} held out"
+            f"{len(data.training_prompts)} prompts to train on, {len(data.held_out_prompts)} held out "
+            f"of {LEAST_HELD_OUT} at least"
         )
     return Run(place, folder, config, parents, SharedLayers(load_model(parents.reference_folder)), data)
 
@@ -113,14 +114,14 @@ def _rewards(run: Run) -> Rewards:
     for each, prefix in ((model, "model."), (judge, "judge.")):
         each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
     before = [Rollout(tuple(each[0]), tuple(each[1]), each[2]) for each in found.facts["before"]]
-    return Rewards(model, judge, Fitted(**found.facts["fitted"]), before)
+    return Rewards(model, judge, Fitted.of_json(found.facts["fitted"]), before)
 
 
 def _make_rewards(run: Run) -> None:
     folder = run.folder
     found = newest_checkpoint(folder.state / "rewards")
     if found:
-        accept(folder.path.parent, Fitted(**found.facts["fitted"]))
+        accept(folder.path.parent, Fitted.of_json(found.facts["fitted"]))
         return
     folder.rewind("reward_model", 0)
     rewards = _fit(run)
@@ -157,8 +158,10 @@ def _fit(run: Run) -> Rewards:
 def _name_what_to_label(run: Run, model: RewardModel) -> None:
     origin = run.folder.origin()
     unranked = run.place.store.unranked(MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
+    # Rankings of prompts that are held out would only measure.
+    teaching = [each for each in unranked if text_of(each.prompt) not in run.data.held_out_texts]
     longest = run.config.reward_model.micro_batch_tokens
-    found = label_next(model, run.shared, run.place.tokenizer, unranked, max_group_tokens=longest)
+    found = label_next(model, run.shared, run.place.tokenizer, teaching, max_group_tokens=longest)
     run.folder.write_label_next(found[:NUM_LABEL_NEXT])
 
 

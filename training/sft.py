@@ -103,7 +103,7 @@ def _rows(demonstrations: Sequence[Demonstration], seed: int) -> Dataset:
 
 
 def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
-    return TrlConfig(
+    arguments = TrlConfig(
         output_dir=str(scratch),
         num_train_epochs=config.num_epochs,
         learning_rate=config.learning_rate,
@@ -125,6 +125,10 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
         seed=seed,
         data_seed=seed,
     )
+    # Of several GPUs it would take all, by DataParallel, which TRL refuses.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class _Chosen(TrainerCallback):

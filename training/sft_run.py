@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.artifact import MANIFEST, write_artifact
 from feedback.rendering import prompt_token_ids
 from training.config import TrainingConfig
-from training.dataset import completion_token_ids_of, is_held_out, text_of
+from training.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
 from training.errors import TrainingError
 from training.groups import Group
-from training.policy_model import WEIGHTS_FILE, SharedLayers, copy_settings, load_model, load_weights
+from training.policy_model import SharedLayers, load_model, load_weights, save_weights
 from training.probes import probes_of
 from training.publish import next_version
 from training.refresh import REWARD_MODEL_FILE, current
@@ -49,12 +48,15 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
     Raises TrainingError if there are too few demonstrations, or no reward model yet to choose the epoch by.
     """
     config = folder.config()
-    stored = place.store.demonstrations()
-    held_out = [each for each in stored if is_held_out(each.user_id, config.sft.validation_share)]
-    learned = [each for each in stored if not is_held_out(each.user_id, config.sft.validation_share)]
+    learned, validating = split_demonstrations(
+        place.store.demonstrations(),
+        place.store.prompts(MAX_STORED_PROMPTS),
+        held_out_share=config.reward_model.held_out_share,
+        validation_share=config.sft.validation_share,
+    )
     shared = SharedLayers(load_model(parents.reference_folder))
     rewards = _reward_model(config, shared, folder.path.parent, parents)
-    asked = _validation_prompts(place, config, held_out)
+    asked = _validation_prompts(place, config, validating)
     prompts = sorted(asked)
     answers: list[list[tuple[int, ...]]] = []
     """Of the reference policy, and of each epoch."""
@@ -103,15 +105,15 @@ def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_ser
 
 
 def _validation_prompts(
-    place: Workplace, config: TrainingConfig, held_out: Sequence[StoredDemonstration]
+    place: Workplace, config: TrainingConfig, validating: Sequence[StoredDemonstration]
 ) -> dict[tuple[int, ...], str]:
     """In tokens, and as text. Those that the engine has no room for are left out."""
-    asked = {_prompt(place, each): text_of(each.prompt) for each in held_out}
+    asked = {_prompt(place, each): text_of(each.prompt) for each in validating}
     short = {tokens: text for tokens, text in asked.items() if len(tokens) <= config.ppo.max_prompt_tokens}
     if not short:
         raise TrainingError(
-            "SFT: of the users that sft.validation_share holds out there is no demonstration for a prompt of at most "
-            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
+            "SFT: of the users that sft.validation_share holds out there is no demonstration for a prompt of theirs of "
+            f"at most ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
         )
     return short
 
@@ -163,12 +165,12 @@ def _register(
     manifest.create_time.FromNanoseconds(time.time_ns())
 
     def write_files(draft: Path) -> None:
-        copy_settings(parents.reference_folder, draft)
-        save_file({name: each.contiguous() for name, each in weights.items()}, draft / WEIGHTS_FILE, {"format": "pt"})
-        manifest.probes.extend(probes_of(draft, prompts[: config.num_probes]))
+        save_weights(draft, weights, parents.reference_folder)
+        manifest.probes.extend(probes_of(draft, prompts, config.num_probes))
 
     written, complete = write_artifact(place.policies_dir, manifest, write_files)
     shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
     reason = f"run {folder.path.name}: SFT, score {score:.2f} by the reward model"
+    registered = place.client.register(complete, written, reason)
     folder.log("register", 0, 1, {"version": version, "promoted": 0.0})
-    return place.client.register(complete, written, reason)
+    return registered

@@ -12,8 +12,8 @@ JOB is a JSON file with exactly the fields of `Job`. To UPDATES one JSON object 
     peak_rss_mib   most memory that this process had resident until then
 
 Policy, reference, reward and value model are four models made of the same weights. The score is linear in the hidden
-state after the last norm, at the last real token; the value model starts as the reward model. Of policy and value model all
-layers are trained, and no embeddings, as in alignd.
+state after the last norm, at the last real token; the value model starts as the reward model. Of policy and value model
+all layers are trained, and no embeddings, as in alignd.
 What this script sets besides the job is what is fastest on a CPU: no gradient checkpointing, no key-value cache in
 passes that generate nothing, one batch for scoring, one micro-batch in a mini-batch, frozen models in the job's
 precision. Weights that are trained stay in float32, and so do rollouts, which read them: in bfloat16 an update is a

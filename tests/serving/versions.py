@@ -82,7 +82,7 @@ def write_version(
     save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
     manifest = PolicyManifest(version=version, parent_version=parent, reference_version=reference, code_version="test")
     manifest.create_time.GetCurrentTime()
-    manifest.probes.extend(probes_of(draft, PROBE_SEQUENCES))
+    manifest.probes.extend(probes_of(draft, PROBE_SEQUENCES, len(PROBE_SEQUENCES)))
     manifest.training.run_id = "by-hand"
     change_manifest(manifest)
     save_file(change(weights), draft / "model.safetensors", metadata={"format": "pt"})

@@ -7,8 +7,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignd.v1 import types_pb2
 from feedback.bus import Position
-from feedback.store import RankedCompletion, RankedGroup, StoredPrompt
-from training.dataset import Dataset, completion_token_ids, is_held_out, log_ranges, make_dataset
+from feedback.store import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
+from training.dataset import (
+    Dataset,
+    completion_token_ids,
+    is_held_out,
+    log_ranges,
+    make_dataset,
+    split_demonstrations,
+)
 
 STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 SHARE = 0.3
@@ -74,6 +81,24 @@ def test_what_held_out_users_ranked_is_held_out_though_its_prompt_is_no_longer_l
     groups = [group(1, HELD_OUT, "both"), group(2, LEARNED, "both"), group(3, LEARNED, "only learned")]
     data = make_dataset(tokenizer, groups, [], held_out_share=SHARE, max_prompt_tokens=64, max_group_tokens=256)
     assert [example.seq for example in data.training] == [3]
+
+
+@pytest.mark.parametrize("validation_share", [0.1, SHARE, 0.6])
+def test_sft_learns_from_nothing_that_measures(validation_share: float) -> None:
+    users = [f"u{i}" for i in range(100)]
+    prompts = [StoredPrompt(f"s{user}", user, types_pb2.Prompt(text=f"What of {user}?")) for user in users]
+    stored = [
+        StoredDemonstration(seq, f"d{seq}", asked.sample_id, user, asked.prompt, "This.")
+        for seq, (user, asked) in enumerate((user, asked) for user in users for asked in prompts)
+    ]
+    learned, validating = split_demonstrations(stored, prompts, held_out_share=SHARE, validation_share=validation_share)
+    measuring = {f"What of {user}?" for user in users if is_held_out(user, max(SHARE, validation_share))}
+    assert learned
+    assert not any(is_held_out(each.user_id, max(SHARE, validation_share)) for each in learned)
+    assert not {each.prompt.text for each in learned} & measuring
+    assert validating
+    assert all(is_held_out(each.user_id, validation_share) for each in validating)
+    assert {each.prompt.text for each in validating} <= measuring
 
 
 def test_the_longest_completions_are_left_out_until_a_ranking_has_room(tokenizer: PreTrainedTokenizerBase) -> None:

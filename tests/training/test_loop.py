@@ -17,6 +17,7 @@ from typing import Any, cast
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2_grpc
+from sqlalchemy.exc import OperationalError
 
 from alignd.v1 import events_pb2, policy_service_pb2, policy_service_pb2_grpc, types_pb2
 from feedback.artifact import verify_artifact
@@ -87,8 +88,11 @@ async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
 
 
 def write_rankings(store_url: str, count: int) -> None:
-    """Rankings of four completions each, by four users, the longer the better; and a sample that nobody ranked."""
-    batch = []
+    """Rankings of four completions each, by four users, the longer the better; and samples that nobody ranked.
+
+    One of these is of a prompt that is held out.
+    """
+    batch, prompts = [], []
     for index in range(count):
         user, sample_id = f"user-{index % 4}", f"s{index}"
         texts = [" ".join(["in the garden"] * (n + 1)) for n in range(4)]
@@ -101,6 +105,7 @@ def write_rankings(store_url: str, count: int) -> None:
         ]  # fmt: skip
         message = types_pb2.Message(role=types_pb2.ROLE_USER, content=f"What is number {index}?")
         prompt = types_pb2.Prompt(chat=types_pb2.Chat(messages=[message]))
+        prompts.append(prompt)
         sample = events_pb2.SampleEvent(event_id=sample_id, user_id=user, prompt=prompt, completions=completions)
         groups = [types_pb2.RankingGroup(completion_ids=[f"{sample_id}-{n}"]) for n in (3, 2, 1, 0)]
         ranking = events_pb2.RankingEvent(event_id=f"r{index}", user_id=user, sample_id=sample_id, groups=groups)
@@ -109,12 +114,16 @@ def write_rankings(store_url: str, count: int) -> None:
             batch.append(
                 Delivered(Position(topic, 0, index), sample_id.encode(), event.SerializeToString(), event.event_id)
             )
-    unranked = events_pb2.SampleEvent(event_id="unranked", user_id="user-0", prompt=prompt, completions=completions[:2])
-    unranked.event_time.FromSeconds(1_700_000_040)
-    place = Position(SAMPLES, 0, count)
-    batch.append(Delivered(place, b"unranked", unranked.SerializeToString(), unranked.event_id))
+    for index, side in enumerate((False, True)):
+        first = next(index for index in range(4) if is_held_out(f"user-{index}", 0.4) == side)
+        unranked = events_pb2.SampleEvent(
+            event_id=f"unranked, held out: {side}", user_id="user-0", prompt=prompts[first], completions=completions[:2]
+        )
+        unranked.event_time.FromSeconds(1_700_000_040)
+        place = Position(SAMPLES, 0, count + index)
+        batch.append(Delivered(place, b"unranked", unranked.SerializeToString(), unranked.event_id))
     ledger = Ledger(store_url)
-    after = {(SAMPLES, 0): Offset("log", count + 1), (RANKINGS, 0): Offset("log", count)}
+    after = {(SAMPLES, 0): Offset("log", count + 2), (RANKINGS, 0): Offset("log", count)}
     ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 
@@ -164,7 +173,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert set(lines(folder / "samples.jsonl")[0]) == {"prompt", "before", "after"}
 
     (unsure,) = lines(folder / "label_next.jsonl")
-    assert (unsure["sample_id"], len(cast(str, unsure["completions"]))) == ("unranked", 2)
+    assert (unsure["sample_id"], len(cast(str, unsure["completions"]))) == ("unranked, held out: False", 2)
 
     async with grpc.aio.insecure_channel(serving.address) as channel:
         stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
@@ -225,7 +234,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
         event_id=f"s{count}", user_id=f"user-{held_out}", prompt=types_pb2.Prompt(text="why " * 400)
     )
     long.event_time.FromSeconds(1_700_000_050)
-    batch = [Delivered(Position(SAMPLES, 0, count + 1), b"long", long.SerializeToString(), long.event_id)]
+    batch = [Delivered(Position(SAMPLES, 0, count + 2), b"long", long.SerializeToString(), long.event_id)]
     for index in (*range(count), count):
         user = index % 4 if index < count else held_out
         event = events_pb2.DemonstrationEvent(
@@ -235,7 +244,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
         position = Position(DEMONSTRATIONS, 0, index)
         batch.append(Delivered(position, event.sample_id.encode(), event.SerializeToString(), event.event_id))
     ledger = Ledger(store_url)
-    after = {(SAMPLES, 0): Offset("log", count + 2), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
+    after = {(SAMPLES, 0): Offset("log", count + 3), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
     ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 
@@ -308,17 +317,50 @@ def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     assert (line["phase"], str(MOST_ATTEMPTS) in str(line["reason"])) == ("stopped", True)
 
 
-def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path) -> None:
-    """The disk is full, however often it is tried: the run waits."""
-    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+def place_where(tmp_path: Path, error: BaseException) -> Workplace:
+    """A workplace where a run comes to this as soon as it begins."""
 
-    def full(run_id: str) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fail(run_id: str) -> None:
+        raise error
 
     nobody = cast(Any, None)
-    place = Workplace(nobody, nobody, nobody, tmp_path, nobody, full, ALONE)
+    return Workplace(nobody, nobody, nobody, tmp_path, nobody, fail, ALONE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OperationalError("UPDATE trainer", {}, Exception("the database system is shutting down")),
+    ],
+    ids=["the disk is full", "the store is away"],
+)
+def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path, error: Exception) -> None:
+    """However often it is tried: the run waits."""
+    folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, error)
     assert [run_once(place, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
     assert folder.begin_attempt() == 1
+
+
+def test_a_run_is_not_given_up_for_a_trainer_that_was_told_to_end(tmp_path: Path) -> None:
+    folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, SystemExit(0))
+    for _ in range(2 * MOST_ATTEMPTS):
+        with pytest.raises(SystemExit):
+            run_once(place, folder)
+    assert folder.begin_attempt() == 1
+
+
+def test_a_disk_that_is_full_of_its_own_last_line_makes_a_run_wait_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    (folder.path / "metrics.jsonl").write_text('{"phase": "ppo", "st')
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.run_folder.replace_file", full)
+    assert not run_once(cast(Workplace, None), folder)
 
 
 HOUR = 3600.0

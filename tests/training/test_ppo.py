@@ -67,17 +67,29 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
 
 def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: SharedLayers, tiny_folder: Path) -> None:
     seen: list[dict[str, Any]] = []
-    config = PPO.model_copy(update={"max_kl": 0.02, "learning_rate": 1e-2})
+    rounds: list[Weights] = []
+    config = PPO.model_copy(update={"max_kl": 0.5})
     learner = learner_of(shared, tiny_folder, config, fitted(shared))
     world, sampler = world_of(tiny_folder, config, kept(seen))
+    world = replace(world, between_rounds=lambda: rounds.append(trained_weights(learner.policy)))
     reason = ppo.train(learner, config, world, seed=0)
     assert reason is not None
-    assert "ppo.max_kl = 0.02" in reason
-    assert 1 < len(seen) < config.num_steps
-    assert seen[-1]["objective/kl"] > 0.02
+    assert "ppo.max_kl = 0.5" in reason
+    assert 2 < len(seen) == len(rounds) < config.num_steps
+    assert seen[-1]["objective/kl"] > 0.5 > seen[-2]["objective/kl"]
     assert seen[-1]["stopped/reason"] == reason
+    for name, tensor in trained_weights(learner.policy).items():
+        assert torch.equal(tensor, rounds[-2][name])
     for name, tensor in merged_weights(shared, learner.policy).items():
         assert torch.equal(sampler.model.state_dict()[name], tensor)
+
+
+def test_ppo_that_makes_nothing_within_bounds_keeps_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
+    """Else what it began from would be registered as something new."""
+    config = PPO.model_copy(update={"max_kl": 1e-4, "learning_rate": 1e-2})
+    world, _ = world_of(tiny_folder, config)
+    with pytest.raises(TrainingError, match=r"stopped in round 2 with nothing better to keep: .*ppo.max_kl"):
+        ppo.train(learner_of(shared, tiny_folder, config, fitted(shared)), config, world, seed=0)
 
 
 def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLayers, tiny_folder: Path) -> None:

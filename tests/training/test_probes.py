@@ -10,7 +10,7 @@ from training.config import LoraConfig
 from training.policy_model import ModelMismatchError, SharedLayers, load_model, save_policy, upper_layers_of
 from training.probes import MAX_PROBE_TOKENS, probes_of
 
-SEQUENCES = [tuple(range(3, 3 + 100)), (1, 7, 7, 2)]
+SEQUENCES = [tuple(range(3, 3 + 100)), (1,), (1, 7, 7, 2), (4, 4)]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def saved(shared: SharedLayers, tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_probes_equal_a_recomputation_from_the_saved_weights(saved: Path, tiny_folder: Path) -> None:
-    own, old = probes_of(saved, SEQUENCES), probes_of(tiny_folder, SEQUENCES)
+    own, old = probes_of(saved, SEQUENCES, 2), probes_of(tiny_folder, SEQUENCES, 2)
     model = load_model(saved).float()
     for probe, before in zip(own, old, strict=True):
         tokens = torch.tensor(list(probe.token_ids))
@@ -33,6 +33,7 @@ def test_probes_equal_a_recomputation_from_the_saved_weights(saved: Path, tiny_f
         assert len(probe.logprobs) == len(probe.token_ids) - 1
         torch.testing.assert_close(torch.tensor(list(probe.logprobs)), expected_T, atol=0.05, rtol=0)
         assert list(probe.logprobs) != list(before.logprobs)
+    # One token alone predicts nothing.
     assert [len(probe.token_ids) for probe in own] == [MAX_PROBE_TOKENS, 4]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.training.learning import REWARD_MODEL, ranked_examples
 from training.config import RewardModelConfig
-from training.dataset import Dataset
+from training.dataset import Dataset, LogRange
 from training.groups import RankedExample
 from training.policy_model import SharedLayers
 from training.refresh import Fitted, accept, current, fit_judge, mixed, refresh
@@ -20,7 +20,9 @@ Lines = list[tuple[str, dict[str, Any]]]
 
 
 def dataset(training: list[RankedExample], held_out: list[RankedExample]) -> Dataset:
-    return Dataset(tuple(training), tuple(held_out), (), (), ())
+    seqs = [example.seq for example in training]
+    log = (LogRange("rankings", 0, min(seqs), max(seqs)),)
+    return Dataset(tuple(training), tuple(held_out), (), (), log, frozenset())
 
 
 def reversed_ranks(examples: list[RankedExample]) -> list[RankedExample]:
@@ -51,7 +53,8 @@ def refreshed(
 def test_a_worse_reward_model_is_refused_and_its_figures_are_kept(shared: SharedLayers, tmp_path: Path) -> None:
     good, held_out = ranked_examples(shared, 200, seed=1), ranked_examples(shared, 60, seed=2)
     first, fitted, logged = refreshed(shared, dataset(good, held_out), tmp_path / "1")
-    assert (fitted.run_id, fitted.last_seq) == ("1", 199)
+    assert (fitted.run_id, fitted.last_seq, fitted.num_rankings) == ("1", 199, 200)
+    assert fitted.rankings == (LogRange("rankings", 0, 0, 199),)
     accuracy = logged[-1][1]["reward_model/held_out_accuracy"]
     assert logged[-1][1]["reward_model/refused"] == 0
     assert "reward_model/parent_accuracy" not in logged[-1][1]
@@ -66,6 +69,13 @@ def test_a_worse_reward_model_is_refused_and_its_figures_are_kept(shared: Shared
     groups = [example.group for example in held_out]
     for before, after in zip(score_groups(first, shared, groups), score_groups(kept, shared, groups), strict=True):
         torch.testing.assert_close(before, after)
+
+
+def test_with_nobody_held_out_nothing_is_said_of_accuracy(shared: SharedLayers, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        _, fitted, logged = refreshed(shared, dataset(ranked_examples(shared, 12, seed=3), []), tmp_path / name)
+        assert {phase for phase, _ in logged} == {"reward_model"}
+        assert fitted.run_id == name
 
 
 def test_a_better_one_replaces_it(shared: SharedLayers, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ Weights and optimizer state are counted exactly. Activations are what autograd k
 in fp32, gated MLP, SDPA with a mask, which each layer keeps in its precision), as if both models' were there at once.
 Several devices divide layers, gradients and moments by FSDP, and a round of rollouts; embeddings, activations and the
 engine are each device's own, and layers are gathered in fp32 as they are needed (training.parallel). The first device
-fits the reward model alone, on models that are not divided yet.
+fits the reward model alone, on models that are not divided yet. A checkpoint takes nothing more on a device: tensor by
+tensor it goes to the host, where there is no copy if the host is the device.
 
 Rows are as long as the configuration allows, but for a round of rollouts, where the mean decides.
 """
@@ -17,12 +18,12 @@ from typing import Literal
 from training.logprobs import CHUNK_TOKENS
 from training.planning.workload import Workload
 
-Moment = Literal["reward model", "start of PPO", "update", "checkpoint"]
+Moment = Literal["reward model", "start of PPO", "update"]
 """The moments of a run at which memory may be fullest."""
 
 WHOLE: tuple[Moment, ...] = ("reward model", "start of PPO")
 """Those before the devices have divided the models."""
-PPO: tuple[Moment, ...] = ("update", "checkpoint")
+PPO: tuple[Moment, ...] = ("update",)
 MOMENTS: tuple[Moment, ...] = (*WHOLE, *PPO)
 
 BF16, FP32 = 2, 4
@@ -152,12 +153,8 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     config = work.config.ppo
     policy, value = work.policy_parameters / num_devices, work.value_parameters / num_devices
     few = "ppo.num_frozen_layers" if work.lora_parameters else "ppo.num_frozen_layers or ppo.lora.rank"
-    saves = config.checkpoint_every <= config.num_steps
     calibrates = bool(config.ptx.data) and config.ptx.gamma is None
     layers = "reward_model.num_trained_layers"
-    # Gathered from several devices, it goes to the first one's host tensor by tensor.
-    largest = work.model.intermediate * work.model.hidden
-    copied = (FP32 + ADAM) * (policy + value) if num_devices == 1 else FP32 * largest
     return (
         MemoryPart("policy: trained weights, fp32", FP32 * policy, PPO, few),
         MemoryPart("policy: gradients, fp32", FP32 * policy, PPO, few),
@@ -169,7 +166,6 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
         ),
         MemoryPart("value model: weights, fp32", FP32 * value, PPO, layers),
         MemoryPart("value model: gradients and moments", (FP32 + ADAM) * value, PPO, layers),
-        MemoryPart("copy for the checkpoint", copied if saves else 0, ("checkpoint",), few),
     )  # fmt: skip
 
 

@@ -21,7 +21,15 @@ from training.device import autocast
 from training.experience import gather
 from training.groups import Group, pack
 from training.learner import make_learner
-from training.planning.memory import Memory, activation_bytes, last_norm_bytes, logit_bytes, plan_memory, round_bytes
+from training.planning.memory import (
+    MOMENTS,
+    Memory,
+    activation_bytes,
+    last_norm_bytes,
+    logit_bytes,
+    plan_memory,
+    round_bytes,
+)
 from training.planning.model_size import read_model
 from training.planning.workload import Workload, assume
 from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
@@ -267,13 +275,13 @@ def test_what_is_not_used_takes_nothing() -> None:
         assert part(plain, name) == 0
         assert part(mixed, name) == part(mixed, "policy: trained weights, fp32")
     assert part(plain, "policy under its adapters") == 0
-    assert part(planned({"checkpoint_every": 2, "num_steps": 1}), "copy for the checkpoint") == 0
     assert part(planned({"ptx": {"data": "text.txt", "gamma": 1.0}}), "policy: PPO's gradient set apart") == 0
 
 
 def test_the_fullest_moment_holds_the_peak() -> None:
     memory = planned({})
     held = memory.at(memory.fullest)
-    assert memory.peak == sum(each.bytes for each in held) == max(map(memory.total, ("update", "checkpoint")))
+    assert memory.peak == sum(each.bytes for each in held) == max(map(memory.total, MOMENTS))
     assert [each.bytes for each in held] == sorted((each.bytes for each in held), reverse=True)
-    assert "copy for the checkpoint" not in [each.name for each in memory.at("update")]
+    assert memory.fullest == "update"
+    assert "policy as it is loaded" not in [each.name for each in held]
