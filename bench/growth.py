@@ -1,4 +1,4 @@
-"""How the cost of a PPO round grows with K, length, batch and model size, beside what the trainer's plan foretells.
+"""How a PPO round's scoring and update grow with K, length, batch and model size, beside what the plan foretells.
 
     python -m bench.growth --json FILE [--quick]
 
@@ -210,8 +210,10 @@ def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> 
     draw(found, folder / "growth.svg")
     lines = [
         "# How cost grows", "", f"`{result.command}` on {circumstances(result)}.", "",
-        "Scoring and update of one round of PPO by the recipe as shipped (a third of the layers trained), medians of "
-        f"{NUM_ROUNDS - 1} rounds with their least and greatest. Dashed: what `alignd train --dry-run` foretells.", "",
+        "Scoring and update of one round of PPO, a third of the layers trained as in the recipe, one optimizer step a "
+        f"pass; medians of {NUM_ROUNDS - 1} rounds with their least and greatest. Rollouts are not timed. Dashed: what "
+        "the plan of `alignd train --dry-run` foretells, which here is told the lengths and the roof measured above.",
+        "",
         "![seconds of a round, by K, length, batch and model size](growth.svg)", "",
         markdown_table(HEADINGS, map(cells, result.figures)), "",
     ]  # fmt: skip

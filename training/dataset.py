@@ -95,7 +95,8 @@ def split_demonstrations(
 ) -> tuple[list[StoredDemonstration], list[StoredDemonstration]]:
     """The demonstrations that SFT learns from, and those whose prompts choose its epoch, by the same rule as rankings.
 
-    What measures rankings, `held_out_share` of the users, is not learned from here either.
+    What measures rankings, `held_out_share` of the users and the prompts that these were the first to send, as far as
+    `prompts` lists them, is not learned from here either.
     """
     share = max(held_out_share, validation_share)
     texts = _held_out_texts(stored, prompts, share)

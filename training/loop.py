@@ -257,11 +257,16 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
     try:
         ended = _attempt(place, folder)
     except (OSError, OperationalError) as error:
+        # Several ranks each read the store: where one could not, they are out of step, and all begin again.
+        if isinstance(error, OperationalError) and place.ranks.size > 1:
+            raise
         logger.error("run %s waits: %s", folder.path.name, error)
         ended = False
-    except SystemExit:
-        # The trainer was told to end; the run did not do it.
-        folder.survived_attempt()
+    except SystemExit as error:
+        # The trainer was told to end; the run did not do it. Of several ranks it may be torchrun that tells, since
+        # another died of the run.
+        if place.ranks.size == 1 and not error.code:
+            folder.survived_attempt()
         raise
     folder.survived_attempt()
     return ended

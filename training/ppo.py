@@ -145,7 +145,8 @@ def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
         progress.averaged = placed_weights(learner.policy, parts["averaged"])
         progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
         progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
-        progress.good_step = found.facts["good_step"]
+        # Checkpoints of earlier versions do not have it.
+        progress.good_step = found.facts.get("good_step", found.step)
     if world.pretraining:
         next(itertools.islice(world.pretraining, progress.num_sequences, progress.num_sequences), None)
     return progress

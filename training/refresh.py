@@ -35,14 +35,14 @@ class Fitted:
     run_id: str
     digest: str
     last_seq: int
-    num_rankings: int
-    rankings: tuple[LogRange, ...]
+    num_rankings: int = 0
+    rankings: tuple[LogRange, ...] = ()
     """Where in the log they are."""
 
     @classmethod
     def of_json(cls, found: dict[str, Any]) -> Fitted:
-        """From what `asdict` made of it."""
-        return cls(**{**found, "rankings": tuple(LogRange(**each) for each in found["rankings"])})
+        """From what `asdict` made of it. Earlier versions did not say where the rankings are."""
+        return cls(**{**found, "rankings": tuple(LogRange(**each) for each in found.get("rankings", ()))})
 
 
 def current(runs_dir: Path) -> Fitted | None:

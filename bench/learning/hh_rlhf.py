@@ -99,6 +99,10 @@ def split(
 
 def is_held_out(first_turn: str, share: float = HELD_OUT_SHARE, salt: str = "") -> bool:
     """Draws `share` of all prompts by their hash, whatever their case and spacing. Another salt is another draw."""
-    text = salt + " ".join(first_turn.lower().split())
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    number = int.from_bytes(hashlib.sha256((salt + beginning(first_turn)).encode()).digest()[:8], "big")
     return number < share * 2**64
+
+
+def beginning(first_turn: str) -> str:
+    """What dialogues that begin alike have in common: their first turn, whatever its case and spacing."""
+    return " ".join(first_turn.lower().split())

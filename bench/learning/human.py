@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.learning.baselines import bag_of_words_baseline, length_baseline, right
-from bench.learning.hh_rlhf import Comparison, is_held_out, read_comparisons
+from bench.learning.hh_rlhf import Comparison, beginning, is_held_out, read_comparisons
 from training.config import RewardModelConfig
 from training.groups import Group, RankedExample
 from training.policy_model import SharedLayers, load_model
@@ -46,7 +46,7 @@ def one_split(
     seed: int,
 ) -> dict[str, Any]:
     """Fits and judges on the split of this seed."""
-    begins = [each.prompt[0].text for each in drawn]
+    begins = [beginning(each.prompt[0].text) for each in drawn]
     is_out = [is_held_out(text, salt=str(seed)) for text in begins]
     train, held_out = ([index for index, out in enumerate(is_out) if out == side] for side in (False, True))
     rewards = RewardModel(shared, CONFIG)

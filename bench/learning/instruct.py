@@ -36,6 +36,7 @@ from bench.learning.tax import hellaswag_accuracy, read_hellaswag, read_wikitext
 from training import ppo, ptx
 from training.config import LoraConfig, PpoConfig, PtxConfig, SftConfig
 from training.device import compute_dtype, precision, training_device
+from training.errors import TrainingError
 from training.groups import Group
 from training.learner import make_learner
 from training.policy_model import SharedLayers, load_model, save_policy, upper_layers_of
@@ -116,7 +117,7 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
 
 
 def how(size: Size) -> str:
-    """All that a stage depends on besides the experiment's name and seed."""
+    """The size and the settings of the recipe, on which every stage depends besides the code, the name and the seed."""
     computes_in = precision(compute_dtype(training_device()))
     return "\n".join(map(repr, (size, ppo_config(size.num_steps, None), SFT, REWARD_MODEL, computes_in)))
 
@@ -275,8 +276,16 @@ def run_ppo(
         )
 
     world = ppo.World(list(by_tokens), sample, lab.engine.load_weights, log, pretraining(lab, config.ptx))
-    reason = ppo.train(learner, config, world, seed=lab.seed * 101 + part)
     target = experiment.folder / name
+    try:
+        reason = ppo.train(learner, config, world, seed=lab.seed * 101 + part)
+    except TrainingError as error:
+        if not rounds:
+            raise
+        # It made nothing that may be kept.
+        shutil.copytree(start, target, dirs_exist_ok=True)
+        lab.load(target)
+        return rounds, str(error)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     save_policy(target, shared, policy, lab.base)

@@ -17,8 +17,9 @@ all layers are trained, and no embeddings, as in alignd.
 What this script sets besides the job is what is fastest on a CPU: no gradient checkpointing, no key-value cache in
 passes that generate nothing, one batch for scoring, one micro-batch in a mini-batch, frozen models in the job's
 precision. Weights that are trained stay in float32, and so do rollouts, which read them: in bfloat16 an update is a
-sixth cheaper, but at a learning rate of 1e-5 only one weight in fifty moves at all. The rate is constant. TRL clips no
-gradients, clips values to ± 0.2, and has AdamW without weight decay.
+sixth cheaper, but at a learning rate of 1e-5 only one weight in fifty moves at all. Where the job is in bf16, the KL of
+equal weights is therefore not quite 0. The rate is constant. TRL clips no gradients, clips values to ± 0.2, and has
+AdamW without weight decay.
 """
 
 import json

@@ -1,5 +1,6 @@
 """A refresh: a worse reward model is refused with its figures, old rankings come again, the judge is apart."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from training.config import RewardModelConfig
 from training.dataset import Dataset, LogRange
 from training.groups import RankedExample
 from training.policy_model import SharedLayers
-from training.refresh import Fitted, accept, current, fit_judge, mixed, refresh
+from training.refresh import POINTER_FILE, Fitted, accept, current, fit_judge, mixed, refresh
 from training.reward_evaluation import evaluate_rewards
 from training.reward_model import RewardModel, score_groups
 
@@ -76,6 +77,17 @@ def test_with_nobody_held_out_nothing_is_said_of_accuracy(shared: SharedLayers, 
         _, fitted, logged = refreshed(shared, dataset(ranked_examples(shared, 12, seed=3), []), tmp_path / name)
         assert {phase for phase, _ in logged} == {"reward_model"}
         assert fitted.run_id == name
+
+
+def test_what_an_earlier_version_accepted_is_still_gone_on_from(shared: SharedLayers, tmp_path: Path) -> None:
+    _, fitted, _ = refreshed(shared, dataset(ranked_examples(shared, 12, seed=3), []), tmp_path / "1")
+    pointer = tmp_path / POINTER_FILE
+    written = json.loads(pointer.read_text())
+    assert Fitted.of_json(written) == fitted
+    pointer.write_text(json.dumps({key: written[key] for key in ("run_id", "digest", "last_seq")}))
+    earlier = current(tmp_path)
+    assert earlier is not None
+    assert (earlier.run_id, earlier.last_seq, earlier.rankings) == ("1", 11, ())
 
 
 def test_a_better_one_replaces_it(shared: SharedLayers, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from bench.learning.lab import Lab
 from bench.learning.page import write_page
 from bench.learning.tax import HellaSwagItem
 from bench.result import bench_result
+from deploy.simulation.labelers import make_labelers
 from training.rollouts import RolloutEngine
 
 pytestmark = [
@@ -63,6 +64,12 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
 ) -> None:
     engine = RolloutEngine(tiny_model, max_model_len=512, max_num_seqs=64, kv_cache_mib=64, seed=0)
     lab = Lab(engine, AutoTokenizer.from_pretrained(tiny_model), tiny_model, utility, 8, seed=0)
+    labelers = make_labelers(7, 0, 1.0)
+    ranked = lab.rank(lab.ask(prompts(9)), labelers, SIZE.ks, salt=5, first_seq=3)
+    # Who ranked the last of the part before is not the first again.
+    assert [each.labeler for each in ranked] == [labelers[seq % 7].user_id for seq in range(3, 12)]
+    assert [each.seq for each in ranked] == list(range(3, 12))
+
     experiment = Experiment(lab, SIZE, tmp_path / "chat-0")
     found = run_experiment(experiment)
     assert [len(found[name]["rounds"]) for name in ("ppo", "ppo-ptx", "online")] == [3, 3, 3]
