@@ -149,12 +149,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny_folder: Path, tmp_path:
 
 
 def test_all_ranks_stop_at_the_same_round_and_keep_the_same_policy(tiny_folder: Path, tmp_path: Path) -> None:
-    config = PPO.model_copy(update={"max_kl": 0.02, "learning_rate": 1e-2, "rollouts_per_prompt": 2})
+    config = PPO.model_copy(update={"max_kl": 0.7, "rollouts_per_prompt": 2})
     assert on_two_ranks(work.several_rounds, tiny_folder, tmp_path, config, None) == [0, 0]
     (first, first_saw), (second, second_saw) = left(tmp_path, 0), left(tmp_path, 1)
     assert first_saw == second_saw
-    assert 1 < len(first_saw) < config.num_steps
-    assert "ppo.max_kl = 0.02" in first_saw[-1]["stopped/reason"]
+    assert 2 < len(first_saw) < config.num_steps
+    assert "ppo.max_kl = 0.7" in first_saw[-1]["stopped/reason"]
     assert distance(first, second) == 0
 
 
