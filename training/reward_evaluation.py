@@ -82,18 +82,25 @@ def evaluate_rewards(
 
 
 def clustered_share(right_M: Tensor, clusters_M: Tensor) -> tuple[float, float, float]:
-    """Mean of `right_M` with its 95 % interval; observations of one cluster may depend on each other.
+    """Mean of `right_M`, each from 0 to 1, with its 95 % interval, which is all of these if there is one cluster."""
+    share, low, high = clustered_mean(right_M, clusters_M)
+    return share, max(0.0, low), min(1.0, high)
 
-    The interval is normal, with the variance of a ratio estimator over clusters (Cochran 1977, section 6.4).
+
+def clustered_mean(values_M: Tensor, clusters_M: Tensor) -> tuple[float, float, float]:
+    """Mean with its 95 % interval; observations of one cluster may depend on each other.
+
+    The interval is normal, with the variance of a ratio estimator over clusters (Cochran 1977, section 6.4); without
+    end if there is one cluster.
     """
-    share = float(right_M.mean())
+    mean = float(values_M.mean())
     num_clusters = int(clusters_M.max()) + 1
-    excess = torch.zeros(num_clusters, dtype=torch.double).index_add_(0, clusters_M, right_M.double() - share)
+    excess = torch.zeros(num_clusters, dtype=torch.double).index_add_(0, clusters_M, values_M.double() - mean)
     present = len(clusters_M.unique())
     if present < 2:
-        return share, 0.0, 1.0
-    error = math.sqrt(float((excess**2).sum()) * present / (present - 1)) / len(right_M)
-    return share, max(0.0, share - Z_95 * error), min(1.0, share + Z_95 * error)
+        return mean, -math.inf, math.inf
+    error = math.sqrt(float((excess**2).sum()) * present / (present - 1)) / len(values_M)
+    return mean, mean - Z_95 * error, mean + Z_95 * error
 
 
 def _by(

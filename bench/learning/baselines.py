@@ -56,7 +56,7 @@ class BagOfWordsBaseline:
 
 
 def length_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> LengthBaseline:
-    """Judges `held_out` by length; only the sign is learnt. Raises ValueError if either is empty."""
+    """Judges `held_out` by length; only the sign is learnt. Raises ValueError if `train` is empty."""
     sign = 1 if statistics.fmean(_longer_wins(train, 1)) >= 0.5 else -1
     return LengthBaseline(_longer_wins(held_out, sign), sign)
 

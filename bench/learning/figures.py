@@ -11,8 +11,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from bench.result import Figure, at_least
 from training.evaluate import Z_95, win_rate
+from training.reward_evaluation import clustered_mean
 
 Found = dict[str, list[dict[str, Any]]]
 
@@ -55,20 +58,9 @@ def held_out_accuracy(seeds: Sequence[dict[str, Any]], name: str, rival: str | N
         for index, prompt, right, other in zip(seed["held_out"], seed["prompts"], seed[name], less, strict=True):
             found.setdefault(index, []).append(right - other)
             prompts[index] = prompt
-    values = [statistics.fmean(each) for each in found.values()]
-    mean, low, high = clustered_mean(values, [prompts[index] for index in found])
+    values_M = torch.tensor([statistics.fmean(each) for each in found.values()])
+    mean, low, high = clustered_mean(values_M, torch.tensor([prompts[index] for index in found]))
     return Figure(f"HH-RLHF accuracy: {name}" + (f" less {rival}" if rival else ""), mean, "share", low, high)
-
-
-def clustered_mean(values: Sequence[float], clusters: Sequence[int]) -> tuple[float, float, float]:
-    """The mean with its normal 95 % interval; values of one cluster may depend on each other (Cochran 1977, 6.4)."""
-    mean = statistics.fmean(values)
-    excess = dict.fromkeys(clusters, 0.0)
-    for value, cluster in zip(values, clusters, strict=True):
-        excess[cluster] += value - mean
-    variance = sum(each**2 for each in excess.values()) * len(excess) / (len(excess) - 1)
-    error = math.sqrt(variance) / len(values)
-    return mean, mean - Z_95 * error, mean + Z_95 * error
 
 
 def win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:

@@ -283,8 +283,9 @@ def run_ppo(
         if not rounds:
             raise
         # It made nothing that may be kept.
-        shutil.copytree(start, target, dirs_exist_ok=True)
-        lab.load(target)
+        if start != target:
+            shutil.copytree(start, target, dirs_exist_ok=True)
+        lab.load(start)
         return rounds, str(error)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

@@ -130,6 +130,8 @@ def make_trainer(job: Job, folder: str, stopwatch: Stopwatch) -> PPOTrainer:
     if len(job.prompts) < job.batch or any(tokenizer.pad_token_id in prompt for prompt in job.prompts):
         # TRL waits for ever for a whole batch, and takes every padding token for padding.
         raise ValueError(f"need at least {job.batch} prompts, none with the padding token {tokenizer.pad_token}")
+    if job.precision not in PRECISIONS:
+        raise ValueError(f"precision is fp32 or bf16, not {job.precision}")
     frozen = PRECISIONS[job.precision]
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype) for dtype in (torch.float32, frozen)

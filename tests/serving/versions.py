@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from alignd.v1 import types_pb2
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from feedback.artifact import write_artifact
+from training.device import compute_dtype, training_device
 from training.probes import probes_of
 
 Weights = dict[str, torch.Tensor]
@@ -98,10 +99,11 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def greedy_text(folder: Path, token_ids: list[int], tokenizer: Any, num_tokens: int) -> str:
-    """What transformers writes with the weights in the folder."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    """What transformers writes with the weights in the folder, computing in what a server does here by default."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(training_device()))
     written = model.generate(torch.tensor([token_ids]), max_new_tokens=num_tokens, do_sample=False)
-    return str(tokenizer.decode(written[0, len(token_ids) :], skip_special_tokens=True))
+    # A server holds back bytes at the end that make no character yet; transformers decodes them as U+FFFD.
+    return str(tokenizer.decode(written[0, len(token_ids) :], skip_special_tokens=True)).rstrip("\ufffd")
 
 
 def names(completion: types_pb2.Completion) -> tuple[int, str]:

@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
-from bench.learning.figures import clustered_mean, held_out_accuracy, mean_interval
+from bench.learning.figures import held_out_accuracy, mean_interval
+from training.reward_evaluation import clustered_mean
 
 SEEDS = [
     {"held_out": [0, 1, 2], "prompts": [0, 0, 2], "ours": [1.0, 1.0, 0.0], "theirs": [0.0, 1.0, 0.5]},
@@ -24,8 +26,9 @@ def test_a_comparison_counts_once_whatever_number_of_splits_hold_it_out() -> Non
 
 
 def test_comparisons_of_one_prompt_are_one_observation() -> None:
-    alone = clustered_mean([1.0, 0.0, 1.0, 1.0], [0, 1, 2, 3])
-    twice = clustered_mean([1.0, 0.0, 1.0, 1.0] * 2, [0, 1, 2, 3] * 2)
+    values_M, clusters_M = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.arange(4)
+    alone = clustered_mean(values_M, clusters_M)
+    twice = clustered_mean(values_M.repeat(2), clusters_M.repeat(2))
     assert twice == pytest.approx(alone)
     by_hand = 1.96 * math.sqrt(0.75 * 0.25 / 3)
     assert alone == pytest.approx((0.75, 0.75 - by_hand, 0.75 + by_hand), abs=1e-4)
