@@ -259,6 +259,7 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
     except (OSError, OperationalError) as error:
         # Several ranks each read the store: where one could not, they are out of step, and all begin again.
         if isinstance(error, OperationalError) and place.ranks.size > 1:
+            folder.survived_attempt()
             raise
         logger.error("run %s waits: %s", folder.path.name, error)
         ended = False

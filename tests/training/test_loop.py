@@ -32,7 +32,7 @@ from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
 from training.dataset import is_held_out
 from training.loop import MOST_ATTEMPTS, SFT_SUFFIX, Cursor, is_due, last_began, run_once
-from training.parallel import ALONE
+from training.parallel import ALONE, Ranks
 from training.run_folder import Origin, RunFolder
 from training.workplace import Workplace
 
@@ -317,28 +317,41 @@ def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     assert (line["phase"], str(MOST_ATTEMPTS) in str(line["reason"])) == ("stopped", True)
 
 
-def place_where(tmp_path: Path, error: BaseException) -> Workplace:
+def place_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> Workplace:
     """A workplace where a run comes to this as soon as it begins."""
 
     def fail(run_id: str) -> None:
         raise error
 
     nobody = cast(Any, None)
-    return Workplace(nobody, nobody, nobody, tmp_path, nobody, fail, ALONE)
+    return Workplace(nobody, nobody, nobody, tmp_path, nobody, fail, ranks)
+
+
+STORE_AWAY = OperationalError("UPDATE trainer", {}, Exception("the database system is shutting down"))
 
 
 @pytest.mark.parametrize(
     "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        OperationalError("UPDATE trainer", {}, Exception("the database system is shutting down")),
-    ],
+    [OSError(errno.ENOSPC, "No space left on device"), STORE_AWAY],
     ids=["the disk is full", "the store is away"],
 )
 def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path, error: Exception) -> None:
     """However often it is tried: the run waits."""
     folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, error)
     assert [run_once(place, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
+    assert folder.begin_attempt() == 1
+
+
+def test_a_run_of_several_ranks_is_not_given_up_for_a_store_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trainer ends, so that all ranks begin again together."""
+    monkeypatch.setattr("training.parallel.led", lambda ranks, action: action())
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    place = place_where(tmp_path, STORE_AWAY, Ranks(0, 2))
+    for _ in range(2 * MOST_ATTEMPTS):
+        with pytest.raises(OperationalError):
+            run_once(place, folder)
     assert folder.begin_attempt() == 1
 
 
