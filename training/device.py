@@ -1,6 +1,6 @@
 """Where training computes, and in what precision: bf16 where the device multiplies it, or else fp32.
 
-Weights are saved in bf16 always.
+A policy's weights are saved in bf16 always.
 """
 
 from __future__ import annotations

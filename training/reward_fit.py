@@ -1,8 +1,8 @@
-"""Fits the reward model to rankings: all K completions of a prompt in one term of the loss, one pass over the data.
+"""Fits the reward model to rankings: all K completions of a prompt in one term of the loss.
 
 Heads alone are a convex problem with an L2 penalty, solved to its minimum: one answer, which neither order nor an
 earlier fit can change. From a few hundred rankings they learn more than layers trained with them, which soon learn the
-noise (docs/training.md). With thousands, layers are trained too: the heads are fitted first, on the layers as they are,
+noise (docs/architecture.md). With thousands, layers are trained too: the heads are fitted first, on the layers as they are,
 so that the first gradients do not spoil these (Kumar et al. 2022, "LP-FT"), and then one epoch runs over both.
 
 Each head sees the rankings with random weights of its own (Rubin 1981, the Bayesian bootstrap). Shapes: see
