@@ -2,8 +2,8 @@
 
 Heads alone are a convex problem with an L2 penalty, solved to its minimum: one answer, which neither order nor an
 earlier fit can change. From a few hundred rankings they learn more than layers trained with them, which soon learn the
-noise (docs/architecture.md). With thousands, layers are trained too: the heads are fitted first, on the layers as they are,
-so that the first gradients do not spoil these (Kumar et al. 2022, "LP-FT"), and then one epoch runs over both.
+noise (docs/architecture.md). With thousands, layers are trained too: the heads are fitted first, on the layers as they
+are, so that the first gradients do not spoil these (Kumar et al. 2022, "LP-FT"), and then one epoch runs over both.
 
 Each head sees the rankings with random weights of its own (Rubin 1981, the Bayesian bootstrap). Shapes: see
 training.reward_model.
