@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -30,6 +29,7 @@ from bench.result import (
     circumstances,
     markdown_table,
     report,
+    save_plot,
 )
 from bench.roofs import CPU_DTYPE, matmul_roof, roofs
 from training import ppo
@@ -224,7 +224,6 @@ def draw(found: Sequence[Measured], path: Path) -> None:
     """A panel an axis: measured seconds, and foretold ones dashed."""
     axes_names = list(dict.fromkeys(each.axis for each in found))
     canvas = Canvas(figsize=(3.2 * len(axes_names), 3.2))
-    FigureCanvasSVG(canvas)
     for panel, axis in zip(canvas.subplots(1, len(axes_names), sharey=True), axes_names, strict=True):
         points = [each for each in found if each.axis == axis]
         xs = [each.x for each in points]
@@ -237,7 +236,7 @@ def draw(found: Sequence[Measured], path: Path) -> None:
             panel.set_ylabel("seconds of a round")
             panel.legend()
     canvas.tight_layout()
-    canvas.savefig(path, format="svg")
+    save_plot(canvas, path)
 
 
 if __name__ == "__main__":

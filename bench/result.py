@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
 from rich.console import Console
 from rich.table import Table
 
@@ -100,6 +102,12 @@ def circumstances(result: BenchResult) -> str:
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
+
+
+def save_plot(canvas: Canvas, path: Path) -> None:
+    """Writes a plot as SVG. The same plot gives the same file, so that a diff shows what was measured anew."""
+    with rc_context({"svg.hashsalt": "alignd"}):
+        canvas.savefig(path, format="svg", metadata={"Date": None})
 
 
 def cells(figure: Figure) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure as Canvas
 from rich.console import Console
 
 from bench.result import (
@@ -17,6 +18,7 @@ from bench.result import (
     bench_result,
     number,
     print_table,
+    save_plot,
     write_json,
 )
 from deploy.machine import cpu_model
@@ -85,3 +87,14 @@ def test_every_benchmark_takes_the_same_options() -> None:
     add_arguments(parser)
     assert vars(parser.parse_args([])) == {"json": None, "quick": False}
     assert vars(parser.parse_args(["--json", "a.json", "--quick"])) == {"json": Path("a.json"), "quick": True}
+
+
+def test_the_same_plot_is_the_same_file(tmp_path: Path) -> None:
+    """Committed plots change only where what they show has changed."""
+    for name, last in (("first", 3.0), ("again", 3.0), ("another", 4.0)):
+        canvas = Canvas()
+        canvas.subplots().plot([1.0, 2.0, last], "o-", label="measured")
+        save_plot(canvas, tmp_path / name)
+    first, again, another = ((tmp_path / name).read_bytes() for name in ("first", "again", "another"))
+    assert first == again
+    assert first != another
