@@ -1,0 +1,87 @@
+"""How often a run is tried: it is given up if it ends its trainer again and again, and waits for all else."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from training.config import TrainingConfig
+from training.loop import MOST_ATTEMPTS, run_once
+from training.parallel import ALONE, Ranks
+from training.run_folder import Origin, RunFolder
+from training.workplace import Workplace
+
+CONFIG = TrainingConfig()
+
+
+def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    (folder.state / "rewards" / "step-0").mkdir(parents=True)
+    assert [folder.begin_attempt() for _ in range(3)] == [1, 2, 3]
+    (folder.state / "ppo" / "step-1").mkdir(parents=True)
+    assert [folder.begin_attempt() for _ in range(MOST_ATTEMPTS)] == list(range(1, MOST_ATTEMPTS + 1))
+    assert run_once(cast(Workplace, None), folder)
+    (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    assert (line["phase"], str(MOST_ATTEMPTS) in line["reason"]) == ("stopped", True)
+
+
+def place_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> Workplace:
+    """A workplace where a run comes to this as soon as it begins."""
+
+    def fail(run_id: str) -> None:
+        raise error
+
+    nobody = cast(Any, None)
+    return Workplace(nobody, nobody, nobody, tmp_path, nobody, fail, ranks)
+
+
+STORE_AWAY = OperationalError("UPDATE trainer", {}, Exception("the database system is shutting down"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), STORE_AWAY],
+    ids=["the disk is full", "the store is away"],
+)
+def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path, error: Exception) -> None:
+    """However often it is tried: the run waits."""
+    folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, error)
+    assert [run_once(place, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
+    assert folder.begin_attempt() == 1
+
+
+def test_a_run_of_several_ranks_is_not_given_up_for_a_store_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its trainer ends, so that all ranks begin again together."""
+    monkeypatch.setattr("training.parallel.led", lambda ranks, action: action())
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    place = place_where(tmp_path, STORE_AWAY, Ranks(0, 2))
+    for _ in range(2 * MOST_ATTEMPTS):
+        with pytest.raises(OperationalError):
+            run_once(place, folder)
+    assert folder.begin_attempt() == 1
+
+
+def test_a_run_is_not_given_up_for_a_trainer_that_was_told_to_end(tmp_path: Path) -> None:
+    folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, SystemExit(0))
+    for _ in range(2 * MOST_ATTEMPTS):
+        with pytest.raises(SystemExit):
+            run_once(place, folder)
+    assert folder.begin_attempt() == 1
+
+
+def test_a_disk_that_is_full_of_its_own_last_line_makes_a_run_wait_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    (folder.path / "metrics.jsonl").write_text('{"phase": "ppo", "st')
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.run_folder.replace_file", full)
+    assert not run_once(cast(Workplace, None), folder)
