@@ -41,7 +41,7 @@ UTILITIES = {
 # The second utility asks whether the recipe is made for one taste, and no more.
 UTILITY_VARIANTS = {"chat": VARIANTS, "plain": ("ppo-ptx",)}
 MAX_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, KV_CACHE_MIB = 64, 1024, 64, 512
-QUICK_COMPARISONS, FULL_COMPARISONS = 300, 1600
+QUICK_COMPARISONS, FULL_COMPARISONS = 160, 1600
 
 Jobs = dict[str, Callable[[], dict[str, Any]]]
 

@@ -69,19 +69,21 @@ class Size:
     tax_items: int
     refreshes: int = 2
     """Refreshes of the reward model during PPO where it is online; rankings and rounds are split evenly."""
+    prompts_per_step: int = PpoConfig().prompts_per_step
 
 
-QUICK = Size(48, range(4, 7), 24, 4, 3, 48, 4 * TAX_WINDOW, 20)
+QUICK = Size(36, range(4, 7), 16, 4, 3, 32, 2 * TAX_WINDOW, 12, prompts_per_step=8)
 FULL = Size(160, range(4, 10), 64, 4, 12, 300, 8 * TAX_WINDOW, 100)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
-def ppo_config(num_steps: int, text: Path | None) -> PpoConfig:
-    """The recipe as shipped, but for passes over a round's rollouts; with the pretraining mix if there is text.
+def ppo_config(size: Size, num_steps: int, text: Path | None) -> PpoConfig:
+    """The recipe as shipped, but for its size and passes over a round's rollouts; with text, the pretraining mix.
 
     Two passes: a dozen rounds are few, and drawing rollouts is most of what a round costs on a CPU.
     """
-    return PpoConfig(num_steps=num_steps, num_epochs=2, ptx=PtxConfig(data=str(text)) if text else PtxConfig())
+    mix = PtxConfig(data=str(text)) if text else PtxConfig()
+    return PpoConfig(num_steps=num_steps, prompts_per_step=size.prompts_per_step, num_epochs=2, ptx=mix)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
 def how(size: Size) -> str:
     """The size and the settings of the recipe, on which every stage depends besides the code, the name and the seed."""
     computes_in = precision(compute_dtype(training_device()))
-    return "\n".join(map(repr, (size, ppo_config(size.num_steps, None), SFT, REWARD_MODEL, computes_in)))
+    return "\n".join(map(repr, (size, ppo_config(size, size.num_steps, None), SFT, REWARD_MODEL, computes_in)))
 
 
 def judge(
@@ -211,7 +213,7 @@ def optimise(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[
     shared = SharedLayers(load_model(sft))
     rewards = load_rewards(shared, folder / "rewards.safetensors", None)
     text = write_pretraining_text(folder / "wikitext.txt") if name == "ppo-ptx" else None
-    config = ppo_config(experiment.size.num_steps, text)
+    config = ppo_config(experiment.size, experiment.size.num_steps, text)
     experiment.lab.load(sft)
     rounds, reason = run_ppo(experiment, train, config, shared, sft, rewards, name)
     return {"rounds": rounds, "stopped": reason}
@@ -221,7 +223,7 @@ def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -
     """PPO whose rankings come in parts, each of the policy of then; rewards are fitted anew each time, to all."""
     lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
     parts = size.refreshes + 1
-    config = ppo_config(size.num_steps // parts, None)
+    config = ppo_config(size, size.num_steps // parts, None)
     shared, start, rankings = SharedLayers(load_model(sft)), sft, Rankings()
     lab.load(sft)
     labelers = lab.labelers(train[:32])
