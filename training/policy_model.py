@@ -224,8 +224,8 @@ def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def merged_weights(shared: SharedLayers, upper: UpperLayers) -> dict[str, Tensor]:
-    """The whole policy in bf16, by the names of its checkpoint, ready to be saved or given to an engine.
+def merged_weights(shared: SharedLayers, upper: UpperLayers, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The whole policy by the names of its checkpoint, in bf16 as it is saved, or in `dtype` as an engine computes.
 
     A collective if weights are in shards: every rank gets all of it.
     """
@@ -233,7 +233,7 @@ def merged_weights(shared: SharedLayers, upper: UpperLayers) -> dict[str, Tensor
     if shared.model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     weights.update((name, tensor.detach()) for name, tensor in tensors_of(upper))
-    return {name: whole(tensor.to(torch.bfloat16)) for name, tensor in weights.items()}
+    return {name: whole(tensor.to(dtype)) for name, tensor in weights.items()}
 
 
 def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from training import ppo_math, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.config import PpoConfig
-from training.device import autocast
+from training.device import autocast, compute_dtype
 from training.errors import TrainingError
 from training.experience import Experience, Minibatch, gather, observe
 from training.guards import judge_drop, stop_reason
@@ -106,7 +106,7 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
         )
     progress = _begin(learner, config, world)
     turns = itertools.islice(_turns(world.prompts, config.prompts_per_step, seed), progress.step, None)
-    world.load_weights(merged_weights(learner.shared, learner.policy))
+    _draw_from(learner, world)
     while progress.step < config.num_steps:
         world.between_rounds()
         try:
@@ -117,7 +117,7 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
             raise TrainingError(f"PPO stopped in round {progress.step + 1} with nothing better to keep: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
-            world.load_weights(merged_weights(learner.shared, learner.policy))
+            _draw_from(learner, world)
             world.log(progress.step, config.num_steps, metrics | {"stopped/reason": reason})
             return reason
         world.log(progress.step, config.num_steps, metrics)
@@ -126,8 +126,16 @@ def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> st
             _save(learner, progress, world.checkpoints)
     if config.ema_decay:
         set_weights(learner.policy, progress.averaged)
-        world.load_weights(merged_weights(learner.shared, learner.policy))
+        _draw_from(learner, world)
     return None
+
+
+def _draw_from(learner: Learner, world: World) -> None:
+    """Gives the sampler the policy as the trainer computes it.
+
+    Rounded to bf16 where that computes in fp32, small steps would be lost at first, and rollouts be the old policy's.
+    """
+    world.load_weights(merged_weights(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
 
 
 def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
@@ -206,7 +214,7 @@ def _round(
         progress.kl_coef = ppo_math.adapted_kl_coef(
             progress.kl_coef, seen["objective/kl"], config.target_kl, num_rollouts, config.kl_horizon
         )
-    world.load_weights(merged_weights(learner.shared, learner.policy))
+    _draw_from(learner, world)
     return None, metrics | {
         "seconds/rollouts": sampled - started,
         "seconds/scoring": scored - sampled,

@@ -205,7 +205,10 @@ def _optimise(run: Run, rewards: Rewards) -> Weights:
         between_rounds=lambda: run.place.between_rounds(folder.path.name),
     )
     ppo.train(learner, config, world, seed=run.config.seed)
-    return merged_weights(shared, policy)
+    weights = merged_weights(shared, policy)
+    # What is judged is what will be served.
+    run.place.engine.load_weights(weights)
+    return weights
 
 
 def _log_round(folder: RunFolder, step: int, num_steps: int, metrics: dict[str, Any]) -> None:

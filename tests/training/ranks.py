@@ -18,6 +18,7 @@ from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
 from tests.training.sampling import PlainSampler
 from training import ppo
 from training.config import PpoConfig, RewardModelConfig
+from training.device import compute_dtype
 from training.errors import TrainingError
 from training.learner import Learner, trained_weights
 from training.parallel import Ranks, gathered, join, led, whole
@@ -135,7 +136,8 @@ def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, kil
         checkpoints=out / "checkpoints", between_rounds=between,
     )  # fmt: skip
     ppo.train(learner, config, world, seed=5)
-    drawn_from, made = sampler.model.state_dict(), merged_weights(learner.shared, learner.policy)
+    dtype = compute_dtype(learner.shared.device)
+    drawn_from, made = sampler.model.state_dict(), merged_weights(learner.shared, learner.policy, dtype)
     assert all(torch.equal(drawn_from[name], tensor) for name, tensor in made.items())
     leave(ranks, out, learner, seen)
 

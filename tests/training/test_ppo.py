@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.training.learning import PPO, PROMPTS, fitted, learner_of, ranked_examples, silent, world_of, worths
-from training import ppo, ptx
+from tests.training.sampling import PlainSampler
+from training import device, ppo, ptx
 from training.config import LoraConfig, PtxConfig
+from training.device import compute_dtype
 from training.errors import TrainingError
 from training.experience import gather
 from training.groups import Group
-from training.learner import Weights, trained_parameters, trained_weights
-from training.policy_model import SharedLayers, merged_weights, upper_layers_of
+from training.learner import Learner, Weights, trained_parameters, trained_weights
+from training.policy_model import SharedLayers, load_model, merged_weights, upper_layers_of
 from training.reward_evaluation import evaluate_rewards
 from training.reward_model import normalise, score_groups
 from training.rollouts import Rollout
@@ -33,6 +35,12 @@ def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
 
 def kept(seen: list[dict[str, Any]]) -> ppo.Log:
     return lambda step, num_steps, metrics: seen.append(metrics)
+
+
+def draws_from(sampler: PlainSampler, learner: Learner) -> bool:
+    """Whether the sampler has the learner's policy, bit for bit as that computes it."""
+    weights = merged_weights(learner.shared, learner.policy, compute_dtype(learner.shared.device))
+    return all(torch.equal(sampler.model.state_dict()[name], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=8)], ids=["full weights", "LoRA"])
@@ -80,8 +88,7 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
     assert seen[-1]["stopped/reason"] == reason
     for name, tensor in trained_weights(learner.policy).items():
         assert torch.equal(tensor, rounds[-2][name])
-    for name, tensor in merged_weights(shared, learner.policy).items():
-        assert torch.equal(sampler.model.state_dict()[name], tensor)
+    assert draws_from(sampler, learner)
 
 
 def test_ppo_that_makes_nothing_within_bounds_keeps_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -131,8 +138,7 @@ def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: Sha
     assert len(seen) == 3
     assert seen[-1]["stopped/reason"] == reason
     assert all(torch.equal(tensor, good[0][name]) for name, tensor in trained_weights(learner.policy).items())
-    for name, tensor in merged_weights(shared, learner.policy).items():
-        assert torch.equal(sampler.model.state_dict()[name], tensor)
+    assert draws_from(sampler, learner)
 
 
 def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -152,8 +158,24 @@ def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLa
         for each in weights[1:]:
             expected = 0.6 * expected + 0.4 * each[name]
         torch.testing.assert_close(found, expected)
-    for name, tensor in merged_weights(shared, learner.policy).items():
-        assert torch.equal(sampler.model.state_dict()[name], tensor)
+    assert draws_from(sampler, learner)
+
+
+def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
+    shared = SharedLayers(load_model(tiny_folder))
+    config = PPO.model_copy(update={"num_steps": 2, "learning_rate": 1e-6})
+    learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
+    seen: list[dict[str, Any]] = []
+    world, sampler = world_of(tiny_folder, config, kept(seen))
+    assert ppo.train(learner, config, world, seed=0) is None
+    assert draws_from(sampler, learner)
+    assert seen[1]["rollout/sampler_gap"] < 1e-5
+    weights = merged_weights(shared, learner.policy, torch.float32)
+    lost = [name for name, tensor in weights.items() if not torch.equal(tensor, tensor.bfloat16().float())]
+    assert lost
 
 
 def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:

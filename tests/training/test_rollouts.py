@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.config import LoraConfig
-from training.device import autocast
+from training.device import autocast, compute_dtype
 from training.groups import Group, pack
 from training.policy_model import (
     SharedLayers,
@@ -82,7 +82,7 @@ def test_new_weights_are_drawn_from_at_once_and_agree_with_the_trainer(
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.5)
-    engine.load_weights(merged_weights(shared, changed))
+    engine.load_weights(merged_weights(shared, changed, compute_dtype(shared.device)))
     drawn = draw(engine, seed=3)
     own_M, sampled_M = recomputed(shared, changed, drawn)
     assert float((own_M - sampled_M).abs().mean()) < TOLERANCE
