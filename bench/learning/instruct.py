@@ -72,7 +72,7 @@ class Size:
     prompts_per_step: int = PpoConfig().prompts_per_step
 
 
-QUICK = Size(36, range(4, 7), 16, 4, 3, 32, 2 * TAX_WINDOW, 12, prompts_per_step=8)
+QUICK = Size(36, range(4, 7), 16, 4, 3, 32, 2 * TAX_WINDOW, 12, prompts_per_step=4)
 FULL = Size(160, range(4, 10), 64, 4, 12, 300, 8 * TAX_WINDOW, 100)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
