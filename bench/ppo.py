@@ -128,6 +128,8 @@ def compare(sides: dict[str, Updates], job: dict[str, Any], roof: Figure) -> lis
         figures.append(
             at_least(ROOF_GOAL, spread(f"{name}: update, share of {roof.name}", "", [r / roof.value for r in rates]))
         )
+        gaps = [each["sampler_gap"] for each in sides[name]]
+        figures.append(spread(f"{name}: mean difference of the sampler's log-probabilities", "nats", gaps))
     for name, updates in sides.items():
         figures.append(spread(f"{name}: score", "", [update["score"] for update in updates]))
         figures.append(spread(f"{name}: KL", "nats", [update["kl"] for update in updates]))

@@ -62,6 +62,7 @@ def main() -> None:
             "ended": round(metrics["completion/eos_rate"] * job["batch"]),
             "peak_rss_mib": peak_rss_mib(),
             "length": metrics["completion/length"],
+            "sampler_gap": metrics["rollout/sampler_gap"],
             **{name: value for name, value in metrics.items() if name.startswith("seconds/")},
         }
         with updates_path.open("a") as file:
