@@ -66,7 +66,7 @@ def run_trainer(
         _acquire(lease, config)
         with lease.held():
             desk = Desk(config, engine, lease)
-            roomy, store = _roomy(config, runs_dir), Store(store_url)
+            roomy, store = _roomy(config, RunFolder.unfinished(runs_dir)), Store(store_url)
             place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ranks)
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
@@ -100,35 +100,43 @@ def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Pa
 def run_sft_once(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> int:
-    """Fine-tunes on the store's demonstrations, and returns the version that was registered.
+    """Fine-tunes on the store's demonstrations, or goes on with that, and returns the version that was registered.
 
     Raises TrainingError if that cannot be done, or another trainer works on the store; the message says what to do.
+    What else it raises, such as for a full disk, leaves the run as it is, to be gone on with.
     """
     from feedback.engine import open_engine
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease, read_control
     from training.parallel import ALONE
-    from training.sft_run import run_sft
-    from training.workplace import find_parents, open_workplace
+    from training.sft_run import BEGINNING, run_sft
+    from training.workplace import open_workplace
 
     engine = open_engine(store_url)
     lease = TrainerLease(engine, f"{socket.gethostname()}/{os.getpid()}", config.lease_seconds)
     if not lease.acquire():
         raise TrainingError(f"{read_control(engine).holder} trains on this store; stop it first")
     with PolicyClient(serving_address) as client, lease.held():
-        desk = Desk(config, engine, lease)
-        place = open_workplace(config, Store(store_url), client, policies_dir, desk.between_rounds, ALONE)
-        folder = RunFolder.create(runs_dir, _new_run_id() + SFT_SUFFIX, config, origin=None)
+        desk, begun = Desk(config, engine, lease), RunFolder.unfinished(runs_dir, BEGINNING)
+        roomy, store = _roomy(config, begun), Store(store_url)
+        place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ALONE)
+        if begun:
+            run_id = begun.path.name
+            logger.info("going on with %s and its recipe; `alignd runs abort %s` ends it instead", run_id, run_id)
+        folder = begun or RunFolder.create(runs_dir, _new_run_id() + SFT_SUFFIX, config, origin=None)
         try:
-            version = run_sft(place, folder, find_parents(client, START_SECONDS)).version
-            folder.log("done", 0, 1, {"version": version})
+            version = run_sft(place, folder).version
         except TrainingError as error:
-            folder.log("stopped", 0, 1, {"reason": str(error)})
+            _end_sft(folder, "stopped", {"reason": str(error)})
             raise
-        finally:
-            _write_reports(folder)
-            folder.end()
+        _end_sft(folder, "done", {"version": version})
     return version
+
+
+def _end_sft(folder: RunFolder, phase: str, metrics: dict[str, str | int]) -> None:
+    folder.log(phase, 0, 1, metrics)
+    _write_reports(folder)
+    folder.end()
 
 
 def _acquire(lease: TrainerLease, config: TrainingConfig) -> None:
@@ -206,9 +214,8 @@ def is_due(
     return every is not None and (last_began is None or now - last_began >= every)
 
 
-def _roomy(config: TrainingConfig, runs_dir: Path) -> TrainingConfig:
+def _roomy(config: TrainingConfig, folder: RunFolder | None) -> TrainingConfig:
     """The configuration with room in the engine for the run that is to be gone on with, which has its own recipe."""
-    folder = RunFolder.unfinished(runs_dir)
     if not folder:
         return config
     present, begun = config.ppo, folder.config().ppo

@@ -18,6 +18,7 @@ from training.config import TrainingConfig
 
 NUM_SAMPLE_PAIRS = 20
 METRICS, LABEL_NEXT = "metrics.jsonl", "label_next.jsonl"
+ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ class RunFolder:
 
     @classmethod
     def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig, origin: Origin | None) -> RunFolder:
-        """Makes the folder, with the resolved recipe in it. A run without an origin cannot be resumed."""
+        """Makes the folder, with the resolved recipe in it. SFT has no origin, but a beginning of its own."""
         folder = cls(runs_dir / run_id)
         folder.state.mkdir(parents=True)
         replace_file(folder.path / "recipe.json", config.model_dump_json(indent=2) + "\n")
         if origin:
-            write_json(folder.state / "origin.json", asdict(origin))
+            write_json(folder.state / ORIGIN, asdict(origin))
         return folder
 
     @classmethod
-    def unfinished(cls, runs_dir: Path) -> RunFolder | None:
-        """The newest run that was killed; None if all have ended."""
-        found = sorted(path.parent.parent for path in runs_dir.glob("*/state/origin.json"))
+    def unfinished(cls, runs_dir: Path, begun: str = ORIGIN) -> RunFolder | None:
+        """The newest run that was killed, of those with this file in `state/`; None if all have ended."""
+        found = sorted(path.parent.parent for path in runs_dir.glob(f"*/state/{begun}"))
         return cls(found[-1]) if found else None
 
     def config(self) -> TrainingConfig:
@@ -83,7 +84,7 @@ class RunFolder:
 
     def origin(self) -> Origin:
         """What the run began from."""
-        return Origin(**json.loads((self.state / "origin.json").read_text()))
+        return Origin(**json.loads((self.state / ORIGIN).read_text()))
 
     @property
     def _attempts(self) -> Path:
@@ -129,7 +130,8 @@ class RunFolder:
 
     def end(self) -> None:
         """Removes what the run would have been resumed from, what makes it unfinished first."""
-        (self.state / "origin.json").unlink(missing_ok=True)
+        for begun in self.state.glob("*.json"):
+            begun.unlink()
         shutil.rmtree(self.state, ignore_errors=True)
 
 

@@ -2,18 +2,23 @@
 
 As in InstructGPT, appendix C.1: loss on the demonstrated completions alone, cosine to 10 %, and of all epochs the one
 whose completions of validation prompts the reward model likes best; validation loss overfits long before that.
+
+TRL's trainer writes a checkpoint an epoch, and reads its pickled parts back as tensors and numbers alone.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +35,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from training.config import SftConfig
 from training.device import compute_dtype, training_device
 from training.errors import TrainingError
+from training.tensor_file import save_tensors
+
+SCORE = "score"
+STATE, WEIGHTS = "trainer_state.json", "epoch-{}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ def fine_tune(
 ) -> tuple[dict[str, Tensor], list[Epoch]]:
     """Returns the weights of the epoch that `judge` liked best, in bf16 by the checkpoint's names, and all epochs.
 
+    Goes on after the last epoch that is whole in `scratch`, with the same bits on a CPU as if it had never been killed.
     Raises TrainingError if there are too few demonstrations, or if the loss is not finite.
     """
     short = [each for each in demonstrations if len(each.prompt) + len(each.completion) <= config.max_tokens]
@@ -78,18 +88,24 @@ def fine_tune(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
     )
-    chosen = _Chosen(judge, log)
     trainer = SFTTrainer(
         model=model,
         args=_arguments(config, scratch, seed),
         train_dataset=_rows(short, seed),
         processing_class=tokenizer,
-        callbacks=[chosen],
+        callbacks=[_Judged(judge, log, scratch)],
     )
-    trainer.train()
-    if chosen.best is None:
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(scratch))
+    epochs = _epochs(trainer.state)
+    best = best_of(epochs)
+    if best is None:
         raise TrainingError("SFT: no epoch had a finite loss")
-    return chosen.weights, chosen.epochs
+    return load_file(_weights_file(scratch, best)), epochs
+
+
+def best_of(epochs: Iterable[Epoch]) -> Epoch | None:
+    """The first of those with the greatest score, of those whose loss is finite; None if there is none."""
+    return max((epoch for epoch in epochs if math.isfinite(epoch.loss)), key=lambda epoch: epoch.score, default=None)
 
 
 def _rows(demonstrations: Sequence[Demonstration], seed: int) -> Dataset:
@@ -117,7 +133,8 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
         gradient_checkpointing=False,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="epoch",
+        save_total_limit=1,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -131,14 +148,14 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
     return arguments
 
 
-class _Chosen(TrainerCallback):
-    """Judges each epoch as it ends, and keeps a copy of the best."""
+class _Judged(TrainerCallback):
+    """Judges each epoch as it ends, and keeps the weights of the best in `scratch`.
 
-    def __init__(self, judge: Judge, log: Callable[[Epoch], None]) -> None:
-        self.judge, self.log_epoch = judge, log
-        self.epochs: list[Epoch] = []
-        self.best: Epoch | None = None
-        self.weights: dict[str, Tensor] = {}
+    The score goes into the trainer's own log, which its checkpoints hold.
+    """
+
+    def __init__(self, judge: Judge, log: Callable[[Epoch], None], scratch: Path) -> None:
+        self.judge, self.log_epoch, self.scratch = judge, log, scratch
 
     def on_log(
         self,
@@ -149,16 +166,47 @@ class _Chosen(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Called with the mean loss of an epoch, once at its end."""
-        loss = (logs or {}).get("loss")
-        if loss is None:
+        """Called with the mean loss of an epoch, once at its end, before its checkpoint is written."""
+        if "loss" not in (logs or {}):
             return
         weights = checkpoint_weights(model)
-        epoch = Epoch(len(self.epochs), float(loss), self.judge(weights))
-        self.epochs.append(epoch)
+        state.log_history[-1][SCORE] = self.judge(weights)
+        *_, epoch = epochs = _epochs(state)
+        if epoch is best_of(epochs):
+            save_tensors(_weights_file(self.scratch, epoch), weights, {})
         self.log_epoch(epoch)
-        if torch.isfinite(torch.tensor(epoch.loss)) and (self.best is None or epoch.score > self.best.score):
-            self.best, self.weights = epoch, weights
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Called once a checkpoint is written: nobody goes on from before it."""
+        best = best_of(_epochs(state))
+        for path in self.scratch.glob(WEIGHTS.format("*")):
+            if best is None or path != _weights_file(self.scratch, best):
+                path.unlink()
+
+
+def _epochs(state: TrainerState) -> list[Epoch]:
+    judged = [each for each in state.log_history if SCORE in each]
+    return [Epoch(index, float(each["loss"]), float(each[SCORE])) for index, each in enumerate(judged)]
+
+
+def _weights_file(scratch: Path, epoch: Epoch) -> Path:
+    return scratch / WEIGHTS.format(epoch.index)
+
+
+def _newest_checkpoint(scratch: Path) -> str | None:
+    """The one to go on from; None if there is none."""
+    whole = [path.parent for path in scratch.glob(f"checkpoint-*/{STATE}") if _is_whole(path)]
+    newest = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None
+
+
+def _is_whole(state: Path) -> bool:
+    """Of a checkpoint's files the trainer writes this one last."""
+    try:
+        json.loads(state.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:

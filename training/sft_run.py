@@ -1,21 +1,22 @@
 """One run of supervised fine-tuning, start to end: demonstrations of the store become a reference policy of its own.
 
 What it registers starts a lineage: KL is measured from it once an operator has promoted it. It is never promoted by
-itself.
+itself. A run that was killed goes on after its last whole epoch, with the demonstrations that it began with.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
@@ -27,12 +28,12 @@ from training.errors import TrainingError
 from training.groups import Group
 from training.policy_model import SharedLayers, load_model, load_weights, save_weights
 from training.probes import probes_of
-from training.publish import next_version
+from training.publish import START_SECONDS, artifact_folder, next_version, registered_by
 from training.refresh import REWARD_MODEL_FILE, current
 from training.reward_model import RewardModel, load, score_groups
-from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
-from training.sft import Demonstration, Epoch, fine_tune
-from training.workplace import Parents, Workplace
+from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair, replace_file
+from training.sft import Demonstration, Epoch, Judge, best_of, fine_tune
+from training.workplace import Workplace, find_parents
 
 if TYPE_CHECKING:
     from feedback.store import StoredDemonstration
@@ -40,68 +41,124 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORE = "reward_model/mean_score_on_validation_prompts"
+BEGINNING = "sft.json"
+NO_REWARDS = (
+    "SFT chooses its epoch by the reward model, and there is none for this reference policy yet: "
+    "it comes with the first run of `alignd train`"
+)
 
 
-def run_sft(place: Workplace, folder: RunFolder, parents: Parents) -> policy_service_pb2.Policy:
-    """Fine-tunes the reference policy and registers the result as a candidate; returns it.
+@dataclass(frozen=True)
+class Beginning:
+    """What a run works with throughout. It has users' text, and is kept in `state/` until the run has ended."""
+
+    reference_version: int
+    reward_run_id: str
+    """The run that fitted the reward model."""
+    demonstrations: list[Demonstration]
+    asked: list[tuple[tuple[int, ...], str]]
+    """The validation prompts, in tokens and as text."""
+
+
+FORM = TypeAdapter(Beginning)
+
+
+def run_sft(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
+    """Fine-tunes the reference policy and registers the result as a candidate, or goes on with that; returns it.
 
     Raises TrainingError if there are too few demonstrations, or no reward model yet to choose the epoch by.
     """
-    config = folder.config()
-    learned, validating = split_demonstrations(
-        place.store.demonstrations(),
-        place.store.prompts(MAX_STORED_PROMPTS),
-        held_out_share=config.reward_model.held_out_share,
-        validation_share=config.sft.validation_share,
-    )
-    shared = SharedLayers(load_model(parents.reference_folder))
-    rewards = _reward_model(config, shared, folder.path.parent, parents)
-    asked = _validation_prompts(place, config, validating)
-    prompts = sorted(asked)
-    answers: list[list[tuple[int, ...]]] = []
-    """Of the reference policy, and of each epoch."""
-
-    def judge(weights: Mapping[str, Tensor]) -> float:
-        place.between_rounds(folder.path.name)
-        place.engine.load_weights(weights)
-        drawn = place.engine.sample(
-            prompts,
-            num_completions=1,
-            max_tokens=config.ppo.max_tokens,
-            seed=config.seed,
-            eos_token_id=place.tokenizer.eos_token_id,
-        )
-        answers.append([each[0].token_ids for each in drawn])
-        groups = [Group(prompt, (answer,)) for prompt, answer in zip(prompts, answers[-1], strict=True)]
-        return float(torch.cat(score_groups(rewards, shared, groups)).mean())
+    place.between_rounds(folder.path.name)
+    earlier = registered_by(place.client, folder.path.name)
+    if earlier:
+        return earlier
+    config, kept = folder.config(), folder.state / BEGINNING
+    begun = kept.exists()
+    beginning = FORM.validate_json(kept.read_bytes()) if begun else _begin(place, folder)
+    reference = place.client.get(f"v{beginning.reference_version}", START_SECONDS)
+    base = artifact_folder(reference)
+    judge = _judge(place, folder, beginning, reference)
+    if not begun:
+        folder.log("sft_reference", 0, 1, {"sft/score": judge(load_weights(base))})
+        replace_file(kept, FORM.dump_json(beginning).decode())
 
     def log(epoch: Epoch) -> None:
+        folder.rewind("sft", epoch.index)
         metrics = {"sft/loss": epoch.loss, "sft/score": epoch.score}
         folder.log("sft", epoch.index, config.sft.num_epochs, metrics)
         logger.info(
             "epoch %d of %d: loss %.3f  score %.2f", epoch.index + 1, config.sft.num_epochs, epoch.loss, epoch.score
         )
 
-    folder.log("sft_reference", 0, 1, {"sft/score": judge(load_weights(parents.reference_folder))})
-
     weights, epochs = fine_tune(
-        parents.reference_folder,
+        base,
         place.tokenizer,
-        [_tokens(place, each) for each in learned],
+        beginning.demonstrations,
         judge,
         config.sft,
         folder.state / "trl",
         seed=config.seed,
         log=log,
     )
-    best = max((epoch for epoch in epochs if math.isfinite(epoch.loss)), key=lambda epoch: epoch.score)
+    best = best_of(epochs)
+    assert best, "fine_tune raises where there is none"
+    before, after = (_answers(place, config, beginning, each) for each in (load_weights(base), weights))
+    pairs = zip(beginning.asked, before, after, strict=True)
     folder.write_samples(
-        [
-            SamplePair(asked[prompt], _decode(place, before), _decode(place, after))
-            for prompt, before, after in zip(prompts, answers[0], answers[best.index + 1], strict=True)
-        ][:NUM_SAMPLE_PAIRS]
+        [SamplePair(text, _decode(place, old), _decode(place, new)) for (_, text), old, new in pairs][:NUM_SAMPLE_PAIRS]
     )
-    return _register(place, folder, parents, weights, best.score, prompts)
+    return _register(place, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
+
+
+def _begin(place: Workplace, folder: RunFolder) -> Beginning:
+    """Chooses what the run works with."""
+    config, fitted = folder.config(), current(folder.path.parent)
+    if fitted is None:
+        raise TrainingError(NO_REWARDS)
+    learned, validating = split_demonstrations(
+        place.store.demonstrations(),
+        place.store.prompts(MAX_STORED_PROMPTS),
+        held_out_share=config.reward_model.held_out_share,
+        validation_share=config.sft.validation_share,
+    )
+    return Beginning(
+        find_parents(place.client, START_SECONDS).reference.version,
+        fitted.run_id,
+        [_tokens(place, each) for each in learned],
+        sorted(_validation_prompts(place, config, validating).items()),
+    )
+
+
+def _judge(place: Workplace, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy) -> Judge:
+    """Scores what weights answer to the validation prompts."""
+    config, runs_dir = folder.config(), folder.path.parent
+    shared = SharedLayers(load_model(artifact_folder(reference)))
+    rewards = RewardModel(shared, config.reward_model)
+    if not load(rewards, runs_dir / beginning.reward_run_id / REWARD_MODEL_FILE, reference.manifest.weight_digest):
+        raise TrainingError(NO_REWARDS)
+
+    def judge(weights: Mapping[str, Tensor]) -> float:
+        place.between_rounds(folder.path.name)
+        answers = _answers(place, config, beginning, weights)
+        groups = [Group(prompt, (answer,)) for (prompt, _), answer in zip(beginning.asked, answers, strict=True)]
+        return float(torch.cat(score_groups(rewards, shared, groups)).mean())
+
+    return judge
+
+
+def _answers(
+    place: Workplace, config: TrainingConfig, beginning: Beginning, weights: Mapping[str, Tensor]
+) -> list[tuple[int, ...]]:
+    """What a policy of these weights writes to the validation prompts, the same each time."""
+    place.engine.load_weights(weights)
+    drawn = place.engine.sample(
+        [tokens for tokens, _ in beginning.asked],
+        num_completions=1,
+        max_tokens=config.ppo.max_tokens,
+        seed=config.seed,
+        eos_token_id=place.tokenizer.eos_token_id,
+    )
+    return [each[0].token_ids for each in drawn]
 
 
 def _validation_prompts(
@@ -116,17 +173,6 @@ def _validation_prompts(
             f"at most ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
         )
     return short
-
-
-def _reward_model(config: TrainingConfig, shared: SharedLayers, runs_dir: Path, parents: Parents) -> RewardModel:
-    rewards, fitted = RewardModel(shared, config.reward_model), current(runs_dir)
-    digest = parents.reference.manifest.weight_digest
-    if fitted is None or not load(rewards, runs_dir / fitted.run_id / REWARD_MODEL_FILE, digest):
-        raise TrainingError(
-            "SFT chooses its epoch by the reward model, and there is none for this reference policy yet: "
-            "it comes with the first run of `alignd train`"
-        )
-    return rewards
 
 
 def _prompt(place: Workplace, each: StoredDemonstration) -> tuple[int, ...]:
@@ -145,7 +191,7 @@ def _tokens(place: Workplace, each: StoredDemonstration) -> Demonstration:
 def _register(
     place: Workplace,
     folder: RunFolder,
-    parents: Parents,
+    reference: policy_service_pb2.Policy,
     weights: dict[str, Tensor],
     score: float,
     prompts: Sequence[tuple[int, ...]],
@@ -154,7 +200,7 @@ def _register(
     version = next_version(place.client, place.policies_dir)
     manifest = policy_manifest_pb2.PolicyManifest(
         version=version,
-        parent_version=parents.reference.version,
+        parent_version=reference.version,
         reference_version=version,
         training=policy_manifest_pb2.TrainingLineage(
             run_id=folder.path.name, algorithm="sft", recipe_json=config.model_dump_json(), seed=config.seed
@@ -165,7 +211,7 @@ def _register(
     manifest.create_time.FromNanoseconds(time.time_ns())
 
     def write_files(draft: Path) -> None:
-        save_weights(draft, weights, parents.reference_folder)
+        save_weights(draft, weights, artifact_folder(reference))
         manifest.probes.extend(probes_of(draft, prompts, config.num_probes))
 
     written, complete = write_artifact(place.policies_dir, manifest, write_files)

@@ -155,7 +155,7 @@ async def finished_run(runs_dir: Path, process: "subprocess.Popen[bytes]") -> Pa
     raise AssertionError("the run did not end in time")
 
 
-@pytest.mark.timeout(240)  # vLLM starts twice
+@pytest.mark.timeout(400)  # vLLM starts five times
 async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     serving: Serving, trainer: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
@@ -197,6 +197,8 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
 
     # What the run left, its reward model, lets SFT choose an epoch.
     write_demonstrations(f"sqlite:///{tmp_path}/store.db", 16)
+    await killed_when("sft", tmp_path / "runs", subprocess.Popen(sft_command(serving, tmp_path)))
+    await asyncio.sleep(CONFIG.lease_seconds)
     done = await make_sft(serving, tmp_path)
     assert "made 3" in done.stdout, done.stderr
     async with grpc.aio.insecure_channel(serving.address) as channel:
@@ -213,6 +215,12 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     page = (newest.parent / "REPORT.html").read_text()
     assert "Version 3 is the reference policy fine-tuned on demonstrations, epoch" in page
     assert "Where version 3 comes from" in page
+
+    # Version 3 is of the run that was killed; one that was not makes the same.
+    done = await make_sft(serving, tmp_path)
+    assert "made 4" in done.stdout, done.stderr
+    assert verify_artifact(serving.policies_dir / "v4").weight_digest == tuned.manifest.weight_digest
+    assert len(list((tmp_path / "runs").glob(f"*{SFT_SUFFIX}"))) == 2
 
 
 SFT = (
@@ -245,14 +253,19 @@ def write_demonstrations(store_url: str, count: int) -> None:
     ledger.close()
 
 
-async def make_sft(serving: Serving, folder: Path) -> subprocess.CompletedProcess[str]:
+def sft_command(serving: Serving, folder: Path) -> list[str]:
     """Runs SFT once on the store and runs of this folder."""
     config = CONFIG.model_copy(
         update={"sft": SftConfig(num_epochs=2, batch_size=4, min_demonstrations=4, validation_share=0.4)}
     )
     store_url, runs = f"sqlite:///{folder}/store.db", str(folder / "runs")
     arguments = [config.model_dump_json(), store_url, str(serving.policies_dir), runs, serving.address]
-    command = [sys.executable, "-c", SFT, *arguments]
+    return [sys.executable, "-c", SFT, *arguments]
+
+
+async def make_sft(serving: Serving, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Waits until it has ended."""
+    command = sft_command(serving, folder)
     return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
 
 

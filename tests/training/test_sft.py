@@ -11,7 +11,7 @@ from training.config import SftConfig
 from training.errors import TrainingError
 from training.logprobs import label_logprobs
 from training.policy_model import load_model, load_weights
-from training.sft import Demonstration, fine_tune
+from training.sft import Demonstration, Epoch, fine_tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -55,6 +55,64 @@ def test_the_epoch_that_the_judge_likes_best_is_kept(tiny_folder: Path, tmp_path
     assert mean_logprob(tiny_folder, weights, completion) > mean_logprob(tiny_folder, before, completion) + 1
     # The second token is a prompt's alone: 24 of the vocabulary, never trained on.
     assert mean_logprob(tiny_folder, weights, prompt) < mean_logprob(tiny_folder, before, prompt) + 1
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+SCORES = (0.1, 0.9, 0.3)
+
+
+def tuned(
+    folder: Path, scratch: Path, first: int = 0, judging: int | None = None, logging: int | None = None
+) -> tuple[dict[str, Tensor], list[Epoch], list[Epoch]]:
+    """Fine-tunes from epoch `first` on, as it should find by itself, unless it dies while it judges or logs this one.
+
+    Returns the weights, all epochs, and those that it logged.
+    """
+    left, logged = list(range(first, len(SCORES))), []
+
+    def judge(weights: dict[str, Tensor]) -> float:
+        epoch = left.pop(0)
+        if epoch == judging:
+            raise KilledError
+        return SCORES[epoch]
+
+    def log(epoch: Epoch) -> None:
+        if epoch.index == logging:
+            raise KilledError
+        logged.append(epoch)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    weights, epochs = fine_tune(folder, tokenizer, DEMONSTRATIONS, judge, CONFIG, scratch, seed=0, log=log)
+    return weights, epochs, logged
+
+
+@pytest.mark.parametrize("moment", ["judging", "logging"])
+@pytest.mark.parametrize("epoch", range(len(SCORES)))
+def test_killed_in_any_epoch_it_goes_on_to_the_same_bits(
+    epoch: int, moment: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    weights, epochs, _ = tuned(tiny_folder, tmp_path / "alive")
+    scratch = tmp_path / "killed"
+    with pytest.raises(KilledError):
+        tuned(tiny_folder, scratch, **{moment: epoch})
+    # What a kill while a checkpoint is written leaves.
+    (scratch / "checkpoint-9").mkdir(parents=True, exist_ok=True)
+    (scratch / "checkpoint-9" / "trainer_state.json").write_text('{"epoch"')
+    resumed, found, logged = tuned(tiny_folder, scratch, first=epoch)
+    assert (found, logged) == (epochs, epochs[epoch:])
+    assert set(resumed) == set(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.items())
+    assert {path.name for path in scratch.glob("*-*")} == {"checkpoint-9", "epoch-1.safetensors"}
+
+
+def test_killed_after_its_last_epoch_it_trains_no_more(tiny_folder: Path, tmp_path: Path) -> None:
+    weights, epochs, _ = tuned(tiny_folder, tmp_path)
+    again, found, logged = tuned(tiny_folder, tmp_path, first=len(SCORES))
+    assert (found, logged) == (epochs, [])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
 
 
 def test_too_few_or_too_long_demonstrations_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
