@@ -12,6 +12,7 @@ the width of the hidden state.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,16 +225,24 @@ def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def merged_weights(shared: SharedLayers, upper: UpperLayers, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+def merged_tensors(
+    shared: SharedLayers, upper: UpperLayers, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, Tensor]]:
     """The whole policy by the names of its checkpoint, in bf16 as it is saved, or in `dtype` as an engine computes.
 
-    A collective if weights are in shards: every rank gets all of it.
+    One tensor at a time, so that no device ever holds all of them. A collective if weights are in shards: every rank
+    gets all, and must take all.
     """
-    weights = shared.model.state_dict()
-    if shared.model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    weights.update((name, tensor.detach()) for name, tensor in tensors_of(upper))
-    return {name: whole(tensor.to(dtype)) for name, tensor in weights.items()}
+    trained = ("model.norm.", *(f"model.layers.{upper.first + index}." for index in range(len(upper.layers))))
+    tied = ("lm_head.",) if shared.model.config.tie_word_embeddings else ()
+    frozen = (each for each in shared.model.state_dict().items() if not each[0].startswith((*trained, *tied)))
+    for name, tensor in itertools.chain(frozen, tensors_of(upper)):
+        yield name, whole(tensor.detach().to(dtype))
+
+
+def merged_weights(shared: SharedLayers, upper: UpperLayers, *, kept: bool = True) -> dict[str, Tensor]:
+    """The same in bf16, on the host. A rank that does not keep it gets nothing, having taken part."""
+    return {name: tensor.cpu() for name, tensor in merged_tensors(shared, upper) if kept}
 
 
 def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:

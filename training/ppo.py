@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from training.learner import (
     trained_weights,
 )
 from training.parallel import gathered, led, summed, whole
-from training.policy_model import completion_logprobs, merged_weights
+from training.policy_model import completion_logprobs, merged_tensors
 from training.rollouts import Rollout
 from training.schedule import linear_warmup
 
@@ -60,7 +60,7 @@ class World:
     prompts: Sequence[Prompt]
     sample: Callable[[Sequence[Prompt], int], list[list[Rollout]]]
     """Draws rollouts of each prompt, the same for the same weights and seed."""
-    load_weights: Callable[[Weights], None]
+    load_weights: Callable[[Iterable[tuple[str, Tensor]]], None]
     """Gives the sampler the policy's weights."""
     log: Log
     """Called on each rank, with the same figures but for times."""
@@ -135,7 +135,7 @@ def _draw_from(learner: Learner, world: World) -> None:
 
     Rounded to bf16 where that computes in fp32, small steps would be lost at first, and rollouts be the old policy's.
     """
-    world.load_weights(merged_weights(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
+    world.load_weights(merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
 
 
 def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:

@@ -7,7 +7,7 @@ engine takes new weights in place, from memory, and forgets its prefix cache wit
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +81,9 @@ class RolloutEngine:
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
         )
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replaces all weights, by the names of the checkpoint, and empties the prefix cache."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces all weights, by the names of the checkpoint, one at a time, and empties the prefix cache."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         self._llm.reset_prefix_cache()
 
     def sample(

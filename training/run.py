@@ -31,6 +31,7 @@ from training.policy_model import (
     SharedLayers,
     load_model,
     load_weights,
+    merged_tensors,
     merged_weights,
     reference_logprobs,
     upper_layers_of,
@@ -142,7 +143,7 @@ def _fit(run: Run) -> Rewards:
         config.reward_model, shared, run.data, folder.path, digest, seed=config.seed, log=folder.log
     )
     judge = fit_judge(config.reward_model, shared, run.data.held_out or run.data.training, seed=config.seed)
-    run.place.engine.load_weights(load_weights(run.parents.reference_folder))
+    run.place.engine.load_weights(load_weights(run.parents.reference_folder).items())
     judged = _judged(run)
     before = _sample(run, judged, config.seed)
     references = _groups(judged, before)
@@ -185,7 +186,7 @@ def _groups(prompts: Sequence[TokenizedPrompt], rollouts: Sequence[Rollout]) -> 
 
 
 def _optimise(run: Run, rewards: Rewards) -> Weights:
-    """PPO, from the live policy's weights or from where a killed attempt had come. Returns the new policy's, whole."""
+    """PPO, from the live policy's weights or from where a killed attempt had come. The first rank gets the new ones."""
     config, folder, shared, ranks = run.config.ppo, run.folder, run.shared, run.place.ranks
     frozen = min(config.num_frozen_layers, shared.num_layers - 1)
     # Adapters start at random: alike on all ranks, whichever fitted the reward model, and in every attempt.
@@ -205,10 +206,9 @@ def _optimise(run: Run, rewards: Rewards) -> Weights:
         between_rounds=lambda: run.place.between_rounds(folder.path.name),
     )
     ppo.train(learner, config, world, seed=run.config.seed)
-    weights = merged_weights(shared, policy)
     # What is judged is what will be served.
-    run.place.engine.load_weights(weights)
-    return weights
+    run.place.engine.load_weights(merged_tensors(shared, policy))
+    return merged_weights(shared, policy, kept=ranks.leads)
 
 
 def _log_round(folder: RunFolder, step: int, num_steps: int, metrics: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def _answers(
     place: Workplace, config: TrainingConfig, beginning: Beginning, weights: Mapping[str, Tensor]
 ) -> list[tuple[int, ...]]:
     """What a policy of these weights writes to the validation prompts, the same each time."""
-    place.engine.load_weights(weights)
+    place.engine.load_weights(weights.items())
     drawn = place.engine.sample(
         [tokens for tokens, _ in beginning.asked],
         num_completions=1,

@@ -175,7 +175,7 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     validation = train[-32:]
 
     def judge(weights: dict[str, torch.Tensor]) -> float:
-        lab.engine.load_weights(weights)
+        lab.engine.load_weights(weights.items())
         drawn = [each[0] for each in lab.draw(validation, 1, salt=300)]
         return float(torch.cat(score_groups(rewards, shared, as_groups(validation, drawn))).mean())
 

@@ -61,7 +61,7 @@ class Lab:
 
     def load(self, folder: Path) -> None:
         """Draws from the policy in this folder from here on."""
-        self.engine.load_weights(load_weights(folder))
+        self.engine.load_weights(load_weights(folder).items())
 
     def draw(self, asked: Sequence[Asked], num_completions: int, salt: int) -> list[list[Rollout]]:
         """Completions of each prompt by the policy that is loaded."""

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from training.device import compute_dtype
 from training.errors import TrainingError
 from training.learner import Learner, trained_weights
 from training.parallel import Ranks, gathered, join, led, whole
-from training.policy_model import SharedLayers, load_model, merged_weights
+from training.policy_model import SharedLayers, load_model, merged_tensors
 from training.reward_fit import fit
 from training.reward_model import RewardModel
 from training.rollouts import Rollout
@@ -71,7 +71,7 @@ class ReplayedRollouts:
         """The same for every seed."""
         return [self.drawn[prompt] for prompt in prompts]
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """What was drawn stays as it is."""
 
 
@@ -137,7 +137,7 @@ def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, kil
     )  # fmt: skip
     ppo.train(learner, config, world, seed=5)
     dtype = compute_dtype(learner.shared.device)
-    drawn_from, made = sampler.model.state_dict(), merged_weights(learner.shared, learner.policy, dtype)
+    drawn_from, made = sampler.model.state_dict(), dict(merged_tensors(learner.shared, learner.policy, dtype))
     assert all(torch.equal(drawn_from[name], tensor) for name, tensor in made.items())
     leave(ranks, out, learner, seen)
 

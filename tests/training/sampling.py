@@ -1,6 +1,6 @@
 """Draws from a policy by torch alone, slowly and obviously, where a test needs no engine."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ class PlainSampler:
         self.num_completions, self.max_tokens, self.eos_token_id = num_completions, max_tokens, eos_token_id
         self.num_loads = 0
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.model.load_state_dict(dict(weights), strict=False)
         self.num_loads += 1
 

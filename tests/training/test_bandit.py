@@ -1,6 +1,6 @@
 """PPO, the whole of it, on a bandit whose best policy is known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,7 @@ class OneToken:
     def __init__(self, folder: Path) -> None:
         self.model = load_model(folder)
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.model.load_state_dict(dict(weights), strict=False)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from training.errors import TrainingError
 from training.experience import gather
 from training.groups import Group
 from training.learner import Learner, Weights, trained_parameters, trained_weights
-from training.policy_model import SharedLayers, load_model, merged_weights, upper_layers_of
+from training.policy_model import SharedLayers, load_model, merged_tensors, merged_weights, upper_layers_of
 from training.reward_evaluation import evaluate_rewards
 from training.reward_model import normalise, score_groups
 from training.rollouts import Rollout
@@ -39,8 +39,8 @@ def kept(seen: list[dict[str, Any]]) -> ppo.Log:
 
 def draws_from(sampler: PlainSampler, learner: Learner) -> bool:
     """Whether the sampler has the learner's policy, bit for bit as that computes it."""
-    weights = merged_weights(learner.shared, learner.policy, compute_dtype(learner.shared.device))
-    return all(torch.equal(sampler.model.state_dict()[name], tensor) for name, tensor in weights.items())
+    tensors = merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device))
+    return all(torch.equal(sampler.model.state_dict()[name], tensor) for name, tensor in tensors)
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=8)], ids=["full weights", "LoRA"])
@@ -173,8 +173,8 @@ def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
     assert ppo.train(learner, config, world, seed=0) is None
     assert draws_from(sampler, learner)
     assert seen[1]["rollout/sampler_gap"] < 1e-5
-    weights = merged_weights(shared, learner.policy, torch.float32)
-    lost = [name for name, tensor in weights.items() if not torch.equal(tensor, tensor.bfloat16().float())]
+    tensors = merged_tensors(shared, learner.policy, torch.float32)
+    lost = [name for name, tensor in tensors if not torch.equal(tensor, tensor.bfloat16().float())]
     assert lost
 
 

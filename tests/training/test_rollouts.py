@@ -16,7 +16,7 @@ from training.policy_model import (
     completion_logprobs,
     load_model,
     load_weights,
-    merged_weights,
+    merged_tensors,
     upper_layers_of,
 )
 from training.rollouts import Rollout, RolloutEngine
@@ -82,14 +82,14 @@ def test_new_weights_are_drawn_from_at_once_and_agree_with_the_trainer(
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.5)
-    engine.load_weights(merged_weights(shared, changed, compute_dtype(shared.device)))
+    engine.load_weights(merged_tensors(shared, changed, compute_dtype(shared.device)))
     drawn = draw(engine, seed=3)
     own_M, sampled_M = recomputed(shared, changed, drawn)
     assert float((own_M - sampled_M).abs().mean()) < TOLERANCE
     old_M, _ = recomputed(shared, reference, drawn)
     assert float((old_M - sampled_M).abs().mean()) > 2 * TOLERANCE
 
-    engine.load_weights(load_weights(tiny_folder))
+    engine.load_weights(load_weights(tiny_folder).items())
     drawn = draw(engine, seed=3)
     own_M, sampled_M = recomputed(shared, reference, drawn)
     assert float((own_M - sampled_M).abs().mean()) < TOLERANCE

@@ -4,8 +4,9 @@ Weights and optimizer state are counted exactly. Activations are what autograd k
 in fp32, gated MLP, SDPA with a mask, which each layer keeps in its precision), as if both models' were there at once.
 Several devices divide layers, gradients and moments by FSDP, and a round of rollouts; embeddings, activations and the
 engine are each device's own, and layers are gathered in fp32 as they are needed (training.parallel). The first device
-fits the reward model alone, on models that are not divided yet. A checkpoint takes nothing more on a device: tensor by
-tensor it goes to the host, where there is no copy if the host is the device.
+fits the reward model alone, on models that are not divided yet. A checkpoint takes nothing more on a device, nor does
+the policy on its way to the engine: both go tensor by tensor, the one to the host, where there is no copy if the host
+is the device.
 
 Rows are as long as the configuration allows, but for a round of rollouts, where the mean decides.
 """
