@@ -48,6 +48,10 @@ NO_REWARDS = (
 )
 
 
+Asked = list[tuple[tuple[int, ...], str]]
+"""Prompts, in tokens and as text."""
+
+
 @dataclass(frozen=True)
 class Beginning:
     """What a run works with throughout. It has users' text, and is kept in `state/` until the run has ended."""
@@ -56,8 +60,8 @@ class Beginning:
     reward_run_id: str
     """The run that fitted the reward model."""
     demonstrations: list[Demonstration]
-    asked: list[tuple[tuple[int, ...], str]]
-    """The validation prompts, in tokens and as text."""
+    asked: Asked
+    """The validation prompts."""
 
 
 FORM = TypeAdapter(Beginning)
@@ -69,9 +73,13 @@ def run_sft(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
     Raises TrainingError if there are too few demonstrations, or no reward model yet to choose the epoch by.
     """
     place.between_rounds(folder.path.name)
-    earlier = registered_by(place.client, folder.path.name)
-    if earlier:
-        return earlier
+    registered = registered_by(place.client, folder.path.name) or _make(place, folder)
+    folder.rewind("register", 0)
+    folder.log("register", 0, 1, {"version": registered.version, "promoted": 0.0})
+    return registered
+
+
+def _make(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
     config, kept = folder.config(), folder.state / BEGINNING
     begun = kept.exists()
     beginning = FORM.validate_json(kept.read_bytes()) if begun else _begin(place, folder)
@@ -102,11 +110,7 @@ def run_sft(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
     )
     best = best_of(epochs)
     assert best, "fine_tune raises where there is none"
-    before, after = (_answers(place, config, beginning, each) for each in (load_weights(base), weights))
-    pairs = zip(beginning.asked, before, after, strict=True)
-    folder.write_samples(
-        [SamplePair(text, _decode(place, old), _decode(place, new)) for (_, text), old, new in pairs][:NUM_SAMPLE_PAIRS]
-    )
+    _write_samples(place, folder, beginning, load_weights(base), weights)
     return _register(place, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
 
 
@@ -139,7 +143,7 @@ def _judge(place: Workplace, folder: RunFolder, beginning: Beginning, reference:
 
     def judge(weights: Mapping[str, Tensor]) -> float:
         place.between_rounds(folder.path.name)
-        answers = _answers(place, config, beginning, weights)
+        answers = _answers(place, config, beginning.asked, weights)
         groups = [Group(prompt, (answer,)) for (prompt, _), answer in zip(beginning.asked, answers, strict=True)]
         return float(torch.cat(score_groups(rewards, shared, groups)).mean())
 
@@ -147,18 +151,36 @@ def _judge(place: Workplace, folder: RunFolder, beginning: Beginning, reference:
 
 
 def _answers(
-    place: Workplace, config: TrainingConfig, beginning: Beginning, weights: Mapping[str, Tensor]
+    place: Workplace, config: TrainingConfig, asked: Asked, weights: Mapping[str, Tensor]
 ) -> list[tuple[int, ...]]:
-    """What a policy of these weights writes to the validation prompts, the same each time."""
+    """What a policy of these weights writes to these prompts, the same each time."""
     place.engine.load_weights(weights.items())
     drawn = place.engine.sample(
-        [tokens for tokens, _ in beginning.asked],
+        [tokens for tokens, _ in asked],
         num_completions=1,
         max_tokens=config.ppo.max_tokens,
         seed=config.seed,
         eos_token_id=place.tokenizer.eos_token_id,
     )
     return [each[0].token_ids for each in drawn]
+
+
+def _write_samples(
+    place: Workplace,
+    folder: RunFolder,
+    beginning: Beginning,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> None:
+    """What policies of these weights write to the first of the validation prompts."""
+    shown = beginning.asked[:NUM_SAMPLE_PAIRS]
+    old, new = (_answers(place, folder.config(), shown, weights) for weights in (before, after))
+    folder.write_samples(
+        [
+            SamplePair(text, _decode(place, one), _decode(place, other))
+            for (_, text), one, other in zip(shown, old, new, strict=True)
+        ]
+    )
 
 
 def _validation_prompts(
@@ -217,6 +239,4 @@ def _register(
     written, complete = write_artifact(place.policies_dir, manifest, write_files)
     shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
     reason = f"run {folder.path.name}: SFT, score {score:.2f} by the reward model"
-    registered = place.client.register(complete, written, reason)
-    folder.log("register", 0, 1, {"version": version, "promoted": 0.0})
-    return registered
+    return place.client.register(complete, written, reason)

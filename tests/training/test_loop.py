@@ -155,7 +155,7 @@ async def finished_run(runs_dir: Path, process: "subprocess.Popen[bytes]") -> Pa
     raise AssertionError("the run did not end in time")
 
 
-@pytest.mark.timeout(400)  # vLLM starts five times
+@pytest.mark.timeout(400)  # vLLM starts four times
 async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     serving: Serving, trainer: "subprocess.Popen[bytes]", tmp_path: Path
 ) -> None:
@@ -196,14 +196,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16
 
     # What the run left, its reward model, lets SFT choose an epoch.
-    write_demonstrations(f"sqlite:///{tmp_path}/store.db", 16)
-    await killed_when("sft", tmp_path / "runs", subprocess.Popen(sft_command(serving, tmp_path)))
-    await asyncio.sleep(CONFIG.lease_seconds)
-    done = await make_sft(serving, tmp_path)
-    assert "made 3" in done.stdout, done.stderr
-    async with grpc.aio.insecure_channel(serving.address) as channel:
-        stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
-        tuned = (await stub.GetPolicy(policy_service_pb2.GetPolicyRequest(policy="v3"))).policy
+    tuned = await tuned_after_a_kill(serving, tmp_path)
     assert tuned.stage == policy_service_pb2.STAGE_CANDIDATE
     assert (tuned.manifest.parent_version, tuned.manifest.reference_version) == (1, 3)
     assert tuned.manifest.training.algorithm == "sft"
@@ -221,6 +214,21 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert "made 4" in done.stdout, done.stderr
     assert verify_artifact(serving.policies_dir / "v4").weight_digest == tuned.manifest.weight_digest
     assert len(list((tmp_path / "runs").glob(f"*{SFT_SUFFIX}"))) == 2
+
+
+async def tuned_after_a_kill(serving: Serving, folder: Path) -> policy_service_pb2.Policy:
+    """Version 3, by SFT that was killed after its first epoch."""
+    write_demonstrations(f"sqlite:///{folder}/store.db", 16)
+    await killed_when("sft", folder / "runs", subprocess.Popen(sft_command(serving, folder)))
+    await asyncio.sleep(CONFIG.lease_seconds)
+    done = await make_sft(serving, folder)
+    assert "made 3" in done.stdout, done.stderr
+    async with grpc.aio.insecure_channel(serving.address) as channel:
+        stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
+        found: policy_service_pb2.Policy = (
+            await stub.GetPolicy(policy_service_pb2.GetPolicyRequest(policy="v3"))
+        ).policy
+    return found
 
 
 SFT = (
