@@ -37,7 +37,6 @@ from training.config import LoraConfig, PpoConfig, RewardModelConfig, TrainingCo
 from training.learner import make_learner
 from training.planning.hardware import Hardware
 from training.planning.model_size import read_model
-from training.planning.phases import EFFICIENCY
 from training.planning.plan import make_plan
 from training.policy_model import SharedLayers, UpperLayers
 from training.reward_model import RewardModel
@@ -146,8 +145,8 @@ def measure(axis: str, x: float, point: Point, shape: Sequence[int], hardware: H
     label = f"{point.model}, {point.num_prompts} prompts, K = {point.k}, {point.completion_tokens} tokens"
     found = Measured(
         axis, x or float(size.total), label, scoring, update, phases["scoring"] + phases["update"],
-        scoring_share=EFFICIENCY.scoring * phases["scoring"] / statistics.median(scoring),
-        update_share=EFFICIENCY.update * phases["update"] / statistics.median(update),
+        scoring_share=hardware.efficiency.scoring * phases["scoring"] / statistics.median(scoring),
+        update_share=hardware.efficiency.update * phases["update"] / statistics.median(update),
     )  # fmt: skip
     print(f"{axis}: {label}: {statistics.median(found.seconds):.1f} s, foretold {found.foretold:.1f} s", flush=True)
     return found

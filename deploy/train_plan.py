@@ -18,7 +18,7 @@ from training.device import precision
 from training.planning.hardware import GIB, Hardware, this_machine
 from training.planning.memory import MOMENTS
 from training.planning.model_size import CONFIG_FILE, UnknownModelError, read_model
-from training.planning.phases import EFFICIENCY, Phase
+from training.planning.phases import Phase
 from training.planning.plan import Plan, make_plan
 from training.publish import artifact_folder
 
@@ -136,7 +136,8 @@ def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
         f"prompts of {work.prompt_tokens:.0f} tokens (at most {ppo.max_prompt_tokens}), rollouts of "
         f"{work.completion_tokens:.0f} (at most {ppo.max_tokens})",
     )
-    table.add_row("", f"{EFFICIENCY.decode:.0%} of the roof reached in decoding, {EFFICIENCY.update:.0%} in updates")
+    reached = hardware.efficiency
+    table.add_row("", f"{reached.decode:.0%} of the roof reached in decoding, {reached.update:.0%} in updates")
     return [table]
 
 

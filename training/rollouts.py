@@ -7,9 +7,10 @@ engine takes new weights in place, from memory, and forgets its prefix cache wit
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,16 @@ ENVIRONMENT = {
 }
 
 MAX_BATCHED_TOKENS = 4096
-# Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have; 32
-# is the least it takes on a CPU.
-CPU_BLOCK_SIZE = 32
+ON_CPU: Mapping[str, Any] = {
+    # Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have;
+    # 32 is the least it takes on a CPU.
+    "block_size": 32,
+}
+ON_GPU: Mapping[str, Any] = {
+    # What the engine takes is given by `kv_cache_mib`. This share of the GPU must be free all the same, by default most
+    # of it, and a server may be there too.
+    "gpu_memory_utilization": 0.01,
+}
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,10 @@ class RolloutEngine:
             # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
-            block_size=CPU_BLOCK_SIZE if training_device().type == "cpu" else None,
             seed=seed,
             # Among several ranks vLLM must take the place that torchrun gave it, and not set out to make its own.
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
+            **(ON_GPU if training_device().type == "cuda" else ON_CPU),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

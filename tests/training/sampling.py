@@ -31,7 +31,8 @@ class PlainSampler:
         tokens: list[int] = []
         logprobs: list[float] = []
         while len(tokens) < self.max_tokens and (not tokens or tokens[-1] != self.eos_token_id):
-            logprobs_V = self.model(torch.tensor([prompt + tokens])).logits[0, -1].float().log_softmax(-1)
+            read_BT = torch.tensor([prompt + tokens], device=self.model.device)
+            logprobs_V = self.model(read_BT).logits[0, -1].float().log_softmax(-1).cpu()
             tokens.append(int(torch.multinomial(logprobs_V.exp(), 1, generator=generator)))
             logprobs.append(float(logprobs_V[tokens[-1]]))
         return Rollout(tuple(tokens), tuple(logprobs), tokens[-1] == self.eos_token_id)

@@ -42,13 +42,13 @@ def draw(engine: RolloutEngine, seed: int) -> list[list[Rollout]]:
 
 def recomputed(shared: SharedLayers, upper: UpperLayers, drawn: list[list[Rollout]]) -> tuple[Tensor, Tensor]:
     groups = [Group(p, tuple(r.token_ids for r in rollouts)) for p, rollouts in zip(PROMPTS, drawn, strict=True)]
-    packed = pack(groups)
+    packed = pack(groups).to(shared.device)
     hidden_GTD = shared.encode(packed, [upper.first])[upper.first]
     with torch.no_grad(), autocast(shared.device):
         hidden_GTD = upper(hidden_GTD, packed, shared.angles(packed))
     logprobs_NC = completion_logprobs(hidden_GTD, shared.head_VD, packed)
     sampled_M = torch.tensor([lp for rollouts in drawn for rollout in rollouts for lp in rollout.logprobs])
-    return logprobs_NC[packed.mask_NC], sampled_M
+    return logprobs_NC[packed.mask_NC].cpu(), sampled_M
 
 
 def test_draws_k_completions_that_end_with_the_end_token_or_at_the_limit(engine: RolloutEngine) -> None:

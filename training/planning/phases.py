@@ -1,8 +1,8 @@
 """What each phase of a run costs: tokens, FLOPs, bytes read, and the seconds that the machine's roofs allow it.
 
 Decoding takes max(bytes / bandwidth, FLOPs / matmul rate), and all else FLOPs / matmul rate, at the share of these
-roofs that it reaches in practice (`EFFICIENCY`). A backward pass costs twice its forward pass; attention is counted
-without regard to its mask, as kernels compute it. What the engine takes to load weights is left out, what
+roofs that it reaches in practice (`Hardware.efficiency`). A backward pass costs twice its forward pass; attention is
+counted without regard to its mask, as kernels compute it. What the engine takes to load weights is left out, what
 devices send each other, and Python's time.
 """
 
@@ -18,26 +18,6 @@ FORWARD_BACKWARD = 3
 FORWARD_SLOPE = 2
 # Per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
 ADAMW_BYTES = 7 * 4
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """The share of the roof that each kind of work reaches.
-
-    On a CPU bench.growth found 0.34 to 0.70 for scoring (median 0.55) and 0.46 to 0.68 for the update (0.58), more for
-    larger work (docs/results/growth.md): a half is near. Decoding reached 0.21 with 16 rollouts at a time in bf16
-    (docs/results/ppo.json), and 0.55 with 64 on a CPU that computes in fp32, where products take longer than reading: a
-    quarter is careful. The others, and all on GPUs, are assumed.
-    """
-
-    decode: float = 0.25
-    scoring: float = 0.5
-    update: float = 0.5
-    pretraining: float = 0.5
-    reward_model: float = 0.5
-
-
-EFFICIENCY = Efficiency()
 
 
 @dataclass(frozen=True)
@@ -115,7 +95,8 @@ def _rollouts(work: Workload, hardware: Hardware, name: str, num_prompts: int, n
     prompts = num_prompts * work.prompt_tokens / hardware.num_devices
     prefill = model.forward_flops(prompts, work.prompt_tokens, model.num_layers)
     bandwidth, flops = hardware.bandwidth_gb_s * 1e9, hardware.matmul_gflop_s * 1e9
-    seconds = max(read / bandwidth, decode / flops) / EFFICIENCY.decode + prefill / flops / EFFICIENCY.scoring
+    reached = hardware.efficiency
+    seconds = max(read / bandwidth, decode / flops) / reached.decode + prefill / flops / reached.scoring
     return Phase(
         name=name,
         tokens=rollouts * work.completion_tokens,
@@ -130,7 +111,7 @@ def _scoring(work: Workload, hardware: Hardware) -> Phase:
     layers = work.shared_layers + 2 * work.policy_layers + 2 * work.reward_layers
     flops = work.model.forward_flops(work.round_tokens, work.row_tokens, layers)
     flops += 2 * work.model.head_flops(work.predicted_tokens)
-    return _matmuls("scoring", work.round_tokens, flops, hardware, EFFICIENCY.scoring)
+    return _matmuls("scoring", work.round_tokens, flops, hardware, hardware.efficiency.scoring)
 
 
 def _update(work: Workload, hardware: Hardware) -> Phase:
@@ -141,7 +122,12 @@ def _update(work: Workload, hardware: Hardware) -> Phase:
     once += FORWARD_SLOPE * model.head_flops(work.predicted_tokens)
     moved = ADAMW_BYTES * work.trained_parameters * config.num_epochs * config.num_minibatches
     return _matmuls(
-        "update", config.num_epochs * work.round_tokens, config.num_epochs * once, hardware, EFFICIENCY.update, moved
+        "update",
+        config.num_epochs * work.round_tokens,
+        config.num_epochs * once,
+        hardware,
+        hardware.efficiency.update,
+        moved,
     )
 
 
@@ -151,7 +137,7 @@ def _pretraining(work: Workload, hardware: Hardware) -> Phase:
     tokens, row = work.pretraining_tokens, float(config.ptx.sequence_tokens)
     flops = model.forward_flops(tokens, row, work.frozen_layers) + layer_update_flops(work, tokens, row)
     flops += FORWARD_SLOPE * model.head_flops(tokens)
-    return _matmuls("pretraining mix", tokens, flops, hardware, EFFICIENCY.pretraining)
+    return _matmuls("pretraining mix", tokens, flops, hardware, hardware.efficiency.pretraining)
 
 
 def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
@@ -162,7 +148,7 @@ def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
     flops = model.forward_flops(learned, row, work.reward_level - layers)
     flops += FORWARD_BACKWARD * model.forward_flops(learned, row, layers)
     flops += model.forward_flops(held_out, row, work.reward_level)
-    return _matmuls("reward model", learned + held_out, flops, hardware, EFFICIENCY.reward_model)
+    return _matmuls("reward model", learned + held_out, flops, hardware, hardware.efficiency.reward_model)
 
 
 def _matmuls(

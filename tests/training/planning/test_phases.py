@@ -1,5 +1,6 @@
 """FLOPs are those that torch counts, and seconds those that the formulas give by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from tests.training.planning.model_configs import MISTRAL, SMOLLM2, size_of
 from training.config import TrainingConfig
 from training.device import autocast
 from training.groups import Group, pack
-from training.planning.hardware import Hardware
+from training.planning.hardware import ON_CPU, ON_GPU, Hardware
 from training.planning.model_size import read_model
 from training.planning.phases import (
-    EFFICIENCY,
     FORWARD_SLOPE,
     Phase,
     layer_update_flops,
@@ -79,7 +79,7 @@ def test_decoding_reads_all_weights_and_caches_at_each_step() -> None:
     assert found.bytes == pytest.approx(num_bytes)
     assert found.flops == pytest.approx(drawn + prefill)
     assert found.seconds == pytest.approx(
-        max(num_bytes / 20e9, drawn / 1e12) / EFFICIENCY.decode + prefill / 1e12 / EFFICIENCY.scoring
+        max(num_bytes / 20e9, drawn / 1e12) / MACHINE.efficiency.decode + prefill / 1e12 / MACHINE.efficiency.scoring
     )
 
 
@@ -108,7 +108,25 @@ def test_scoring_runs_shared_layers_once_and_each_models_own() -> None:
     layers = 20 + 20 + 20 + 3 + 3
     assert found.tokens == 16 * (50 + 4 * 40)
     assert found.flops == model.forward_flops(found.tokens, 210, layers) + 2 * model.head_flops(64 * 40)
-    assert found.seconds == pytest.approx(found.flops / 1e12 / EFFICIENCY.scoring)
+    assert found.seconds == pytest.approx(found.flops / 1e12 / MACHINE.efficiency.scoring)
+
+
+def test_phases_take_as_long_as_their_share_of_the_roof_allows() -> None:
+    work = work_of(ppo={"ptx": {"data": "text.txt"}})
+    on_cpu, on_gpu = (phases(work, replace(MACHINE, efficiency=each)) for each in (ON_CPU, ON_GPU))
+    shares = {
+        "scoring": "scoring",
+        "update": "update",
+        "pretraining mix": "pretraining",
+        "reward model": "reward_model",
+    }
+    for name, field in shares.items():
+        longer = getattr(ON_CPU, field) / getattr(ON_GPU, field)
+        assert on_gpu[name].seconds == pytest.approx(on_cpu[name].seconds * longer)
+    # Prompts are read at the share that scoring reaches.
+    for name in ("rollouts", "evaluation"):
+        longer = on_gpu[name].seconds / on_cpu[name].seconds
+        assert ON_CPU.decode / ON_GPU.decode < longer < ON_CPU.scoring / ON_GPU.scoring
 
 
 def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
@@ -119,7 +137,7 @@ def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
     # Eight steps of AdamW: four numbers read and three written, of policy and value model.
     trained = 13 * model.layer + model.norm + 2 * 576
     assert found.bytes == 8 * 7 * 4 * trained
-    assert found.seconds == pytest.approx((found.flops / 1e12 + found.bytes / 20e9) / EFFICIENCY.update)
+    assert found.seconds == pytest.approx((found.flops / 1e12 + found.bytes / 20e9) / MACHINE.efficiency.update)
 
 
 def test_held_out_prompts_are_asked_twice_once_each() -> None:

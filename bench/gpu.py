@@ -1,0 +1,219 @@
+"""What the recipe for 1.3B takes of this machine's GPU, beside what its plan foretells: memory at its fullest, seconds.
+
+    python -m bench.gpu --json FILE [--quick]
+
+The reward model is fitted and rounds of PPO-ptx are run as the recipe has them, with the engine in the same process:
+rows as long as may be, a batch of one optimizer step in place of eight. The model is of Qwen2.5-1.5B's shape and has
+random weights, and completions are as random: what is learned has no influence on how long it takes. `--quick` takes a
+tiny model, and shows only that it runs, also on a CPU, where memory is not measured.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from bench.result import Figure, add_arguments, bench_result, report, spread
+from training import ppo
+from training.config import TrainingConfig
+from training.device import compute_dtype, precision, training_device
+from training.groups import Group, RankedExample
+from training.learner import make_learner
+from training.planning.hardware import GIB, Hardware, this_machine
+from training.planning.memory import MOMENTS, Moment
+from training.planning.model_size import read_model
+from training.planning.plan import Plan, make_plan
+from training.policy_model import SharedLayers, load_model, upper_layers_of
+from training.recipes import load_recipe
+from training.reward_fit import fit
+from training.reward_model import RewardModel
+from training.rollouts import RolloutEngine
+
+RECIPE = "gpu-1.3b"
+# The first warms up.
+NUM_ROUNDS, NUM_PROMPTS, NUM_RANKINGS, MOST_RANKED = 3, 16, 24, 9
+NO_LIMIT = 1e9
+# No rollout ends by itself: that few of the policy's tokens are this one.
+EOS, FIRST_TOKEN = 2, 16
+TINY_REWARD_MODEL = {"num_layers": 3, "num_trained_layers": 1, "max_rankings": 8}
+TINY_PPO = {"max_tokens": 32, "max_prompt_tokens": 32, "prompts_per_step": 4}
+TINY_PTX = {"examples_per_episode": 1.0, "sequence_tokens": 32}
+TINY_CACHE_MIB = 64
+
+
+@dataclass
+class Found:
+    """Bytes at each moment's fullest, seconds of the reward model's fit, and the metrics of each round."""
+
+    peaks: dict[Moment, int] = field(default_factory=dict)
+    engine_seconds: float = 0.0
+    fit_seconds: float = 0.0
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if not arguments.quick and training_device().type != "cuda":
+        parser.error("it wants a GPU of 80 GB, and this machine has none; --quick shows that it runs")
+    hardware, config = this_machine(), recipe(arguments.quick)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder), arguments.quick)
+        plan = make_plan(config, read_model(model), hardware, config.ppo.max_prompt_tokens, config.ppo.max_tokens)
+        found = run(config, model)
+    report(bench_result("gpu", figures(found, plan, hardware)), arguments.json)
+
+
+def recipe(quick: bool) -> TrainingConfig:
+    """The recipe, of few rounds of a batch of one optimizer step, without what would stop it."""
+    values = load_recipe(RECIPE).model_dump()
+    values["reward_model"] |= {"max_rankings": NUM_RANKINGS, "held_out_share": 0.0}
+    values["ppo"] |= {
+        "num_steps": NUM_ROUNDS, "prompts_per_step": NUM_PROMPTS, "num_minibatches": 1,
+        "max_kl": NO_LIMIT, "max_sampler_gap": NO_LIMIT, "max_judge_drop": NO_LIMIT,
+    }  # fmt: skip
+    if quick:
+        values["reward_model"] |= TINY_REWARD_MODEL
+        values["ppo"] |= TINY_PPO
+        values["ppo"]["ptx"] |= TINY_PTX
+        values["kv_cache_mib"] = TINY_CACHE_MIB
+    return TrainingConfig.model_validate(values)
+
+
+def write_model(folder: Path, quick: bool) -> Path:
+    """Qwen2.5-1.5B's shape, or a tiny one, with random weights."""
+    layers, width, inner, heads, keys, vocabulary = (
+        (3, 64, 128, 2, 2, 512) if quick else (28, 1536, 8960, 12, 2, 151_936)
+    )
+    config = Qwen2Config(
+        num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=keys, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=EOS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(training_device()):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run(config: TrainingConfig, model: Path) -> Found:
+    """Fits the reward model and runs PPO, as training.run does."""
+    found, drawn = Found(), random.Random(0)
+    with watched(found, "reward model"):
+        started = time.perf_counter()
+        engine = RolloutEngine(
+            model,
+            max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_mib=config.kv_cache_mib,
+            seed=0,
+        )
+        found.engine_seconds = time.perf_counter() - started
+        shared = SharedLayers(load_model(model))
+        tokens = token_source(drawn, shared.head_VD.shape[0])
+        rewards, found.fit_seconds = fitted(shared, config, tokens)
+    judge = RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": 0}))
+    with watched(found, "start of PPO"):
+        policy = upper_layers_of(model, shared, config.ppo.num_frozen_layers, config.ppo.lora)
+    learner = make_learner(shared, policy, rewards, judge, config.ppo)
+    world = ppo.World(
+        prompts=[tokens(config.ppo.max_prompt_tokens) for _ in range(config.ppo.prompts_per_step)],
+        sample=lambda prompts, seed: engine.sample(
+            prompts,
+            num_completions=config.ppo.rollouts_per_prompt,
+            max_tokens=config.ppo.max_tokens,
+            seed=seed,
+            eos_token_id=EOS,
+        ),
+        load_weights=engine.load_weights,
+        log=lambda step, num_steps, metrics: found.rounds.append(metrics),
+        pretraining=(tokens(config.ppo.ptx.sequence_tokens) for _ in itertools.count()),
+    )
+    with watched(found, "update"):
+        ppo.train(learner, config.ppo, world, seed=0)
+    return found
+
+
+@contextmanager
+def watched(found: Found, moment: Moment) -> Iterator[None]:
+    """Notes the most that torch holds on the GPU inside: the engine's too, which is in this process."""
+    if training_device().type != "cuda":
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    found.peaks[moment] = torch.cuda.max_memory_allocated()
+
+
+def token_source(drawn: random.Random, vocabulary: int) -> Callable[[int], tuple[int, ...]]:
+    """Draws so many tokens."""
+    return lambda count: tuple(drawn.choices(range(FIRST_TOKEN, vocabulary), k=count))
+
+
+def fitted(
+    shared: SharedLayers, config: TrainingConfig, tokens: Callable[[int], tuple[int, ...]]
+) -> tuple[RewardModel, float]:
+    """A reward model fitted to rankings like the rollouts, and the seconds of that; the longest ranking warms it up."""
+    model = RewardModel(shared, config.reward_model)
+
+    def seconds(count: int, k: int) -> float:
+        examples = [
+            RankedExample(
+                Group(tokens(config.ppo.max_prompt_tokens), tuple(tokens(config.ppo.max_tokens) for _ in range(k))),
+                tuple(range(k)), f"labeler {index}", index,
+            )
+            for index in range(count)
+        ]  # fmt: skip
+        started = time.perf_counter()
+        # The run's first fit finds the heads alone first, on 256 rankings, which the plan leaves out.
+        fit(model, shared, examples, config.reward_model, seed=0, warm=True, log=lambda *_: None)
+        return time.perf_counter() - started
+
+    seconds(2, MOST_RANKED)
+    return model, seconds(config.reward_model.max_rankings, config.ppo.rollouts_per_prompt)
+
+
+def figures(found: Found, plan: Plan, hardware: Hardware) -> list[Figure]:
+    """The roofs; then memory and seconds, each with what was foretold; then shares of the roofs."""
+    name = precision(compute_dtype(training_device()))
+    rows = [
+        Figure(f"{hardware.name}: memory read", hardware.bandwidth_gb_s, "GB/s"),
+        Figure(f"{hardware.name}: matrix product, {name}", hardware.matmul_gflop_s, "GFLOP/s"),
+    ]
+    for moment in MOMENTS:
+        if moment in found.peaks:
+            rows.append(Figure(f"memory, {moment}", found.peaks[moment] / GIB, "GiB"))
+            rows.append(Figure(f"memory, {moment}: foretold", plan.memory.total(moment) / GIB, "GiB"))
+    rows.append(Figure("engine: seconds to start", found.engine_seconds, "s"))
+    foretold = {phase.name: phase.seconds for phase in (*plan.round, *plan.once)}
+    foretold["update"] += foretold.pop("pretraining mix")
+    measured: dict[str, Sequence[float]] = {
+        each: [metrics[f"seconds/{each}"] for metrics in found.rounds[1:]] for each in ("rollouts", "scoring", "update")
+    }
+    measured["reward model"] = [found.fit_seconds]
+    planned = hardware.efficiency
+    efficiency = {"rollouts": planned.decode, "update": planned.update, "reward model": planned.reward_model}
+    for phase, seconds in measured.items():
+        share = efficiency.get(phase, planned.scoring) * foretold[phase] / statistics.median(seconds)
+        rows.append(spread(f"{phase}: seconds", "s", seconds))
+        rows.append(Figure(f"{phase}: foretold", foretold[phase], "s"))
+        rows.append(Figure(f"{phase}: share of the roof", share, ""))
+    gaps = [metrics["rollout/sampler_gap"] for metrics in found.rounds]
+    return [*rows, spread("sampler against trainer", "nats a token", gaps)]
+
+
+if __name__ == "__main__":
+    main()
