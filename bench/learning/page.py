@@ -22,10 +22,6 @@ The pretraining mix is WikiText-2's validation part, and the tax is measured on 
 more than was lost has learned WikiText, not got back what it knew. HellaSwag has nothing to do with the mix; from 0 to
 0 means that no answer changed.
 
-PPO's runs of seed 2 are from before b11d708, and to be run again. They computed in fp32 and drew rollouts from weights
-rounded to bf16, so that those of the second round were nearly all of the policy before PPO, and those of the third in
-part. Those of seeds 0 and 1 were run again, and came out alike within their noise, so that little is expected of it.
-
 The recipe is as shipped but for its size: PPO takes 12 rounds and two passes over each round's rollouts in place of 10
 and one, SFT two epochs in place of four, and a quarter of the labelers are held out in place of 35 % of users. Two
 passes learned faster in six rounds of a smaller experiment with seed 0 of the utility called chat; nothing else was
