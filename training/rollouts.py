@@ -28,12 +28,12 @@ ENVIRONMENT = {
 }
 
 MAX_BATCHED_TOKENS = 4096
-ON_CPU: Mapping[str, Any] = {
+CPU_OPTIONS: Mapping[str, Any] = {
     # Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have;
     # 32 is the least it takes on a CPU.
     "block_size": 32,
 }
-ON_GPU: Mapping[str, Any] = {
+GPU_OPTIONS: Mapping[str, Any] = {
     # What the engine takes is given by `kv_cache_mib`. This share of the GPU must be free all the same, by default most
     # of it, and a server may be there too.
     "gpu_memory_utilization": 0.01,
@@ -86,7 +86,7 @@ class RolloutEngine:
             seed=seed,
             # Among several ranks vLLM must take the place that torchrun gave it, and not set out to make its own.
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
-            **(ON_GPU if training_device().type == "cuda" else ON_CPU),
+            **(GPU_OPTIONS if training_device().type == "cuda" else CPU_OPTIONS),
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -37,10 +37,10 @@ class Efficiency:
 # bench.growth found 0.34 to 0.70 for scoring (median 0.55) and 0.46 to 0.68 for the update (0.58), more for larger work
 # (docs/results/growth.md): a half is near. Decoding reached 0.21 with 16 rollouts at a time in bf16, and 0.55 with 64
 # in fp32, whose products take longer than reading: a quarter is careful. The others are assumed.
-ON_CPU = Efficiency(decode=0.25, scoring=0.5, update=0.5, pretraining=0.5, reward_model=0.5)
+CPU_EFFICIENCY = Efficiency(decode=0.25, scoring=0.5, update=0.5, pretraining=0.5, reward_model=0.5)
 # bench.gpu on one H100, with a model of 1.5B and rows of 5,120 tokens, whose mask keeps SDPA from its fastest kernel
 # (docs/results/gpu.json). Update and pretraining were measured together.
-ON_GPU = Efficiency(decode=0.1, scoring=0.17, update=0.27, pretraining=0.27, reward_model=0.17)
+GPU_EFFICIENCY = Efficiency(decode=0.1, scoring=0.17, update=0.27, pretraining=0.27, reward_model=0.17)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Hardware:
     memory_gib: float
     num_devices: int = 1
     computes_in: torch.dtype = torch.bfloat16
-    efficiency: Efficiency = ON_CPU
+    efficiency: Efficiency = CPU_EFFICIENCY
 
     @property
     def bandwidth(self) -> float:
@@ -87,7 +87,7 @@ def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
         memory_gib=memory / GIB,
         num_devices=num_devices,
         computes_in=compute_dtype(device),
-        efficiency=ON_GPU if device.type == "cuda" else ON_CPU,
+        efficiency=GPU_EFFICIENCY if device.type == "cuda" else CPU_EFFICIENCY,
     )
 
 

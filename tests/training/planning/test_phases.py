@@ -14,7 +14,7 @@ from tests.training.planning.model_configs import MISTRAL, SMOLLM2, size_of
 from training.config import TrainingConfig
 from training.device import autocast
 from training.groups import Group, pack
-from training.planning.hardware import ON_CPU, ON_GPU, Hardware
+from training.planning.hardware import CPU_EFFICIENCY, GPU_EFFICIENCY, Hardware
 from training.planning.model_size import read_model
 from training.planning.phases import (
     FORWARD_SLOPE,
@@ -113,7 +113,7 @@ def test_scoring_runs_shared_layers_once_and_each_models_own() -> None:
 
 def test_phases_take_as_long_as_their_share_of_the_roof_allows() -> None:
     work = work_of(ppo={"ptx": {"data": "text.txt"}})
-    on_cpu, on_gpu = (phases(work, replace(MACHINE, efficiency=each)) for each in (ON_CPU, ON_GPU))
+    on_cpu, on_gpu = (phases(work, replace(MACHINE, efficiency=each)) for each in (CPU_EFFICIENCY, GPU_EFFICIENCY))
     shares = {
         "scoring": "scoring",
         "update": "update",
@@ -121,12 +121,12 @@ def test_phases_take_as_long_as_their_share_of_the_roof_allows() -> None:
         "reward model": "reward_model",
     }
     for name, field in shares.items():
-        longer = getattr(ON_CPU, field) / getattr(ON_GPU, field)
+        longer = getattr(CPU_EFFICIENCY, field) / getattr(GPU_EFFICIENCY, field)
         assert on_gpu[name].seconds == pytest.approx(on_cpu[name].seconds * longer)
     # Prompts are read at the share that scoring reaches.
     for name in ("rollouts", "evaluation"):
         longer = on_gpu[name].seconds / on_cpu[name].seconds
-        assert ON_CPU.decode / ON_GPU.decode < longer < ON_CPU.scoring / ON_GPU.scoring
+        assert CPU_EFFICIENCY.decode / GPU_EFFICIENCY.decode < longer < CPU_EFFICIENCY.scoring / GPU_EFFICIENCY.scoring
 
 
 def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
