@@ -1,6 +1,5 @@
 """Two processes that meet over gloo as they would over NCCL, and what they do there, each with a tiny policy."""
 
-import functools
 import itertools
 import json
 import multiprocessing
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+import training.device
 from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
 from tests.training.sampling import PlainSampler
 from training import ppo
@@ -80,15 +80,12 @@ def text_for(config: PpoConfig) -> Iterator[tuple[int, ...]] | None:
     return itertools.cycle([tuple(range(i + 3, i + 15)) for i in range(40)]) if config.ptx.data else None
 
 
-def make_learner(ranks: Ranks, folder: Path, config: PpoConfig, *, fp32: bool = False) -> Learner:
+def make_learner(ranks: Ranks, folder: Path, config: PpoConfig) -> Learner:
     """A learner whose reward model and value model have layers of their own."""
     torch.manual_seed(0)
-    model = load_model(folder)
-    shared = SharedLayers(model.float() if fp32 else model)
+    shared = SharedLayers(load_model(folder))
     rewards = RewardModel(shared, OWN_LAYERS)
     fit(rewards, shared, ranked_examples(shared, 24, seed=1), OWN_LAYERS, seed=0, warm=False, log=lambda *_: None)
-    if fp32:
-        rewards.float()
     return learner_of(shared, folder, config, rewards, ranks)
 
 
@@ -97,8 +94,8 @@ def one_update(
 ) -> None:
     """Takes the optimizer steps of one round on given rollouts, and leaves weights and figures."""
     if fp32:
-        torch.autocast = functools.partial(torch.autocast, enabled=False)  # type: ignore[misc, assignment]
-    learner = make_learner(ranks, folder, config, fp32=fp32)
+        training.device._cpu_multiplies_bf16 = lambda: False
+    learner = make_learner(ranks, folder, config)
     replayed, seen = ReplayedRollouts(drawn), []
     log = lambda *each: seen.append(each[2])  # noqa: E731
     world = ppo.World(list(drawn), replayed.sample, replayed.load_weights, log, text_for(config))

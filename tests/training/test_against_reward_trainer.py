@@ -4,9 +4,7 @@ TRL encodes the prompt and both completions of every pair anew; we encode the pr
 Loss and gradients are the same all the same.
 """
 
-import functools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,10 @@ from training.reward_model import RewardModel, features_of
 RANKS = (2, 0, 1, 1)  # a tie is no pair
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("in_fp32"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 
 
 @pytest.fixture
@@ -43,12 +44,6 @@ def scored(tiny_folder: Path) -> PreTrainedModel:
     """The tiny model with a random score."""
     torch.manual_seed(0)
     return LlamaForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch, "autocast", functools.partial(torch.autocast, enabled=False))
-    yield
 
 
 def loss_of_trl(scored: PreTrainedModel, group: Group, tokenizer: Any, folder: Path) -> Tensor:

@@ -15,7 +15,6 @@ Four things TRL defines otherwise, and here it is said by exactly how much:
 - It logs scores after the penalty for a missing end.
 """
 
-import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,9 +115,8 @@ def reward_model(trl: Recording, name: str, shared: SharedLayers) -> RewardModel
 
 
 @pytest.fixture
-def learner(trl: Recording, monkeypatch: pytest.MonkeyPatch) -> Learner:
-    """Ours with the recorded weights, computing in float32."""
-    monkeypatch.setattr(torch, "autocast", functools.partial(torch.autocast, enabled=False))
+def learner(trl: Recording, in_fp32: None) -> Learner:
+    """Ours with the recorded weights."""
     shared = SharedLayers(language_model(trl, "reference"))
     policy = UpperLayers(language_model(trl, "policy"), 0, shared.num_layers).trainable(LoraConfig())
     rewards, values = (reward_model(trl, name, shared) for name in ("reward", "value"))

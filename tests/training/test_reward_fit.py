@@ -174,15 +174,14 @@ def test_the_tables_are_those_of_a_plain_count(shared: SharedLayers) -> None:
     assert found.calibration[0] == [pytest.approx(sure, abs=1e-4), *share(fifth)]
 
 
-def test_passes_of_few_tokens_change_memory_and_not_what_is_learned(shared: SharedLayers) -> None:
+def test_passes_of_few_tokens_change_memory_and_not_what_is_learned(in_fp32: None, shared: SharedLayers) -> None:
     examples, found = ranked_examples(shared, 24, seed=7), []
     for tokens in (4096, 1):
         config = LAYERED.model_copy(update={"micro_batch_tokens": tokens, "batch_size": 6})
         model = RewardModel(shared, config)
         fit(model, shared, examples, config, seed=0, warm=False, log=silent)
         found.append(torch.cat(score_groups(model, shared, [example.group for example in examples])))
-    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.999
-    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.1])
