@@ -30,7 +30,7 @@ errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as `alignd runs list` prints it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-RECIPE, METRICS, REPORT, ORIGIN = "recipe.json", "metrics.jsonl", "REPORT.html", "state/origin.json"
+RECIPE, METRICS, REPORT = "recipe.json", "metrics.jsonl", "REPORT.html"
 ENDS = ("done", "stopped")
 NO_FIGURES = ("time", "phase", "step", "num_steps", "reason")
 EXIT_FAILED = 1
@@ -73,7 +73,7 @@ def list_runs(as_json: Json = False) -> None:
     table = Table(Column("run", no_wrap=True), "state", "phase", "step", "score", "kl", Column("", overflow="fold"))
     for view in views:
         step = f"{view.steps_done} of {view.num_steps}" if view.phase else "-"
-        figures = ("-" if each is None else f"{each:.2f}" for each in (view.score, view.kl))
+        figures = ("-" if each is None else f"{each:z.2f}" for each in (view.score, view.kl))
         table.add_row(view.run, view.state, view.phase or "-", step, *figures, view.reason)
     console.print(table, soft_wrap=False)
 
@@ -139,7 +139,7 @@ def resume() -> None:
 
 @app.command()
 def abort(run: RunId) -> None:
-    """End a run at its next step. Its rankings are not tried again."""
+    """End a run at its next step. The rankings of one that learns from rankings are not tried again."""
     from feedback.trainer_lease import request_abort
 
     view = view_run(find_run(run))
@@ -149,9 +149,11 @@ def abort(run: RunId) -> None:
     with store_engine() as engine:
         before = control_of(engine)
         request_abort(engine, run)
-    when = "at its next step" if trainer_lives(before) else "when a trainer starts: none runs now"
+    restart = "once `alignd sft` goes on with it" if is_sft(run) else "when a trainer starts: none runs now"
+    when = "at its next step" if is_worked_on(run, before) else restart
+    forgotten = "" if is_sft(run) else "Its rankings are not tried again, and "
     console.print(
-        f"{run} ends {when}. Its rankings are not tried again, and what is live stays. "
+        f"{run} ends {when}. {forgotten}{'W' if is_sft(run) else 'w'}hat is live stays. "
         f"`alignd runs show {run}` tells when it has ended.",
     )
     if before.abort_run not in ("", run):
@@ -200,15 +202,30 @@ def view_run(folder: Path) -> RunView:
 
 def state_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Returns running, done or stopped, and why."""
+    from training.run_folder import RunFolder
+
     end = records[-1] if records and records[-1]["phase"] in ENDS else None
     guards = [f"PPO stopped itself: {record['stopped/reason']}" for record in records if "stopped/reason" in record]
     if end is None:
-        if (folder / ORIGIN).exists():
-            return "running", "; ".join(guards)
-        return "stopped", "it was killed, and has left nothing to go on from"
+        if RunFolder(folder).ended:
+            return "stopped", "it was killed, and has left nothing to go on from"
+        waits = RunFolder(folder).waits_for
+        return "running", "; ".join([*guards, f"waits: {waits}"] if waits else guards)
     if end["phase"] == "stopped":
         return "stopped", str(end.get("reason", "no reason given"))
     return "done", "; ".join([f"made v{end['version']}", *guards] if "version" in end else guards)
+
+
+def is_sft(name: str) -> bool:
+    """Returns whether a run learns from demonstrations, or whoever has the lease works on such a one."""
+    from training.run_folder import SFT_SUFFIX
+
+    return name.endswith(SFT_SUFFIX)
+
+
+def is_worked_on(run: str, control: Control) -> bool:
+    """Returns whether somebody goes on with this unfinished run, by the lease: whoever has it is of one kind."""
+    return trainer_lives(control) and is_sft(control.holder) == is_sft(run)
 
 
 def with_control(views: Sequence[RunView], control: Control) -> list[RunView]:
@@ -225,8 +242,8 @@ def waits_for(view: RunView, control: Control) -> str:
         reasons.append("ends at its next step, as asked")
     elif control.paused:
         reasons.append("paused; `alignd runs resume` has it go on")
-    if not trainer_lives(control):
-        reasons.append("no trainer runs now")
+    if not is_worked_on(view.run, control):
+        reasons.append("`alignd sft` goes on with it" if is_sft(view.run) else "no trainer runs now")
     return "; ".join(reasons)
 
 

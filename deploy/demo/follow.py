@@ -43,8 +43,8 @@ class RunView:
         """The newest figures, in a few words."""
         record = self.last
         shown = (
-            ("objective/score", "score {:.2f}"),
-            ("objective/kl", "kl {:.1f}"),
+            ("objective/score", "score {:z.2f}"),
+            ("objective/kl", "kl {:z.1f}"),
             ("completion/length", "len {:.0f}"),
             ("completion/eos_rate", "ends {:.0%}"),
             ("reward_model/loss", "loss {:.3f}"),

@@ -59,7 +59,7 @@ def _score_by_kl(steps: Steps) -> Plot:
     axes.set(xlabel="√KL from the reference policy (√nat)", ylabel="score (reward model)")
     (before, after), kl = first_and_last(steps, "objective/score"), first_and_last(steps, "objective/kl")[1]
     return Plot(
-        f"Score went from {before:.2f} to {after:.2f} for {kl:.1f} nats of KL",
+        f"Score went from {before:z.2f} to {after:z.2f} for {kl:z.1f} nats of KL",
         to_svg(figure, "score-by-kl"),
         f"n = {len(steps)} PPO steps; later steps are drawn larger. KL is summed over a completion's tokens. A score "
         "that rises while users gain nothing would be over-optimisation (Gao et al. 2022).",
@@ -74,7 +74,7 @@ def _score_and_kl(steps: Steps) -> Plot:
     upper.set_ylabel("score")
     lower.set(ylabel="KL (nats)", xlabel="PPO step")
     _, kl = first_and_last(steps, "objective/kl")
-    title = f"The new policy ends {kl:.1f} nats from the reference policy"
+    title = f"The new policy ends {kl:z.1f} nats from the reference policy"
     caption = f"n = {len(steps)} PPO steps, means over the rollouts of each. KL is summed over a completion's tokens."
     return Plot(title, to_svg(figure, "score-and-kl"), caption)
 

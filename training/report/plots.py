@@ -163,7 +163,7 @@ def _value_and_sampler(steps: Sequence[Record], limits: Mapping[str, Any]) -> Pl
     marked = _mark_limit(lower, gap, limits.get("max_sampler_gap"))
     change = Change.of(explained)
     title = _sentence(
-        f"the value function’s explained variance goes from {change.before:.2f} to {change.after:.2f}"
+        f"the value function’s explained variance goes from {change.before:z.2f} to {change.after:z.2f}"
         if drawn[0]
         else "",
         f"sampler and trainer differ by at most {greatest(gap):.2g} nats a token" if drawn[1] else "",

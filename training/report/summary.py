@@ -32,9 +32,9 @@ PHASES = {
 }
 # Metric, what it is called, how it is written, its unit.
 POLICY_FIGURES = (
-    ("objective/score", "score, by the reward model", "{:.2f}", "deviations of the reference policy’s scores"),
-    ("objective/judge_score", "score, by the judge", "{:.2f}", "deviations of the reference policy’s scores"),
-    ("objective/kl", "KL from the reference policy", "{:.2f}", "nats a completion"),
+    ("objective/score", "score, by the reward model", "{:z.2f}", "deviations of the reference policy’s scores"),
+    ("objective/judge_score", "score, by the judge", "{:z.2f}", "deviations of the reference policy’s scores"),
+    ("objective/kl", "KL from the reference policy", "{:z.2f}", "nats a completion"),
     ("objective/entropy", "entropy", "{:.2f}", "nats a token"),
     ("completion/length", "completion length", "{:.0f}", "tokens"),
     ("completion/eos_rate", "completions that end by themselves", "{:.0%}", ""),
@@ -47,7 +47,7 @@ OPTIMISER_FIGURES = (
     ("policy/kl_coef", "KL coefficient", "{:.3g}", "scores a nat"),
     ("val/loss", "value loss", "{:.2g}", ""),
     ("val/clipfrac", "values clipped", "{:.1%}", ""),
-    ("val/explained_variance", "explained variance of the value function", "{:.2f}", ""),
+    ("val/explained_variance", "explained variance of the value function", "{:z.2f}", ""),
     ("rollout/sampler_gap", "sampler gap", "{:.2g}", "nats a token"),
     ("ptx/loss", "pretraining loss", "{:.3f}", "nats a token"),
     ("ptx/gamma", "pretraining weight γ", "{:.3g}", ""),
@@ -88,8 +88,8 @@ def finding(run: Run) -> str:
         best, reference = best_epoch(epochs), _number(last_of(records, "sft_reference"), "sft/score")
         return (
             f"Version {version} is the reference policy fine-tuned on demonstrations, epoch {best['step'] + 1} of "
-            f"{len(epochs)}: its score by the reward model is {_number(best, 'sft/score'):.2f}, the reference's "
-            f"{reference:.2f}."
+            f"{len(epochs)}: its score by the reward model is {_number(best, 'sft/score'):z.2f}, the reference's "
+            f"{reference:z.2f}."
         )
     won = last_of(records, "evaluate")
     if not won:
@@ -189,7 +189,7 @@ def figures(run: Run) -> list[Figure]:
         *(
             Figure(
                 f"epoch {epoch['step'] + 1}",
-                f"{_number(epoch, 'sft/score'):.2f}",
+                f"{_number(epoch, 'sft/score'):z.2f}",
                 f"score, by the reward model; loss {_number(epoch, 'sft/loss'):.3f} nats a token",
             )
             for epoch in fine_tuning(run)

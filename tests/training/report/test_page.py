@@ -165,6 +165,15 @@ def test_what_is_not_finite_is_told_by_name_and_step(tmp_path: Path) -> None:
     assert "step 3, 4" in page.text
 
 
+def test_a_figure_that_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:
+    lines = make_lines(3)
+    for line in phase(lines, "ppo"):
+        line |= {"objective/kl": -0.001}
+    text = report_of(tmp_path, lines).text
+    assert re.search(r"(?<!-)\b0\.00\b", text)
+    assert not re.search(r"-0\.00\b", text)
+
+
 def test_nothing_finite_at_all_still_gives_a_page(tmp_path: Path) -> None:
     lines = [
         {key: math.nan if isinstance(value, float) and key != "time" else value for key, value in line.items()}
