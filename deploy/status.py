@@ -70,9 +70,12 @@ def print_rankings(config: AligndConfig) -> None:
 
 
 def print_last_run(config: AligndConfig) -> None:
+    from training.report.record import read_lines
+
     runs = sorted(config.runs_dir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     if not runs:
         console.print(f"training  no run yet; the next begins at {config.training.min_new_rankings} new rankings")
         return
-    last = json.loads(runs[-1].read_text().splitlines()[-1])
-    console.print(f"training  {runs[-1].parent.name}: {last['phase']} {last['step']} of {last['num_steps']}")
+    records = read_lines(runs[-1]).found
+    at = f"{records[-1]['phase']} {records[-1]['step']} of {records[-1]['num_steps']}" if records else "it has begun"
+    console.print(f"training  {runs[-1].parent.name}: {at}")

@@ -93,12 +93,15 @@ class Supervisor:
         self._write_state()
 
     def _write_state(self) -> None:
-        """Leaves the process ids for `alignd status`."""
+        """Leaves the process ids for `alignd status`; a full disk is no reason to end what they do."""
         running = {service.verb: service.process.pid for service in self.services if service.process}
         path = self.folder / "up.json"
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"supervisor": os.getpid(), **running}))
-        draft.rename(path)
+        try:
+            draft.write_text(json.dumps({"supervisor": os.getpid(), **running}))
+            draft.rename(path)
+        except OSError as error:
+            log.warning("`alignd status` will not know the processes: %s", error)
 
     def _end_all(self) -> None:
         """Asks every process to end, the server last so that what the others still say is heard; then insists."""

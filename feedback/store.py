@@ -19,7 +19,8 @@ class RankedCompletion:
 
     completion_id: str
     text: str
-    finish_reason: types_pb2.FinishReason
+    ended: bool
+    """Whether the policy ended it: it was not cut off by a limit, nor, as far as is known, by a stop string."""
     rank: int
     policy_version: int
 
@@ -47,12 +48,21 @@ class StoredPrompt:
 
 
 @dataclass(frozen=True)
+class StoredCompletion:
+    """What the policy wrote, and whether it ended it; see RankedCompletion."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
 class StoredSample:
-    """A prompt and its completions, without those that span a swap."""
+    """A prompt, whom it was drawn for, and its completions, without those that span a swap."""
 
     sample_id: str
+    user_id: str
     prompt: types_pb2.Prompt
-    completions: tuple[types_pb2.Completion, ...]
+    completions: tuple[StoredCompletion, ...]
 
 
 @dataclass(frozen=True)
@@ -218,8 +228,15 @@ def _current(table: Table, after_seq: int, up_to_seq: int | None = None) -> Sele
 
 
 def _sample(sample: events_pb2.SampleEvent) -> StoredSample:
-    whole = tuple(each for each in sample.completions if not each.spans_swap)
-    return StoredSample(sample.event_id, sample.prompt, whole)
+    whole = tuple(
+        StoredCompletion(each.text, _ended(sample, each)) for each in sample.completions if not each.spans_swap
+    )
+    return StoredSample(sample.event_id, sample.user_id, sample.prompt, whole)
+
+
+def _ended(sample: events_pb2.SampleEvent, completion: types_pb2.Completion) -> bool:
+    # STOP says both, that the policy ended it and that a stop string was met: where one could be, no end is assumed.
+    return completion.finish_reason == types_pb2.FINISH_REASON_STOP and not sample.sampling.stop
 
 
 def _demonstration(row: Row[Any]) -> StoredDemonstration:
@@ -236,7 +253,7 @@ def _ranked_group(row: Row[Any]) -> RankedGroup:
         RankedCompletion(
             completion_id,
             completions[completion_id].text,
-            completions[completion_id].finish_reason,
+            _ended(sample, completions[completion_id]),
             rank,
             completions[completion_id].policy.version,
         )

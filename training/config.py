@@ -71,7 +71,10 @@ class PtxConfig(BaseModel):
     )
     text_field: str = Field("text", min_length=1, description="Field of the text in .jsonl, .parquet and datasets.")
     examples_per_episode: float = Field(
-        1.0, gt=0, description="Pretraining sequences per rollout, all passes together. InstructGPT: 8."
+        1.0,
+        gt=0,
+        description="Pretraining sequences per rollout, all passes together; at least one a process and step. "
+        "InstructGPT: 8.",
     )
     sequence_tokens: int = Field(128, ge=2, description="Tokens in one pretraining sequence.")
     gamma: float | None = Field(
@@ -98,7 +101,9 @@ class PpoConfig(BaseModel):
     micro_batch_tokens: int = Field(
         4096, ge=1, description="Most tokens, padding included, in one forward pass; gradients are accumulated."
     )
-    gradient_checkpointing: bool = Field(False, description="Compute activations again in the backward pass.")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute the policy's activations again in the backward pass; the value model's are kept."
+    )
     num_frozen_layers: int = Field(20, ge=0, description="Lower layers shared with the reference, never trained.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of full weights.")
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate of the policy after warm-up.")
@@ -118,7 +123,12 @@ class PpoConfig(BaseModel):
     gae_lambda: float = Field(0.95, ge=0, le=1, description="Weight of longer estimates in GAE.")
     clip_range: float = Field(0.2, gt=0, description="The probability ratio is clipped to 1 ± this.")
     value_clip_range: float = Field(0.2, gt=0, description="New values are clipped to the old ± this.")
-    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    value_coef: float = Field(
+        0.1,
+        ge=0,
+        description="Weight of the value loss. As AdamW cancels a factor, it decides when the value model's gradient "
+        "is clipped, and value_learning_rate how fast it learns.",
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     importance_cap: float = Field(
         2.0, ge=1, description="Most that a token weighs for being likelier to the trainer than to the sampler."
@@ -140,6 +150,12 @@ class PpoConfig(BaseModel):
     def _minibatches_are_whole(self) -> Self:
         if self.prompts_per_step % self.num_minibatches:
             raise ValueError("prompts_per_step must be a multiple of num_minibatches")
+        return self
+
+    @model_validator(mode="after")
+    def _kl_coef_can_be_adapted(self) -> Self:
+        if self.target_kl is not None and not self.kl_coef:
+            raise ValueError("kl_coef must be above 0 where target_kl is set: it is adapted by factors")
         return self
 
 

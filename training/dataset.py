@@ -125,9 +125,7 @@ def is_held_out(user_id: str, share: float) -> bool:
 
 def completion_token_ids(tokenizer: PreTrainedTokenizerBase, completion: RankedCompletion) -> tuple[int, ...]:
     """A stored completion's text in tokens, with the end token if the policy ended it."""
-    return completion_token_ids_of(
-        tokenizer, completion.text, ended=completion.finish_reason == types_pb2.FINISH_REASON_STOP
-    )
+    return completion_token_ids_of(tokenizer, completion.text, ended=completion.ended)
 
 
 def completion_token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, ended: bool) -> tuple[int, ...]:

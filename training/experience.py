@@ -7,6 +7,7 @@ Shapes: see training.groups.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -134,7 +135,8 @@ def _value(experience: Experience, config: PpoConfig, kl_coef: float) -> Experie
 def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str, float]:
     """What a round says of the policy that drew it: means over all ranks' rollouts, or tokens where it says so.
 
-    `objective/judge_error` is the standard error of the judge's mean score, with rollouts taken as independent.
+    `objective/judge_error` is the standard error of the judge's mean score, with rollouts taken as independent; of a
+    single one it is infinite, so that nothing follows from it.
     """
     every = [each for minibatch in minibatches for each in minibatch]
 
@@ -145,15 +147,18 @@ def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str,
     kl_N = of_all((each.old_logprobs_NC - each.ref_logprobs_NC).sum(-1) for each in every)
     scores_N, judge_N = of_all(each.scores_N for each in every), of_all(each.judge_scores_N for each in every)
     gaps = sum(of_all((each.sampler_logprobs_NC - each.old_logprobs_NC).abs().sum()[None] for each in every))
+    values_M = of_all(each.old_values_NC[each.packed.mask_NC] for each in every)
+    returns_M = of_all(each.returns_NC[each.packed.mask_NC] for each in every)
     entropies = sum(of_all(each.entropy_NC.sum()[None] for each in every))
     tokens = lengths_N.sum()
     return {
         "objective/kl": float(kl_N.mean()),
         "objective/score": float(scores_N.mean()),
         "objective/judge_score": float(judge_N.mean()),
-        "objective/judge_error": float(judge_N.std() / len(judge_N) ** 0.5),
+        "objective/judge_error": float(judge_N.std() / len(judge_N) ** 0.5) if len(judge_N) > 1 else math.inf,
         "objective/entropy": float(entropies / tokens),
         "completion/length": float(lengths_N.mean()),
         "completion/eos_rate": float(of_all(each.finished_N for each in every).float().mean()),
         "rollout/sampler_gap": float(gaps / tokens),
+        "val/explained_variance": ppo_math.explained_variance(values_M, returns_M),
     }

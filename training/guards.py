@@ -14,6 +14,7 @@ from training.config import PpoConfig
 Metrics = Mapping[str, float]
 
 WATCHED = ("objective/kl", "objective/score", "objective/judge_score", "objective/entropy", "rollout/sampler_gap")
+GOOD_JUDGE_DROP = 1.0
 
 
 def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
@@ -38,13 +39,24 @@ def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
     return None
 
 
+def is_good(rounds: Sequence[Metrics]) -> bool:
+    """Whether the policy of the last round may be kept: by the judge at most one standard error below its best."""
+    return _below_best(rounds[-1], _best(rounds)) <= GOOD_JUDGE_DROP
+
+
 def judge_drop(rounds: Sequence[Metrics]) -> float:
     """How far the judge's score of the last round is below its best, in standard errors of the difference.
 
     0 where the reward model does not hold the last round for better than the best one.
     """
-    now, best = rounds[-1], max(rounds, key=lambda each: each["objective/judge_score"])
-    if now is best or now["objective/score"] <= best["objective/score"]:
-        return 0.0
+    now, best = rounds[-1], _best(rounds)
+    return _below_best(now, best) if now["objective/score"] > best["objective/score"] else 0.0
+
+
+def _best(rounds: Sequence[Metrics]) -> Metrics:
+    return max(rounds, key=lambda each: each["objective/judge_score"])
+
+
+def _below_best(now: Metrics, best: Metrics) -> float:
     error = math.hypot(now["objective/judge_error"], best["objective/judge_error"])
     return (best["objective/judge_score"] - now["objective/judge_score"]) / max(error, 1e-12)

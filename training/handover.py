@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import MANIFEST, write_artifact
+from feedback.artifact import MANIFEST, read_manifest, write_artifact
 from training.dataset import TokenizedPrompt
 from training.evaluate import Mean, Verdict, WinRate
 from training.policy_model import save_weights
@@ -54,10 +54,10 @@ def _evaluation(name: str, found: WinRate | Mean) -> policy_manifest_pb2.Evaluat
     )
 
 
-def register(
+def write(
     run: Run, rewards: Rewards, weights: Mapping[str, Tensor], verdict: Verdict, probed: Sequence[TokenizedPrompt]
-) -> policy_service_pb2.Policy:
-    """Writes and registers the version."""
+) -> Path:
+    """Writes the version, and returns its folder."""
     manifest = _manifest(run, rewards, verdict)
     sequences = [prompt.token_ids for prompt in probed]
 
@@ -65,9 +65,15 @@ def register(
         save_weights(draft, weights, run.parents.reference_folder)
         manifest.probes.extend(probes_of(draft, sequences, run.config.num_probes))
 
-    written, complete = write_artifact(run.place.policies_dir, manifest, write_files)
+    written, _ = write_artifact(run.place.policies_dir, manifest, write_files)
+    return written
+
+
+def register(run: Run, written: Path) -> policy_service_pb2.Policy:
+    """Registers the version in this folder. Harmless when repeated."""
+    manifest = read_manifest(written)
     shutil.copyfile(written / MANIFEST, run.folder.path / MANIFEST)
-    return run.place.client.register(complete, written, _reason(run, complete))
+    return run.place.client.register(manifest, written, _reason(run, manifest))
 
 
 def _reason(run: Run, manifest: policy_manifest_pb2.PolicyManifest) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignd.v1 import types_pb2
 from feedback.rendering import prompt_token_ids
 from feedback.store import StoredSample
 from training.dataset import completion_token_ids_of, text_of
@@ -32,11 +31,16 @@ def label_next(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[StoredSample],
     *,
+    max_prompt_tokens: int,
     max_group_tokens: int,
 ) -> list[Unranked]:
-    """The samples, the least sure first. Those with an empty completion, or longer than may be, are left out."""
+    """The samples, the least sure first, but for those with an empty completion, or too long to be learned from."""
     groups = [(sample, _group(tokenizer, sample)) for sample in samples]
-    readable = [(sample, group) for sample, group in groups if group and len(group) <= max_group_tokens]
+    readable = [
+        (sample, group)
+        for sample, group in groups
+        if group and len(group) <= max_group_tokens and len(group.prompt) <= max_prompt_tokens
+    ]
     features = group_features(model, shared, [group for _, group in readable])
     found = [
         Unranked(
@@ -58,8 +62,5 @@ def uncertainty(scores_KE: Tensor) -> float:
 
 
 def _group(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> Group | None:
-    completions = [
-        completion_token_ids_of(tokenizer, each.text, ended=each.finish_reason == types_pb2.FINISH_REASON_STOP)
-        for each in sample.completions
-    ]
+    completions = [completion_token_ids_of(tokenizer, each.text, ended=each.ended) for each in sample.completions]
     return Group(tuple(prompt_token_ids(tokenizer, sample.prompt)), tuple(completions)) if all(completions) else None

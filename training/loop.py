@@ -15,15 +15,18 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
+from feedback.artifact import ArtifactError
+from training.attempts import RETRY_SECONDS, end, passes, patiently, run_once, told
 from training.config import TrainingConfig
 from training.errors import RunAbortedError, TrainingError
 from training.publish import START_SECONDS, PolicyClient
-from training.run_folder import Origin, RunFolder, replace_file
+from training.run_folder import SFT, SFT_SUFFIX, Origin, RunFolder, replace_file
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -36,47 +39,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CURSOR_FILE = "rankings_seen"
-SFT_SUFFIX = "-sft"
-RETRY_SECONDS = 30.0
-MOST_ATTEMPTS = 5
-PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def run_trainer(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> None:
-    """Runs until SIGTERM. A run that fails leaves the live policy as it is, and why in its metrics.jsonl.
+    """Runs until SIGTERM or SIGINT. A run that fails leaves the live policy as it is, and why in its metrics.jsonl.
 
     Raises TrainingError if torchrun has not started `num_processes`.
     """
     from feedback.engine import open_engine
     from feedback.store import Store
-    from feedback.trainer_lease import TrainerLease, clear_abort
+    from feedback.trainer_lease import TrainerLease
     from training.parallel import join
     from training.workplace import open_workplace
 
     ranks = join(config.num_processes)
     if not ranks.leads:
         _follow(config, ranks, Store(store_url), policies_dir, serving_address)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)
     engine = open_engine(store_url)
-    lease = TrainerLease(engine, f"{socket.gethostname()}/{os.getpid()}", config.lease_seconds)
+    lease = TrainerLease(engine, _holder(), config.lease_seconds)
     with PolicyClient(serving_address) as client:
-        _acquire(lease, config)
+        patiently(lambda: _acquire(lease, config))
         with lease.held():
+            RunFolder.sweep(runs_dir)
             desk = Desk(config, engine, lease)
             roomy, store = _roomy(config, RunFolder.unfinished(runs_dir)), Store(store_url)
             place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ranks)
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
-                folder = RunFolder.unfinished(runs_dir) or _begin_run(config, desk, place, runs_dir, cursor.read())
+                folder = patiently(lambda: RunFolder.unfinished(runs_dir) or _begin_run(desk, place, runs_dir, cursor))
                 if run_once(place, folder):
-                    cursor.write(folder.origin().last_ranking_seq)
-                    _write_reports(folder)
-                    # In this order: killed between the two, it leaves a request that concerns nobody any more.
-                    folder.end()
-                    clear_abort(engine, folder.path.name)
+                    patiently(partial(cursor.write, folder.origin().last_ranking_seq))
+                    patiently(partial(end, engine, folder))
                 else:
                     time.sleep(RETRY_SECONDS)
 
@@ -109,34 +107,41 @@ def run_sft_once(
     from feedback.store import Store
     from feedback.trainer_lease import TrainerLease, read_control
     from training.parallel import ALONE
-    from training.sft_run import BEGINNING, run_sft
+    from training.sft_run import run_sft
     from training.workplace import open_workplace
 
     engine = open_engine(store_url)
-    lease = TrainerLease(engine, f"{socket.gethostname()}/{os.getpid()}", config.lease_seconds)
+    lease = TrainerLease(engine, _holder() + SFT_SUFFIX, config.lease_seconds)
     if not lease.acquire():
-        raise TrainingError(f"{read_control(engine).holder} trains on this store; stop it first")
+        raise TrainingError(
+            f"{read_control(engine).holder} trains on this store; stop it first. If it was killed, its place is free "
+            f"{config.lease_seconds:g} s after it was last alive"
+        )
     with PolicyClient(serving_address) as client, lease.held():
-        desk, begun = Desk(config, engine, lease), RunFolder.unfinished(runs_dir, BEGINNING)
+        RunFolder.sweep(runs_dir)
+        desk, begun = Desk(config, engine, lease), RunFolder.unfinished(runs_dir, SFT)
         roomy, store = _roomy(config, begun), Store(store_url)
         place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ALONE)
         if begun:
             run_id = begun.path.name
             logger.info("going on with %s and its recipe; `alignd runs abort %s` ends it instead", run_id, run_id)
         folder = begun or RunFolder.create(runs_dir, _new_run_id() + SFT_SUFFIX, config, origin=None)
+        folder.rewind("stopped", 0)
         try:
             version = run_sft(place, folder).version
-        except TrainingError as error:
-            _end_sft(folder, "stopped", {"reason": str(error)})
-            raise
-        _end_sft(folder, "done", {"version": version})
+        except (TrainingError, ArtifactError, grpc.RpcError) as error:
+            if isinstance(error, grpc.RpcError) and passes(error):
+                raise TrainingError(f"{told(error)}; `alignd sft` goes on with {folder.path.name}") from error
+            folder.log("stopped", 0, 1, {"reason": told(error)})
+            end(engine, folder)
+            raise TrainingError(told(error)) from error
+        folder.log("done", 0, 1, {"version": version})
+        end(engine, folder)
     return version
 
 
-def _end_sft(folder: RunFolder, phase: str, metrics: dict[str, str | int]) -> None:
-    folder.log(phase, 0, 1, metrics)
-    _write_reports(folder)
-    folder.end()
+def _holder() -> str:
+    return f"{socket.gethostname()}/{os.getpid()}"
 
 
 def _acquire(lease: TrainerLease, config: TrainingConfig) -> None:
@@ -223,11 +228,11 @@ def _roomy(config: TrainingConfig, folder: RunFolder | None) -> TrainingConfig:
     return config.model_copy(update={"ppo": present.model_copy(update=lengths)})
 
 
-def _begin_run(config: TrainingConfig, desk: Desk, place: Workplace, runs_dir: Path, seen: int) -> RunFolder:
+def _begin_run(desk: Desk, place: Workplace, runs_dir: Path, cursor: Cursor) -> RunFolder:
     """Waits until a run is due, and makes its folder."""
     from training.workplace import find_parents
 
-    store = place.store
+    config, store, seen = desk.config, place.store, cursor.read()
     while not is_due(
         config,
         num_new=store.num_rankings(seen),
@@ -252,72 +257,3 @@ def last_began(runs_dir: Path) -> float | None:
     """When the last run that learned from rankings began."""
     found = (path for path in runs_dir.glob("*/recipe.json") if not path.parent.name.endswith(SFT_SUFFIX))
     return max((path.stat().st_mtime for path in found), default=None)
-
-
-def run_once(place: Workplace, folder: RunFolder) -> bool:
-    """Runs, or goes on with a run. False if a disk is full or serving or the store is away: then it goes on later.
-
-    A run that kills the trainer again and again is given up, so that there can be others.
-    """
-    from sqlalchemy.exc import OperationalError
-
-    try:
-        ended = _attempt(place, folder)
-    except (OSError, OperationalError) as error:
-        # Several ranks each read the store: where one could not, they are out of step, and all begin again.
-        if isinstance(error, OperationalError) and place.ranks.size > 1:
-            folder.survived_attempt()
-            raise
-        logger.error("run %s waits: %s", folder.path.name, error)
-        ended = False
-    except SystemExit as error:
-        # The trainer was told to end; the run did not do it. Of several ranks it may be torchrun that tells, since
-        # another died of the run.
-        if place.ranks.size == 1 and not error.code:
-            folder.survived_attempt()
-        raise
-    folder.survived_attempt()
-    return ended
-
-
-def _attempt(place: Workplace, folder: RunFolder) -> bool:
-    from feedback.artifact import ArtifactError
-    from training.parallel import led
-    from training.run import run
-
-    run_id = folder.path.name
-    folder.rewind("stopped", 0)
-    try:
-        _count_attempt(folder)
-        led(place.ranks, lambda: folder.path)
-        version = run(place, folder)
-        folder.log("done", 0, 1, {"version": version})
-        logger.info("run %s made version %d", run_id, version)
-    except (TrainingError, ArtifactError) as error:
-        logger.error("run %s stopped: %s", run_id, error)
-        folder.log("stopped", 0, 1, {"reason": str(error)})
-    except grpc.RpcError as error:
-        if error.code() in PASSING:
-            logger.error("run %s waits: serving: %s", run_id, error)
-            return False
-        # Asked again, serving would refuse again.
-        logger.error("run %s stopped: serving refused: %s", run_id, error.details())
-        folder.log("stopped", 0, 1, {"reason": f"serving refused: {error.details()}"})
-    return True
-
-
-def _count_attempt(folder: RunFolder) -> None:
-    if folder.begin_attempt() > MOST_ATTEMPTS:
-        raise TrainingError(f"{MOST_ATTEMPTS} attempts came to an end at the same place; the trainer's log says how")
-
-
-def _write_reports(folder: RunFolder) -> None:
-    """Writes what a person opens. Nothing is lost without it, so no failure of it is one of the run."""
-    from training.report.page import write_report
-    from training.report.tensorboard import write_events
-
-    try:
-        write_report(folder.path)
-        write_events(folder.path)
-    except Exception:
-        logger.exception("run %s: its report could not be written", folder.path.name)

@@ -26,7 +26,7 @@ from training.config import PpoConfig
 from training.device import autocast, compute_dtype
 from training.errors import TrainingError
 from training.experience import Experience, Minibatch, gather, observe
-from training.guards import judge_drop, stop_reason
+from training.guards import is_good, stop_reason
 from training.learner import (
     Learner,
     Weights,
@@ -47,7 +47,6 @@ Prompt = tuple[int, ...]
 Log = Callable[[int, int, dict[str, Any]], None]
 
 ROUND_SEED, PROMPT_SEED = 1_009, 100_003
-GOOD_JUDGE_DROP = 1.0
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _round(
     reason = stop_reason(progress.rounds, config)
     if reason:
         return reason, seen
-    if judge_drop(progress.rounds) <= GOOD_JUDGE_DROP:
+    if is_good(progress.rounds):
         progress.good, progress.good_step = trained_weights(learner.policy), progress.step
     scored = time.perf_counter()
     metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
@@ -290,7 +289,6 @@ def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[
         "policy/approx_kl": float(0.5 * ppo_math.masked_mean(log_ratio_NC**2, mask_NC)),
         "val/loss": value.value.item(),
         "val/clipfrac": value.clipped_share,
-        "val/explained_variance": ppo_math.explained_variance(experience.old_values_NC, experience.returns_NC, mask_NC),
     }
 
 

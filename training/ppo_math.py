@@ -99,9 +99,9 @@ def value_loss(
     return _worse_of(plain_NC, 0.5 * (clipped_values_NC - returns_NC) ** 2, mask_NC)
 
 
-def explained_variance(values_NC: Tensor, returns_NC: Tensor, mask_NC: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant."""
-    residual_M, returns_M = (returns_NC - values_NC)[mask_NC], returns_NC[mask_NC]
+def explained_variance(values_M: Tensor, returns_M: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over M tokens: 1 is perfect, 0 no better than a constant."""
+    residual_M = returns_M - values_M
     return float(1 - residual_M.var(unbiased=False) / returns_M.var(unbiased=False).clamp_min(1e-8))
 
 

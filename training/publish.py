@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
+from feedback.artifact import ArtifactError, read_manifest
 
 ACTOR = "trainer"
 # A run was killed no longer ago than that many versions.
@@ -112,15 +113,34 @@ def artifact_folder(policy: policy_service_pb2.Policy) -> Path:
 def next_version(client: PolicyClient, policies_dir: Path) -> int:
     """The first version that is neither registered nor on disk.
 
-    A folder that was never registered is what a crash between writing and registering leaves: its number stays unused.
+    A folder that was never registered is that of a run which was given up: its number stays unused.
     """
-    on_disk = [int(path.name[1:]) for path in policies_dir.glob("v*") if path.name[1:].isdecimal()]
+    on_disk = _folders(policies_dir)
     return max([*(policy.version for policy in client.newest(1)), *on_disk], default=0) + 1
 
 
 def registered_by(client: PolicyClient, run_id: str) -> policy_service_pb2.Policy | None:
     """The version that this run registered, if it was killed between that and its end."""
     return next((each for each in client.newest(RECENT) if each.manifest.training.run_id == run_id), None)
+
+
+def written_by(policies_dir: Path, run_id: str) -> Path | None:
+    """The version that this run wrote, if it has not come to register it: it was killed, or serving was away."""
+    folders = _folders(policies_dir)
+    recent = [folders[version] for version in sorted(folders, reverse=True)[:RECENT]]
+    return next((folder for folder in recent if _run_of(folder) == run_id), None)
+
+
+def _folders(policies_dir: Path) -> dict[int, Path]:
+    """By version."""
+    return {int(path.name[1:]): path for path in policies_dir.glob("v*") if path.name[1:].isdecimal()}
+
+
+def _run_of(folder: Path) -> str:
+    try:
+        return read_manifest(folder).training.run_id
+    except ArtifactError:
+        return ""
 
 
 def prompts_digest(sample_ids: Sequence[str]) -> str:

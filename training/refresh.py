@@ -34,15 +34,22 @@ class Fitted:
 
     run_id: str
     digest: str
-    last_seq: int
+    seqs: tuple[int, ...]
+    """Numbers of the rankings that are not new to it. One whose sample came late is, though its number is low."""
     num_rankings: int = 0
     rankings: tuple[LogRange, ...] = ()
     """Where in the log they are."""
 
     @classmethod
     def of_json(cls, found: dict[str, Any]) -> Fitted:
-        """From what `asdict` made of it. Earlier versions did not say where the rankings are."""
-        return cls(**{**found, "rankings": tuple(LogRange(**each) for each in found.get("rankings", ()))})
+        """From what `asdict` made of it. Earlier versions knew the last ranking alone, and not where they are."""
+        return cls(
+            found["run_id"],
+            found["digest"],
+            tuple(found["seqs"] if "seqs" in found else range(found["last_seq"] + 1)),
+            found.get("num_rankings", 0),
+            tuple(LogRange(**each) for each in found.get("rankings", ())),
+        )
 
 
 def current(runs_dir: Path) -> Fitted | None:
@@ -79,13 +86,13 @@ def refresh(
     if parent and has_parent:
         has_parent = load(before, run_path.parent / parent.run_id / REWARD_MODEL_FILE, reference_digest)
     warm = has_parent and len(model.layers) > 0
-    if warm and parent and all(example.seq <= parent.last_seq for example in data.training):
+    if warm and parent and {example.seq for example in data.training} <= set(parent.seqs):
         return before, parent
     if warm:
         model.load_state_dict(before.state_dict())
     examples = list(data.training)
     if warm and parent:
-        examples = mixed(examples, parent.last_seq, config.replay_share, seed)
+        examples = mixed(examples, frozenset(parent.seqs), config.replay_share, seed)
     fit(
         model, shared, examples, config, seed=seed, warm=warm,
         log=lambda step, num_steps, metrics: log("reward_model", step, num_steps, metrics),
@@ -101,8 +108,8 @@ def refresh(
     if refused and parent:
         return before, parent
     digest = save(model, run_path / REWARD_MODEL_FILE, reference_digest)
-    last_seq = max((example.seq for example in examples), default=0)
-    return model, Fitted(run_path.name, digest, last_seq, len(data.training), data.rankings)
+    seqs = tuple(example.seq for example in data.training)
+    return model, Fitted(run_path.name, digest, seqs, len(data.training), data.rankings)
 
 
 def as_metrics(found: RewardEvaluation) -> dict[str, Any]:
@@ -117,10 +124,10 @@ def as_metrics(found: RewardEvaluation) -> dict[str, Any]:
     }
 
 
-def mixed(examples: list[RankedExample], last_seq: int, replay_share: float, seed: int) -> list[RankedExample]:
-    """The rankings after `last_seq`, and so many of the others, drawn at random, that these are `replay_share`."""
-    new = [example for example in examples if example.seq > last_seq]
-    old = [example for example in examples if example.seq <= last_seq]
+def mixed(examples: list[RankedExample], known: frozenset[int], replay_share: float, seed: int) -> list[RankedExample]:
+    """The rankings not known by number, and so many of the others, drawn at random, that these are `replay_share`."""
+    new = [example for example in examples if example.seq not in known]
+    old = [example for example in examples if example.seq in known]
     count = min(len(old), round(len(new) * replay_share / (1 - replay_share)))
     return new + random.Random(seed).sample(old, count)
 

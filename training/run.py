@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from alignd.v1 import policy_service_pb2
 from training import ppo, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
-from training.dataset import MAX_STORED_PROMPTS, TokenizedPrompt, make_dataset, text_of
+from training.dataset import MAX_STORED_PROMPTS, TokenizedPrompt, is_held_out, make_dataset, text_of
 from training.errors import TrainingError
 from training.evaluate import Verdict, mean, win_rate
 from training.groups import Group
-from training.handover import KL, WIN_RATE, go_live, register
+from training.handover import KL, WIN_RATE, go_live, register, write
 from training.label_next import label_next
 from training.learner import Weights, make_learner
 from training.parallel import led
@@ -36,7 +37,7 @@ from training.policy_model import (
     reference_logprobs,
     upper_layers_of,
 )
-from training.publish import registered_by
+from training.publish import registered_by, written_by
 from training.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
 from training.reward_model import RewardModel, normalise, save, score_groups
 from training.rollouts import Rollout
@@ -57,10 +58,11 @@ def run(place: Workplace, folder: RunFolder) -> int:
     ranks = place.ranks
     place.between_rounds(folder.path.name)
     started = _open(place, folder)
-    earlier = led(ranks, lambda: registered_by(place.client, folder.path.name))
+    earlier = led(ranks, lambda: _registered(started))
     if earlier:
         return led(ranks, lambda: go_live(started, earlier))
     rewards = _rewards(started)
+    place.between_rounds(folder.path.name)
     led(ranks, lambda: _name_what_to_label(started, rewards.model))
     judged = _judged(started)
     weights = _optimise(started, rewards)
@@ -69,7 +71,17 @@ def run(place: Workplace, folder: RunFolder) -> int:
     after = led(ranks, lambda: _sample(started, judged, started.config.seed + len(judged)))
     verdict = _judge(started, rewards, judged, after)
     place.between_rounds(folder.path.name)
-    return led(ranks, lambda: go_live(started, register(started, rewards, weights, verdict, judged)))
+    written = led(ranks, lambda: write(started, rewards, weights, verdict, judged))
+    return led(ranks, lambda: go_live(started, register(started, written)))
+
+
+def _registered(run: Run) -> policy_service_pb2.Policy | None:
+    """The version that an earlier attempt has made, registered by now; None if none has come so far."""
+    registered = registered_by(run.place.client, run.folder.path.name)
+    if registered:
+        return registered
+    written = written_by(run.place.policies_dir, run.folder.path.name)
+    return register(run, written) if written else None
 
 
 def _open(place: Workplace, folder: RunFolder) -> Run:
@@ -159,10 +171,18 @@ def _fit(run: Run) -> Rewards:
 def _name_what_to_label(run: Run, model: RewardModel) -> None:
     origin = run.folder.origin()
     unranked = run.place.store.unranked(MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
-    # Rankings of prompts that are held out would only measure.
-    teaching = [each for each in unranked if text_of(each.prompt) not in run.data.held_out_texts]
-    longest = run.config.reward_model.micro_batch_tokens
-    found = label_next(model, run.shared, run.place.tokenizer, teaching, max_group_tokens=longest)
+    # Rankings of prompts or by users that are held out would teach nothing; a sample is its own user's to rank.
+    teaching = [
+        each
+        for each in unranked
+        if text_of(each.prompt) not in run.data.held_out_texts
+        and not is_held_out(each.user_id, run.config.reward_model.held_out_share)
+    ]
+    found = label_next(
+        model, run.shared, run.place.tokenizer, teaching,
+        max_prompt_tokens=run.config.ppo.max_prompt_tokens,
+        max_group_tokens=run.config.reward_model.micro_batch_tokens,
+    )  # fmt: skip
     run.folder.write_label_next(found[:NUM_LABEL_NEXT])
 
 

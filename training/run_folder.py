@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from training.config import TrainingConfig
 
 NUM_SAMPLE_PAIRS = 20
 METRICS, LABEL_NEXT = "metrics.jsonl", "label_next.jsonl"
-ORIGIN = "origin.json"
+WAITS = "waits"
+ORIGIN, SFT = "origin.json", "sft.json"
+"""In `state/` from a run's first moment to its last: one of these, by what it learns from."""
+SFT_SUFFIX = "-sft"
+"""Of the ids of runs of SFT."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,34 @@ class RunFolder:
 
     @classmethod
     def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig, origin: Origin | None) -> RunFolder:
-        """Makes the folder, with the resolved recipe in it. SFT has no origin, but a beginning of its own."""
+        """Makes the folder, with the resolved recipe in it. SFT has no origin: what it works with it chooses itself."""
         folder = cls(runs_dir / run_id)
-        folder.state.mkdir(parents=True)
-        replace_file(folder.path / "recipe.json", config.model_dump_json(indent=2) + "\n")
-        if origin:
-            write_json(folder.state / ORIGIN, asdict(origin))
+        try:
+            folder.state.mkdir(parents=True)
+            replace_file(folder.path / "recipe.json", config.model_dump_json(indent=2) + "\n")
+            write_json(folder.state / (ORIGIN if origin else SFT), asdict(origin) if origin else {})
+        except OSError:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         return folder
 
     @classmethod
-    def unfinished(cls, runs_dir: Path, begun: str = ORIGIN) -> RunFolder | None:
-        """The newest run that was killed, of those with this file in `state/`; None if all have ended."""
-        found = sorted(path.parent.parent for path in runs_dir.glob(f"*/state/{begun}"))
+    def unfinished(cls, runs_dir: Path, kind: str = ORIGIN) -> RunFolder | None:
+        """The newest run of this kind, ORIGIN or SFT, that was killed; None if all have ended."""
+        found = sorted(path.parent.parent for path in runs_dir.glob(f"*/state/{kind}"))
         return cls(found[-1]) if found else None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will go on with it."""
+        return not any((self.state / kind).exists() for kind in (ORIGIN, SFT))
+
+    @classmethod
+    def sweep(cls, runs_dir: Path) -> None:
+        """Removes what runs left in `state/` that have ended, but were killed before all of it was removed."""
+        for folder in (cls(path.parent) for path in runs_dir.glob("*/state")):
+            if folder.ended:
+                shutil.rmtree(folder.state, ignore_errors=True)
 
     def config(self) -> TrainingConfig:
         """The recipe that the run began with."""
@@ -92,6 +112,7 @@ class RunFolder:
 
     def begin_attempt(self) -> int:
         """Counts this attempt and those before it that killed the trainer and came no further than it begins."""
+        (self.state / WAITS).unlink(missing_ok=True)
         path = self._attempts
         reached = sorted(str(each.relative_to(self.state)) for each in self.state.glob("*/*/"))
         before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -102,6 +123,17 @@ class RunFolder:
     def survived_attempt(self) -> None:
         """The trainer is alive: what ended the attempt is no reason to give the run up."""
         self._attempts.unlink(missing_ok=True)
+
+    def wait(self, reason: str) -> None:
+        """Says what keeps it from going on, until the next attempt; or does not, if a full disk is what does."""
+        with suppress(OSError):
+            replace_file(self.state / WAITS, reason)
+
+    @property
+    def waits_for(self) -> str:
+        """What keeps it from going on; empty for nothing."""
+        path = self.state / WAITS
+        return path.read_text() if path.exists() else ""
 
     def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. `step` counts from 0."""
@@ -130,8 +162,8 @@ class RunFolder:
 
     def end(self) -> None:
         """Removes what the run would have been resumed from, what makes it unfinished first."""
-        for begun in self.state.glob("*.json"):
-            begun.unlink()
+        for kind in (ORIGIN, SFT):
+            (self.state / kind).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
 
 

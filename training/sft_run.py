@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import MANIFEST, write_artifact
+from feedback.artifact import MANIFEST, read_manifest, write_artifact
 from feedback.rendering import prompt_token_ids
 from training.config import TrainingConfig
 from training.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
@@ -28,7 +28,7 @@ from training.errors import TrainingError
 from training.groups import Group
 from training.policy_model import SharedLayers, load_model, load_weights, save_weights
 from training.probes import probes_of
-from training.publish import START_SECONDS, artifact_folder, next_version, registered_by
+from training.publish import START_SECONDS, artifact_folder, next_version, registered_by, written_by
 from training.refresh import REWARD_MODEL_FILE, current
 from training.reward_model import RewardModel, load, score_groups
 from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair, replace_file
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORE = "reward_model/mean_score_on_validation_prompts"
-BEGINNING = "sft.json"
+BEGINNING = "beginning.json"
 NO_REWARDS = (
     "SFT chooses its epoch by the reward model, and there is none for this reference policy yet: "
     "it comes with the first run of `alignd train`"
@@ -73,22 +73,27 @@ def run_sft(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
     Raises TrainingError if there are too few demonstrations, or no reward model yet to choose the epoch by.
     """
     place.between_rounds(folder.path.name)
-    registered = registered_by(place.client, folder.path.name) or _make(place, folder)
+    registered = registered_by(place.client, folder.path.name)
+    if registered is None:
+        written = written_by(place.policies_dir, folder.path.name) or _make(place, folder)
+        registered = _register(place, folder, written)
     folder.rewind("register", 0)
     folder.log("register", 0, 1, {"version": registered.version, "promoted": 0.0})
     return registered
 
 
-def _make(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
-    config, kept = folder.config(), folder.state / BEGINNING
-    begun = kept.exists()
-    beginning = FORM.validate_json(kept.read_bytes()) if begun else _begin(place, folder)
+def _make(place: Workplace, folder: RunFolder) -> Path:
+    """Fine-tunes and writes the version; returns its folder."""
+    config, kept, checkpoints = folder.config(), folder.state / BEGINNING, folder.state / "trl"
+    if not kept.exists():
+        replace_file(kept, FORM.dump_json(_begin(place, folder)).decode())
+    beginning = FORM.validate_json(kept.read_bytes())
     reference = place.client.get(f"v{beginning.reference_version}", START_SECONDS)
     base = artifact_folder(reference)
     judge = _judge(place, folder, beginning, reference)
-    if not begun:
+    if not any(checkpoints.glob("*")):
+        folder.rewind("sft_reference", 0)
         folder.log("sft_reference", 0, 1, {"sft/score": judge(load_weights(base))})
-        replace_file(kept, FORM.dump_json(beginning).decode())
 
     def log(epoch: Epoch) -> None:
         folder.rewind("sft", epoch.index)
@@ -104,14 +109,15 @@ def _make(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
         beginning.demonstrations,
         judge,
         config.sft,
-        folder.state / "trl",
+        checkpoints,
         seed=config.seed,
         log=log,
     )
     best = best_of(epochs)
     assert best, "fine_tune raises where there is none"
     _write_samples(place, folder, beginning, load_weights(base), weights)
-    return _register(place, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
+    place.between_rounds(folder.path.name)
+    return _write(place, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
 
 
 def _begin(place: Workplace, folder: RunFolder) -> Beginning:
@@ -210,14 +216,14 @@ def _tokens(place: Workplace, each: StoredDemonstration) -> Demonstration:
     return Demonstration(_prompt(place, each), completion_token_ids_of(place.tokenizer, each.text, ended=True))
 
 
-def _register(
+def _write(
     place: Workplace,
     folder: RunFolder,
     reference: policy_service_pb2.Policy,
     weights: dict[str, Tensor],
     score: float,
     prompts: Sequence[tuple[int, ...]],
-) -> policy_service_pb2.Policy:
+) -> Path:
     config = folder.config()
     version = next_version(place.client, place.policies_dir)
     manifest = policy_manifest_pb2.PolicyManifest(
@@ -236,7 +242,13 @@ def _register(
         save_weights(draft, weights, artifact_folder(reference))
         manifest.probes.extend(probes_of(draft, prompts, config.num_probes))
 
-    written, complete = write_artifact(place.policies_dir, manifest, write_files)
+    written, _ = write_artifact(place.policies_dir, manifest, write_files)
+    return written
+
+
+def _register(place: Workplace, folder: RunFolder, written: Path) -> policy_service_pb2.Policy:
+    manifest = read_manifest(written)
     shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
-    reason = f"run {folder.path.name}: SFT, score {score:.2f} by the reward model"
-    return place.client.register(complete, written, reason)
+    (score,) = manifest.evaluations
+    reason = f"run {folder.path.name}: SFT, score {score.value:.2f} by the reward model"
+    return place.client.register(manifest, written, reason)

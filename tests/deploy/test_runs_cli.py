@@ -233,6 +233,36 @@ def test_a_run_is_asked_to_end_while_no_trainer_runs(folder: Path, store: Engine
     assert read_control(store).abort_run == NEW
 
 
+def test_sft_is_asked_to_end_like_any_other(folder: Path, store: Engine) -> None:
+    name = f"{NEW}-sft"
+    assert TrainerLease(store, "host/1-sft", 3600.0).acquire()
+    RunFolder.create(folder / "data" / "runs", name, CONFIG, origin=None)
+    assert [(view["state"], view["reason"]) for view in listed()] == [("running", "")]
+    text = said("abort", name)
+    assert f"{name} ends at its next step. What is live stays." in text
+    assert read_control(store).abort_run == name
+    # Whoever has the lease works on SFT: nobody goes on with this.
+    new_run(folder, OLD)
+    assert listed()[-1]["reason"] == "no trainer runs now"
+
+
+def test_what_a_run_waits_for_is_said(folder: Path, trainer: TrainerLease) -> None:
+    new_run(folder, NEW).wait("serving is away: connection refused")
+    assert listed()[0]["reason"] == "waits: serving is away: connection refused"
+
+
+def test_sft_that_was_killed_waits_for_the_command_that_goes_on_with_it(folder: Path, store: Engine) -> None:
+    name = f"{NEW}-sft"
+    run = RunFolder.create(folder / "data" / "runs", name, CONFIG, origin=None)
+    assert [(view["state"], view["reason"]) for view in listed()] == [("running", "`alignd sft` goes on with it")]
+    # A trainer at work on rankings does not.
+    assert TrainerLease(store, "host/1", 3600.0).acquire()
+    assert listed()[0]["reason"] == "`alignd sft` goes on with it"
+    assert f"{name} ends once `alignd sft` goes on with it." in said("abort", name)
+    run.end()
+    assert listed()[0]["state"] == "stopped"
+
+
 def test_what_has_ended_is_not_aborted(folder: Path, store: Engine) -> None:
     finished_run(folder, OLD)
     stopped_run(folder, NEW)

@@ -103,6 +103,18 @@ def test_kill_9_of_the_supervisor_ends_the_others_too(supervisor: subprocess.Pop
     wait_until(lambda: not any(is_alive(pid) for pid in children), "the end of the children", timeout_s=15)
 
 
+def test_it_goes_on_where_it_cannot_write_down_who_runs(tmp_path: Path) -> None:
+    (tmp_path / "up.tmp").mkdir()
+    process = start(tmp_path, "relay")
+    log = tmp_path / "logs" / "relay.log"
+    wait_until(log.exists, "the relay's start")
+    time.sleep(1)
+    assert process.poll() is None
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, "`alignd status` will not know" in said) == (0, True)
+
+
 def test_who_dies_again_and_again_is_started_less_and_less_often(tmp_path: Path) -> None:
     process = start(tmp_path, "no-such-verb")
     time.sleep(9)

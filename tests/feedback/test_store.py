@@ -56,7 +56,30 @@ def test_a_ranking_is_joined_with_its_sample(ledger: Ledger, store: Store) -> No
         ("s1-1", 1, "because 1"),
     ]
     assert {each.policy_version for each in group.completions} == {7}
-    assert {each.finish_reason for each in group.completions} == {types_pb2.FINISH_REASON_STOP}
+    assert all(each.ended for each in group.completions)
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop", "ended"),
+    [
+        (types_pb2.FINISH_REASON_STOP, [], True),
+        (types_pb2.FINISH_REASON_LENGTH, [], False),
+        (types_pb2.FINISH_REASON_STOP, ["."], False),
+    ],
+    ids=["ended", "cut off by a limit", "perhaps cut off by a stop string"],
+)
+def test_a_completion_has_its_end_only_where_the_policy_is_known_to_have_ended_it(
+    ledger: Ledger, store: Store, reason: types_pb2.FinishReason, stop: list[str], ended: bool
+) -> None:
+    drawn = sample()
+    assert isinstance(drawn, events_pb2.SampleEvent)
+    drawn.sampling.stop.extend(stop)
+    for each in drawn.completions:
+        each.finish_reason = reason
+    write_events(ledger, drawn)
+    assert [each.ended for found in store.unranked(9) for each in found.completions] == [ended] * 3
+    write_events(ledger, ranking("r1"))
+    assert [each.ended for found in store.ranked_groups() for each in found.completions] == [ended] * 3
 
 
 def test_a_ranking_may_come_before_its_sample(ledger: Ledger, store: Store) -> None:
@@ -127,7 +150,7 @@ def test_samples_that_nobody_ranked_come_the_newest_first(ledger: Ledger, store:
     write_events(ledger, sample("s1"), sample("s2"), cut, sample("s4", spanning=1), ranking("r", "s2"))
     found = store.unranked(9)
     assert [each.sample_id for each in found] == ["s4", "s1"]
-    assert [each.completion_id for each in found[0].completions] == ["s4-0", "s4-2"]
+    assert [each.text for each in found[0].completions] == ["because 0", "because 2"]
     assert [each.sample_id for each in store.unranked(1)] == ["s4"]
     assert [each.sample_id for each in store.unranked(9, up_to_seq=0, up_to_sample_seq=2)] == ["s2", "s1"]
 

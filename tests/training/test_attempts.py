@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from tests.training.serving_errors import AWAY, REFUSAL, Answer
+from training.attempts import MOST_ATTEMPTS, patiently, run_once
 from training.config import TrainingConfig
-from training.loop import MOST_ATTEMPTS, run_once
 from training.parallel import ALONE, Ranks
 from training.run_folder import Origin, RunFolder
 from training.workplace import Workplace
@@ -38,19 +39,45 @@ def place_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> W
     return Workplace(nobody, nobody, nobody, tmp_path, nobody, fail, ranks)
 
 
+DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
 STORE_AWAY = OperationalError("UPDATE trainer", {}, Exception("the database system is shutting down"))
 
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left on device"), STORE_AWAY],
-    ids=["the disk is full", "the store is away"],
+    [DISK_FULL, STORE_AWAY, AWAY],
+    ids=["the disk is full", "the store is away", "serving is away"],
 )
 def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path, error: Exception) -> None:
-    """However often it is tried: the run waits."""
+    """However often it is tried: the run waits, and says for what."""
     folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, error)
     assert [run_once(place, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
+    assert folder.waits_for == ("serving is away: connection refused" if error is AWAY else str(error))
     assert folder.begin_attempt() == 1
+
+
+def test_a_run_that_serving_refuses_ends_and_says_why(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    assert run_once(place_where(tmp_path, REFUSAL), folder)
+    (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    assert (line["phase"], line["reason"]) == ("stopped", "serving refused: cannot read the artifact")
+
+
+def test_what_is_done_patiently_waits_for_all_that_may_pass_and_for_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("training.attempts.RETRY_SECONDS", 0.0)
+    errors: list[Exception] = [DISK_FULL, STORE_AWAY, AWAY]
+
+    def act() -> str:
+        if errors:
+            raise errors.pop()
+        return "done"
+
+    assert patiently(act) == "done"
+    errors.append(REFUSAL)
+    with pytest.raises(Answer, match="cannot read"):
+        patiently(act)
 
 
 def test_a_run_of_several_ranks_is_not_given_up_for_a_store_that_is_away(

@@ -17,7 +17,6 @@ from training.dataset import (
     split_demonstrations,
 )
 
-STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 SHARE = 0.3
 LEARNED = next(f"u{i}" for i in range(100) if not is_held_out(f"u{i}", SHARE))
 HELD_OUT = next(f"u{i}" for i in range(100) if is_held_out(f"u{i}", SHARE))
@@ -29,8 +28,8 @@ def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def completion(text: str, rank: int, finish_reason: types_pb2.FinishReason = STOP) -> RankedCompletion:
-    return RankedCompletion(f"c-{text}", text, finish_reason, rank, 1)
+def completion(text: str, rank: int, *, ended: bool = True) -> RankedCompletion:
+    return RankedCompletion(f"c-{text}", text, ended, rank, 1)
 
 
 def group(seq: int, user: str, text: str, *completions: RankedCompletion) -> RankedGroup:
@@ -115,14 +114,14 @@ def test_the_longest_completions_are_left_out_until_a_ranking_has_room(tokenizer
 def test_the_end_token_stands_only_where_the_policy_ended(tokenizer: PreTrainedTokenizerBase) -> None:
     plain = tuple(tokenizer.encode("in the garden", add_special_tokens=False))
     assert completion_token_ids(tokenizer, completion("in the garden", 0)) == (*plain, tokenizer.eos_token_id)
-    assert completion_token_ids(tokenizer, completion("in the garden", 0, LENGTH)) == plain
-    spelt = completion_token_ids(tokenizer, completion("<|im_end|>", 0, LENGTH))
+    assert completion_token_ids(tokenizer, completion("in the garden", 0, ended=False)) == plain
+    spelt = completion_token_ids(tokenizer, completion("<|im_end|>", 0, ended=False))
     assert tokenizer.eos_token_id not in spelt
 
 
 def test_rankings_without_a_comparison_and_long_prompts_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:
     ties = group(1, LEARNED, "ties", completion("a", 0), completion("b", 0))
-    empty = group(2, LEARNED, "empty", completion("a", 0), completion("", 1, LENGTH))
+    empty = group(2, LEARNED, "empty", completion("a", 0), completion("", 1, ended=False))
     long = group(3, LEARNED, "word " * 100)
     good = group(4, LEARNED, "good", completion("a", 1), completion("b", 0), completion("c", 1))
     data = dataset(tokenizer, ties, empty, long, good)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from training.config import PpoConfig
-from training.guards import judge_drop, stop_reason
+from training.guards import is_good, judge_drop, stop_reason
 
 CONFIG = PpoConfig(max_kl=8.0, max_sampler_gap=0.3, max_judge_drop=3.0)
 
@@ -39,6 +39,21 @@ def test_stops_and_says_why(changed: dict[str, float], named: str) -> None:
 def test_the_judge_alone_going_down_is_no_reward_hacking() -> None:
     # Both go down: that is noise, or a policy that unlearns, and PPO will turn it.
     assert judge_drop([seen(), seen(score=0.1, judge_score=-0.5)]) == 0.0
+
+
+def test_what_the_judge_holds_for_worse_is_not_kept_whatever_the_reward_model_says() -> None:
+    best = seen(score=1.0, judge_score=1.0)
+    assert is_good([seen()])
+    assert is_good([seen(), best])
+    assert is_good([seen(), best, seen(score=1.2, judge_score=0.9)])
+    for score in (0.9, 1.2):
+        assert not is_good([seen(), best, seen(score=score, judge_score=-2.0)])
+
+
+def test_a_single_rollout_stops_nothing_and_keeps_nothing_from_being_kept() -> None:
+    rounds = [seen(judge_error=math.inf), seen(score=1.0, judge_score=-9.0, judge_error=math.inf)]
+    assert stop_reason(rounds, CONFIG) is None
+    assert is_good(rounds)
 
 
 def test_the_drop_is_in_standard_errors_of_the_difference() -> None:

@@ -6,19 +6,17 @@ import torch
 from transformers import AutoTokenizer
 
 from alignd.v1 import types_pb2
-from feedback.store import StoredSample
+from feedback.store import StoredCompletion, StoredSample
 from tests.training.learning import fitted
 from training.groups import Group
 from training.label_next import label_next, uncertainty
 from training.policy_model import SharedLayers
 from training.reward_model import group_features
 
-STOP, LENGTH = types_pb2.FINISH_REASON_STOP, types_pb2.FINISH_REASON_LENGTH
 
-
-def sample(name: str, *texts: str, reason: types_pb2.FinishReason = STOP) -> StoredSample:
-    completions = tuple(types_pb2.Completion(text=text, finish_reason=reason) for text in texts)
-    return StoredSample(name, types_pb2.Prompt(text=f"What is {name}?"), completions)
+def sample(name: str, *texts: str, ended: bool = True, prompt: str = "") -> StoredSample:
+    completions = tuple(StoredCompletion(text, ended) for text in texts)
+    return StoredSample(name, "u", types_pb2.Prompt(text=prompt or f"What is {name}?"), completions)
 
 
 def test_heads_that_agree_on_every_difference_are_sure() -> None:
@@ -34,10 +32,11 @@ def test_the_least_sure_sample_comes_first(shared: SharedLayers, tiny_folder: Pa
         sample("a", "in the garden", "in the house", "no"),
         sample("same", "in the garden", "in the garden"),
         sample("b", "a stone", "the river and the wood"),
-        sample("empty", "in the garden", "", reason=LENGTH),
+        sample("empty", "in the garden", "", ended=False),
         sample("long", "in the garden " * 60, "no"),
+        sample("long prompt", "in the garden", "no", prompt="why " * 60),
     ]
-    found = label_next(model, shared, tokenizer, samples, max_group_tokens=100)
+    found = label_next(model, shared, tokenizer, samples, max_prompt_tokens=50, max_group_tokens=100)
     assert [each.sample_id for each in found][2:] == ["same"]
     assert found[0].uncertainty > found[1].uncertainty > found[2].uncertainty
     assert abs(found[2].uncertainty) < 1e-3

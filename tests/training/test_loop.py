@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -29,8 +30,8 @@ from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
 from training.dataset import is_held_out
-from training.loop import SFT_SUFFIX, Cursor, is_due, last_began
-from training.run_folder import RunFolder
+from training.loop import Cursor, is_due, last_began
+from training.run_folder import SFT_SUFFIX, RunFolder
 
 CONFIG = TrainingConfig(
     min_new_rankings=12,
@@ -86,7 +87,7 @@ async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
 def write_rankings(store_url: str, count: int) -> None:
     """Rankings of four completions each, by four users, the longer the better; and samples that nobody ranked.
 
-    One of these is of a prompt that is held out.
+    Of these one is of a prompt that is held out, and one for a user who is.
     """
     batch, prompts = [], []
     for index in range(count):
@@ -110,16 +111,18 @@ def write_rankings(store_url: str, count: int) -> None:
             batch.append(
                 Delivered(Position(topic, 0, index), sample_id.encode(), event.SerializeToString(), event.event_id)
             )
-    for index, side in enumerate((False, True)):
-        first = next(index for index in range(4) if is_held_out(f"user-{index}", 0.4) == side)
+    learned, held_out = (
+        next(index for index in range(4) if is_held_out(f"user-{index}", 0.4) == side) for side in (False, True)
+    )
+    for index, (first, user) in enumerate([(learned, learned), (held_out, learned), (learned, held_out)]):
         unranked = events_pb2.SampleEvent(
-            event_id=f"unranked, held out: {side}", user_id="user-0", prompt=prompts[first], completions=completions[:2]
+            event_id=f"unranked {index}", user_id=f"user-{user}", prompt=prompts[first], completions=completions[:2]
         )
         unranked.event_time.FromSeconds(1_700_000_040)
         place = Position(SAMPLES, 0, count + index)
         batch.append(Delivered(place, b"unranked", unranked.SerializeToString(), unranked.event_id))
     ledger = Ledger(store_url)
-    after = {(SAMPLES, 0): Offset("log", count + 2), (RANKINGS, 0): Offset("log", count)}
+    after = {(SAMPLES, 0): Offset("log", count + 3), (RANKINGS, 0): Offset("log", count)}
     ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 
@@ -169,7 +172,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert set(lines(folder / "samples.jsonl")[0]) == {"prompt", "before", "after"}
 
     (unsure,) = lines(folder / "label_next.jsonl")
-    assert (unsure["sample_id"], len(cast(str, unsure["completions"]))) == ("unranked, held out: False", 2)
+    assert (unsure["sample_id"], len(cast(str, unsure["completions"]))) == ("unranked 0", 2)
 
     async with grpc.aio.insecure_channel(serving.address) as channel:
         stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
@@ -196,7 +199,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16
 
     # What the run left, its reward model, lets SFT choose an epoch.
-    tuned = await tuned_after_a_kill(serving, tmp_path)
+    tuned = await tuned_after_kills(serving, tmp_path)
     assert tuned.stage == policy_service_pb2.STAGE_CANDIDATE
     assert (tuned.manifest.parent_version, tuned.manifest.reference_version) == (1, 3)
     assert tuned.manifest.training.algorithm == "sft"
@@ -216,11 +219,12 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert len(list((tmp_path / "runs").glob(f"*{SFT_SUFFIX}"))) == 2
 
 
-async def tuned_after_a_kill(serving: Serving, folder: Path) -> policy_service_pb2.Policy:
-    """Version 3, by SFT that was killed after its first epoch."""
+async def tuned_after_kills(serving: Serving, folder: Path) -> policy_service_pb2.Policy:
+    """Version 3, by SFT that was killed before its first epoch, and again after it."""
     write_demonstrations(f"sqlite:///{folder}/store.db", 16)
-    await killed_when("sft", folder / "runs", subprocess.Popen(sft_command(serving, folder)))
-    await asyncio.sleep(CONFIG.lease_seconds)
+    for phase in ("sft_reference", "sft"):
+        await killed_when(partial(come_to, phase, folder / "runs"), subprocess.Popen(sft_command(serving, folder)))
+        await asyncio.sleep(CONFIG.lease_seconds)
     done = await make_sft(serving, folder)
     assert "made 3" in done.stdout, done.stderr
     async with grpc.aio.insecure_channel(serving.address) as channel:
@@ -246,7 +250,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
         event_id=f"s{count}", user_id=f"user-{held_out}", prompt=types_pb2.Prompt(text="why " * 400)
     )
     long.event_time.FromSeconds(1_700_000_050)
-    batch = [Delivered(Position(SAMPLES, 0, count + 2), b"long", long.SerializeToString(), long.event_id)]
+    batch = [Delivered(Position(SAMPLES, 0, count + 3), b"long", long.SerializeToString(), long.event_id)]
     for index in (*range(count), count):
         user = index % 4 if index < count else held_out
         event = events_pb2.DemonstrationEvent(
@@ -256,7 +260,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
         position = Position(DEMONSTRATIONS, 0, index)
         batch.append(Delivered(position, event.sample_id.encode(), event.SerializeToString(), event.event_id))
     ledger = Ledger(store_url)
-    after = {(SAMPLES, 0): Offset("log", count + 3), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
+    after = {(SAMPLES, 0): Offset("log", count + 4), (DEMONSTRATIONS, 0): Offset("log", count + 1)}
     ledger.write(batch, ledger.offsets(), after)
     ledger.close()
 
@@ -277,12 +281,17 @@ async def make_sft(serving: Serving, folder: Path) -> subprocess.CompletedProces
     return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
 
 
-async def killed_when(phase: str, runs_dir: Path, process: "subprocess.Popen[bytes]") -> None:
-    """Kills the trainer as soon as a run has written a line of this phase."""
+def come_to(phase: str, runs_dir: Path) -> bool:
+    """Whether a run has written a line of this phase."""
+    return any(line["phase"] == phase for path in runs_dir.glob("*/metrics.jsonl") for line in lines(path))
+
+
+async def killed_when(is_time: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    """Kills the trainer then."""
     deadline = time.monotonic() + 90
     try:
-        while not any(line["phase"] == phase for path in runs_dir.glob("*/metrics.jsonl") for line in lines(path)):
-            assert time.monotonic() < deadline, f"the run did not come to {phase}"
+        while not is_time():
+            assert time.monotonic() < deadline, "the run did not come as far"
             await asyncio.sleep(0.01)
     finally:
         process.kill()
@@ -302,24 +311,33 @@ async def digest_and_lines(serving: Serving, folder: Path) -> tuple[str, list[di
     return live.manifest.weight_digest, written
 
 
-@pytest.mark.timeout(400)  # vLLM starts six times
+@pytest.mark.timeout(450)  # vLLM starts seven times
 async def test_a_trainer_killed_in_each_phase_makes_what_one_does_that_lives(tmp_path: Path, tiny_folder: Path) -> None:
     found = []
-    for name, phases in (("alive", []), ("killed", ["reward_model_evaluation", "ppo", "evaluate", "register"])):
+    for name in ("alive", "killed"):
         folder = tmp_path / name
         folder.mkdir()
         write_rankings(f"sqlite:///{folder}/store.db", 16)
+        runs, policies = folder / "runs", folder / "policies"
+        ends = [
+            *(partial(come_to, phase, runs) for phase in ("reward_model_evaluation", "ppo", "evaluate")),
+            (policies / "v2").exists,
+            partial(come_to, "register", runs),
+        ]
         async with policy_service(folder, tiny_folder) as service:
-            for phase in phases:
-                await killed_when(phase, folder / "runs", start_trainer(service, folder))
+            for is_time in ends if name == "killed" else []:
+                await killed_when(is_time, start_trainer(service, folder))
             process = start_trainer(service, folder)
             try:
-                ended = await finished_run(folder / "runs", process)
+                ended = await finished_run(runs, process)
                 found.append(await digest_and_lines(service, ended))
+                process.send_signal(signal.SIGINT)
+                assert process.wait(20) == 0
             finally:
                 process.kill()
                 process.wait()
-        assert len(list((folder / "runs").glob("*/recipe.json"))) == 1
+        assert len(list(runs.glob("*/recipe.json"))) == 1
+        assert sorted(path.name for path in policies.glob("v*")) == ["v1", "v2"]
     assert found[0] == found[1]
 
 

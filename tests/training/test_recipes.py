@@ -73,6 +73,7 @@ def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
         ("[ppo]\nmax_tokens = '64'", "mine.toml: ppo.max_tokens: Input should be a valid integer"),
         ("[ppo]\nmax_tokens = 0", "mine.toml: ppo.max_tokens: Input should be greater than or equal to 1"),
         ("[ppo]\nprompts_per_step = 5", "mine.toml: ppo: prompts_per_step must be a multiple of num_minibatches"),
+        ("[ppo]\nkl_coef = 0\ntarget_kl = 6", "mine.toml: ppo: kl_coef must be above 0 where target_kl is set"),
         (
             "num_processes = 3",
             "prompts_per_step (16) must be a multiple of ppo.num_minibatches (2) times num_processes (3)",

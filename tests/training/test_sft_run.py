@@ -1,13 +1,23 @@
-"""A run of SFT that was killed once its version was registered."""
+"""A run of SFT whose end was disturbed: by a kill, or by a server that is away or refuses."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
+from feedback.artifact import ArtifactError, write_artifact
+from feedback.engine import open_engine
+from feedback.trainer_lease import TrainerLease
+from tests.feedback.test_artifact import make_manifest, make_writer
+from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.config import TrainingConfig
+from training.errors import TrainingError
+from training.loop import run_sft_once
 from training.parallel import ALONE
-from training.run_folder import RunFolder
+from training.run_folder import SFT, RunFolder
 from training.sft_run import run_sft
 from training.workplace import Workplace
 
@@ -22,6 +32,90 @@ class Registered:
 
     def newest(self, count: int) -> list[policy_service_pb2.Policy]:
         return [self.policy]
+
+
+class Forgetful(Registered):
+    """A policy service that has none yet, and is away when it is to register one for the first time."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(run_id)
+        self.offered: list[tuple[int, Path]] = []
+
+    def newest(self, count: int) -> list[policy_service_pb2.Policy]:
+        return []
+
+    def register(
+        self, manifest: policy_manifest_pb2.PolicyManifest, folder: Path, reason: str
+    ) -> policy_service_pb2.Policy:
+        self.offered.append((manifest.version, folder))
+        if len(self.offered) == 1:
+            raise AWAY
+        return self.policy
+
+
+def test_a_version_that_was_written_is_the_one_that_is_registered_however_late(tmp_path: Path) -> None:
+    folder, policies = RunFolder.create(tmp_path, "run-sft", TrainingConfig(), origin=None), tmp_path / "policies"
+    for version, run_id in ((2, "another"), (3, "run-sft"), (4, "another")):
+        manifest = make_manifest(version)
+        manifest.training.run_id = run_id
+        manifest.evaluations.add(name="score", value=1.0, count=8)
+        write_artifact(policies, manifest, make_writer())
+    (policies / "v5").mkdir()  # Whatever it is, it is no version of ours.
+    nobody, client = cast(Any, None), Forgetful("run-sft")
+    place = Workplace(nobody, nobody, cast(Any, client), policies, nobody, lambda run_id: None, ALONE)
+    with pytest.raises(Answer):
+        run_sft(place, folder)
+    assert run_sft(place, folder).version == 3
+    assert client.offered == [(3, policies / "v3")] * 2
+    assert json.loads((folder.path / "manifest.json").read_text())["version"] == 3
+
+
+def run_once(folder: Path, config: TrainingConfig) -> int:
+    return run_sft_once(
+        config,
+        store_url=f"sqlite:///{folder}/store.db",
+        policies_dir=folder,
+        runs_dir=folder / "runs",
+        serving_address="127.0.0.1:1",
+    )
+
+
+@pytest.fixture
+def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
+    """What `alignd sft` comes to as soon as it has begun, one after the other."""
+    errors: list[Exception] = []
+
+    def fail(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("training.workplace.open_workplace", lambda *arguments: None)
+    monkeypatch.setattr("training.sft_run.run_sft", fail)
+    return errors
+
+
+def test_sft_goes_on_when_serving_is_back_and_ends_when_it_refuses(tmp_path: Path, refusing: list[Exception]) -> None:
+    refusing += [AWAY, OSError(errno.ENOSPC, "No space left on device"), REFUSAL, ArtifactError("a file is missing")]
+    with pytest.raises(TrainingError, match="serving is away: connection refused; `alignd sft` goes on with"):
+        run_once(tmp_path, TrainingConfig())
+    with pytest.raises(OSError, match="No space"):
+        run_once(tmp_path, TrainingConfig())
+    begun = RunFolder.unfinished(tmp_path / "runs", SFT)
+    assert begun is not None
+    with pytest.raises(TrainingError, match="serving refused: cannot read the artifact"):
+        run_once(tmp_path, TrainingConfig())
+    (line,) = map(json.loads, (begun.path / "metrics.jsonl").read_text().splitlines())
+    assert (line["phase"], line["reason"]) == ("stopped", "serving refused: cannot read the artifact")
+    assert begun.ended
+    with pytest.raises(TrainingError, match="a file is missing"):
+        run_once(tmp_path, TrainingConfig())
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_who_holds_the_place_is_named_with_how_long(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path}/store.db")
+    assert TrainerLease(engine, "host/1", 3600.0).acquire()
+    with pytest.raises(TrainingError, match=r"host/1 trains on this store; stop it first.*60 s after"):
+        run_once(tmp_path, TrainingConfig(lease_seconds=60))
 
 
 def test_killed_once_its_version_was_registered_it_makes_no_other(tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""What a server answers that refuses, or does not answer at all."""
+
+import grpc
+
+
+class Answer(grpc.RpcError):
+    """As grpc raises it, with a code and details."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+AWAY = Answer(grpc.StatusCode.UNAVAILABLE, "connection refused")
+REFUSAL = Answer(grpc.StatusCode.FAILED_PRECONDITION, "cannot read the artifact")
