@@ -15,6 +15,7 @@ from rich.markup import escape
 from deploy import policies_cli, runs_cli
 from deploy.client import CallError
 from deploy.config import AligndConfig, ConfigError, load_config, resolved
+from deploy.models import ModelError
 
 app = typer.Typer(
     help="InstructGPT as a live service: sample, rank, learn, swap. Start with `alignd demo`, or `alignd up`.",
@@ -133,7 +134,8 @@ def read_recipe(name_or_path: str) -> str:
     from training.recipes import RecipeError, load_recipe
 
     try:
-        return load_recipe(name_or_path).model_dump_json()
+        # What it does not name stays as alignd.toml has it.
+        return load_recipe(name_or_path).model_dump_json(exclude_unset=True)
     except RecipeError as error:
         raise ConfigError(f"recipe {name_or_path}: {error}") from error
 
@@ -154,13 +156,14 @@ def demo(
     dry_run: DryRun = False,
 ) -> None:
     """Show the whole loop: simulated users rank, a policy learns, serving swaps; ends with a report."""
-    from deploy.demo.run import prepare, run_demo
+    from deploy.demo.run import make_model, run_demo, set_up
     from deploy.up import child_environment
 
-    model = prepare(quick, load_config().data_dir)
+    root = load_config().data_dir
+    set_up(quick, load_config())
     os.environ.update(child_environment(load_config()))
     config = start(dry_run)
-    if config and not run_demo(config, model, began_at or None):
+    if config and not run_demo(config, make_model(quick, root), began_at or None):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -190,13 +193,13 @@ def stop_on_signal() -> threading.Event:
 
 
 def main(run: Callable[[], None] = app) -> None:
-    """Runs the command line; a bad configuration or a refused call ends it with a message and a code."""
+    """Runs the command line; what operators can mend ends it with a message and a code."""
     try:
         run()
     except ConfigError as error:
         Console(stderr=True).print(f"[red]configuration[/]\n{escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_CONFIG)
-    except CallError as error:
+    except (CallError, ModelError) as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)
 

@@ -44,7 +44,7 @@ class AligndConfig(BaseSettings):
     data_dir: Path = Field(Path("var"), description="Folder for everything that alignd writes.")
     bus: str = Field(
         "",
-        pattern=r"^(|kafka://.+|sqlite:///.+)$",
+        pattern=r"^(|kafka://[^/,]+:[0-9]+(,[^/,]+:[0-9]+)*(/.*)?|sqlite:///.+)$",
         description="The bus: kafka://host:port[,host:port][/name], sqlite:///path, or empty for a file in data_dir.",
     )
     store: str = Field(

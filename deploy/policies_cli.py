@@ -95,7 +95,9 @@ def rollback(
         target = get(operator, version).version if version else 0
         if announced(f"{f'v{target}' if target else 'the version live before'} would become LIVE", dry_run):
             return
-        request = pb.RollbackRequest(version=target, actor=actor(), reason=reason)
+        request = pb.RollbackRequest(
+            version=target, actor=actor(), reason=reason, expected_live_version=get(operator, "live").version
+        )
         policy = operator.policies.Rollback(request, timeout=TIMEOUT_S).policy
     console.print(f"v{policy.version} is live again. Replicas swap now: `alignd policies list` shows what each serves.")
 

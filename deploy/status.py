@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import closing
 from typing import Any
 
 from grpc_health.v1 import health_pb2
@@ -60,13 +61,18 @@ def print_policies(response: Any) -> None:
 
 
 def print_rankings(config: AligndConfig) -> None:
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
     from feedback.store import Store
 
-    store = Store(config.store_url)
     try:
-        console.print(f"rankings  {store.num_rankings()} in the store")
-    finally:
-        store.close()
+        with closing(Store(config.store_url)) as store:
+            said = f"{store.num_rankings()} in the store"
+    except (SQLAlchemyError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        said = f"the store {make_url(config.store_url)!r} cannot be used: {reason}"
+    console.print(f"rankings  {said}", markup=False, soft_wrap=True)
 
 
 def print_last_run(config: AligndConfig) -> None:

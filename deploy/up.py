@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 VERBS = ("serve", "relay", "ingest", "train")
 FIRST_RESTART_S = 0.5
 LONGEST_RESTART_S = 30.0
+MOST_DOUBLINGS = 10
 HEALTHY_AFTER_S = 60.0
 STOP_S = 45.0
 POLL_S = 0.2
@@ -71,7 +72,7 @@ class Supervisor:
         if process is not None:
             lived = now - service.started_at
             service.failures = 1 if lived > HEALTHY_AFTER_S else service.failures + 1
-            service.restart_at = now + min(LONGEST_RESTART_S, FIRST_RESTART_S * 2 ** (service.failures - 1))
+            service.restart_at = now + restart_wait_s(service.failures)
             service.process = None
             log.warning("%s ended with %s; starting it again", service.verb, process.returncode)
         if now >= service.restart_at:
@@ -119,6 +120,11 @@ class Supervisor:
                 log.warning("%s did not end in time; killing it", service.verb)
                 service.process.kill()
                 service.process.wait()
+
+
+def restart_wait_s(failures: int) -> float:
+    """Returns how long to wait after so many early ends in a row, one at least: twice as long after each."""
+    return min(LONGEST_RESTART_S, FIRST_RESTART_S * 2.0 ** min(failures - 1, MOST_DOUBLINGS))
 
 
 def die_with_parent() -> None:

@@ -27,6 +27,10 @@ class ArtifactError(Exception):
     """The folder is not a policy version that may be served. The text says why."""
 
 
+class ComparisonError(ArtifactError):
+    """Another folder, to compare it with, cannot be read. This says nothing of the version itself."""
+
+
 def write_artifact(
     root: Path, manifest: PolicyManifest, write_files: Callable[[Path], object]
 ) -> tuple[Path, PolicyManifest]:
@@ -75,7 +79,7 @@ def verify_artifact(path: Path, shapes_like: Path | None = None) -> PolicyManife
     """Checks each byte of a version against its manifest, and its weights against another version's forms.
 
     All weights must be finite and, if `shapes_like` is given, have the names, shapes and types of those in that
-    folder. Returns the manifest. Raises ArtifactError.
+    folder. Returns the manifest. Raises ArtifactError; its ComparisonError if that folder cannot be read.
     """
     manifest = read_manifest(path)
     try:
@@ -84,8 +88,7 @@ def verify_artifact(path: Path, shapes_like: Path | None = None) -> PolicyManife
             check_finite(path / file.path)
         specs = _all_specs(path, (file.path for file in weight_files(manifest.files)))
         if shapes_like is not None:
-            like = _all_specs(shapes_like, (each for each in _list_files(shapes_like) if each.endswith(".safetensors")))
-            _check_specs(specs, like)
+            _check_specs(specs, _specs_in(shapes_like))
     except (OSError, WeightsError) as error:
         raise ArtifactError(str(error)) from error
     return manifest
@@ -120,6 +123,13 @@ def _check_specs(specs: dict[str, TensorSpec], like: dict[str, TensorSpec]) -> N
     for name in sorted(specs.keys() | like.keys()):
         if specs.get(name) != like.get(name):
             raise ArtifactError(f"tensor {name}: is {specs.get(name)}, should be {like.get(name)}")
+
+
+def _specs_in(path: Path) -> dict[str, TensorSpec]:
+    try:
+        return _all_specs(path, (each for each in _list_files(path) if each.endswith(".safetensors")))
+    except (OSError, WeightsError, ArtifactError) as error:
+        raise ComparisonError(f"cannot read {path} to compare with: {error}") from error
 
 
 def _all_specs(path: Path, files: Iterable[str]) -> dict[str, TensorSpec]:

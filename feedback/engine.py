@@ -34,6 +34,9 @@ def open_engine(url: str) -> Engine:
     else:
         raise ValueError(f"not a store: {parsed!r}; give sqlite:///path/store.db or postgresql://user@host/database")
     with MIGRATING, writing(engine) as connection:
+        if not connection.in_transaction():
+            # Otherwise alembic would commit after each migration, and another process might take the next.
+            connection.begin()
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection

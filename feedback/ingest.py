@@ -5,7 +5,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -51,6 +51,7 @@ def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: Feed
 def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> None:
     """Reads on from the offsets in the store, until stopped or overtaken by another ingest."""
     log_ids = {topic: bus.log_id(topic) for topic in FEEDBACK_TOPICS}
+    partitions = {topic: bus.end_offsets(topic).keys() for topic in FEEDBACK_TOPICS}
     before = ledger.offsets()
     reached = {
         partition: offset for partition, offset in before.items() if _is_still_there(bus, log_ids, partition, offset)
@@ -60,9 +61,12 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> 
         next_check = time.monotonic() + check_s
         while not stop.is_set():
             batch = consumer.poll(POLL_S)
-            if batch or time.monotonic() >= next_check:
+            is_due = time.monotonic() >= next_check
+            if batch or is_due:
                 # Asked after the poll: what was read is then surely of this log, and not of one created anew.
                 _check_logs(bus, log_ids)
+            if is_due:
+                _check_partitions(bus, partitions)
                 next_check = time.monotonic() + check_s
             if batch:
                 after = _after(batch, log_ids)
@@ -82,6 +86,12 @@ def _check_logs(bus: Bus, log_ids: Mapping[str, str]) -> None:
     for topic, log_id in log_ids.items():
         if bus.log_id(topic) != log_id:
             raise BusError(f"topic {topic} was created anew")
+
+
+def _check_partitions(bus: Bus, partitions: Mapping[str, Set[int]]) -> None:
+    for topic, numbers in partitions.items():
+        if bus.end_offsets(topic).keys() != numbers:
+            raise BusError(f"topic {topic} has other partitions than before")
 
 
 def _is_still_there(bus: Bus, log_ids: Mapping[str, str], partition: Partition, offset: Offset) -> bool:

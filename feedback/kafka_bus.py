@@ -1,5 +1,6 @@
 """The bus of many machines: Apache Kafka, or what speaks its protocol, by kafka-python."""
 
+import logging
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from kafka.admin import NewTopic, OffsetSpec
 from kafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from feedback.bus import MAX_RECORD_BYTES, BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
+
+log = logging.getLogger(__name__)
 
 EVENT_ID_HEADER = "event_id"
 REQUEST_TIMEOUT_MS = 10_000
@@ -164,8 +167,13 @@ class KafkaLogConsumer:
             self._consumer.assign(list(start))
             beginnings = self._consumer.beginning_offsets(list(start), timeout_ms=REQUEST_TIMEOUT_MS)
             for partition, offset in start.items():
-                # Below the beginning is what retention has removed.
-                self._consumer.seek(partition, max(offset or 0, beginnings[partition]))
+                beginning = beginnings[partition]
+                if offset is not None and offset < beginning:
+                    log.error(
+                        "%s/%d: records %d to %d were removed by the broker before they were read",
+                        partition.topic, partition.partition, offset, beginning - 1,
+                    )  # fmt: skip
+                self._consumer.seek(partition, max(offset or 0, beginning))
         except (KafkaError, OSError) as error:
             self.close()
             raise BusError(f"cannot consume: {error!r}") from error
@@ -222,15 +230,21 @@ def _connect_producer(servers: Sequence[str]) -> KafkaProducer:
 
 
 def _new_topic(topic: TopicSpec) -> NewTopic:
-    settings = {"max.message.bytes": str(MAX_RECORD_BYTES + OVERHEAD_BYTES)}
+    # Kept for good, whatever the brokers' default: what ingest has not read is nowhere else.
+    settings = {
+        "max.message.bytes": str(MAX_RECORD_BYTES + OVERHEAD_BYTES),
+        "retention.ms": "-1",
+        "retention.bytes": "-1",
+    }
     if topic.compacted:
-        settings |= {"cleanup.policy": "compact", "retention.ms": "-1"}
+        settings["cleanup.policy"] = "compact"
     # A replication factor of -1 is the broker's own.
     return NewTopic(topic.name, num_partitions=topic.partitions, replication_factor=-1, topic_configs=settings)
 
 
 def _delivered(record: Any, prefix: str) -> Delivered:
-    event_id = next((value for name, value in record.headers if name == EVENT_ID_HEADER), b"")
+    # Of records that others wrote a header may be null.
+    event_id = next((value for name, value in record.headers if name == EVENT_ID_HEADER), None) or b""
     return Delivered(
         Position(record.topic.removeprefix(prefix), record.partition, record.offset),
         record.key or b"",

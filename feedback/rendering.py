@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import jinja2
+
 from alignd.v1 import types_pb2
 
 if TYPE_CHECKING:
@@ -50,7 +52,9 @@ def _disarmed_ids(
     tokens left are the template's own, and the text between them is encoded, without the marks, as plain text.
     """
     taken = set("".join(contents)) | set(str(tokenizer.chat_template))
-    mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in taken)
+    mark = next((chr(code) for code in PRIVATE_USE if chr(code) not in taken), None)
+    if mark is None:
+        raise jinja2.TemplateError("no character for private use is free to mark what looks like a special token")
     marked = [re.sub(pattern, lambda match: mark.join(match[0]), content) for content in contents]
     token_ids: list[int] = []
     for index, part in enumerate(re.split(f"({pattern})", _render(tokenizer, chat, marked))):

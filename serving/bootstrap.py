@@ -26,23 +26,34 @@ class NoPolicyError(Exception):
 async def startable_policy(config: ServingConfig, folder: Path, policies: PolicyLog) -> PolicyRecord:
     """Returns the live policy, whole on disk.
 
-    A live version whose files are damaged is rejected, and the one before takes its place.
+    A live version whose files are damaged is rejected, and the one before takes its place; but none is where no version
+    is whole, since then it is this replica that does not see the folder, and others may.
 
     Raises:
-        NoPolicyError: no version is live and none can be imported, or the last one is damaged.
+        NoPolicyError: no version is live and none can be imported, or none that was live is whole.
     """
     if not policies.state.live_version:
         await import_first(config, folder, policies)
     while True:
-        record = policies.state.policies.get(policies.state.live_version)
-        if record is None:
-            raise NoPolicyError("no policy is whole; restore the folder of one from a backup")
-        try:
-            await asyncio.to_thread(verify_artifact, artifact_path(record.artifact_uri), None)
-        except ArtifactError as error:
-            await reject(policies, record, f"its files are damaged: {error}")
+        damaged: list[tuple[int, str]] = []
+        for version in reversed(policies.state.live_order):
+            record = policies.state.policies[version]
+            try:
+                await asyncio.to_thread(verify_artifact, artifact_path(record.artifact_uri), None)
+            except ArtifactError as error:
+                damaged.append((version, str(error)))
+            else:
+                break
         else:
-            return record
+            newest, why = damaged[0]
+            raise NoPolicyError(
+                f"no policy is whole, not the live v{newest} either ({why}); is the folder that they are in there? "
+                "If it is, restore one from a backup"
+            )
+        for bad, why in damaged:
+            await reject(policies, policies.state.policies[bad], f"its files are damaged: {why}")
+        if policies.state.live_version == version:
+            return policies.state.policies[version]
 
 
 async def reject(policies: PolicyLog, record: PolicyRecord, why: str) -> None:

@@ -14,6 +14,9 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "alignd"
+# gRPC sends a status as metadata, all of it thrice and in part as base64, and peers take 8 KiB of that. Beyond it a
+# caller would hear of nothing but the size.
+MOST_CHARACTERS, LONGEST = 1_800, 400
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,23 @@ def bad_field(field: str, description: str) -> Refusal:
 
 
 def bad_fields(violations: Sequence[Violation]) -> Refusal:
-    """Returns INVALID_ARGUMENT for the fields at fault."""
-    message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
-    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, violations=violations)
+    """Returns INVALID_ARGUMENT for the fields at fault, or for the first of very many."""
+    said: list[Violation] = []
+    room = MOST_CHARACTERS
+    for violation in violations:
+        said.append(Violation(violation.field, shortened(violation.description)))
+        room -= len(violation.field) + len(said[-1].description)
+        if room < LONGEST:
+            break
+    message = "; ".join(f"{violation.field}: {violation.description}" for violation in said)
+    if len(said) < len(violations):
+        message += f"; and {len(violations) - len(said)} more"
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", message, violations=said)
+
+
+def shortened(text: str) -> str:
+    """Returns the beginning of what would be too long to send."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def not_permitted(reason: str, field: str, description: str) -> Refusal:

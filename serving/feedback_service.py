@@ -16,6 +16,7 @@ from serving.recording import record
 # Ids are made of the user and the request, so that a retry at any replica makes the same one.
 RANKING_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c01")
 DEMONSTRATION_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c02")
+MOST_NAMED = 3
 
 
 class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
@@ -98,4 +99,10 @@ def differences(field: str, completion_ids: Iterable[str], issued: set[str]) -> 
         "repeated": sorted(each for each, count in counts.items() if count > 1),
     }
     allowed = "each completion of the sample must stand in it exactly once"
-    return [Violation(field, f"{kind}: {', '.join(ids)}; {allowed}") for kind, ids in found.items() if ids]
+    return [Violation(field, f"{kind}: {named(ids)}; {allowed}") for kind, ids in found.items() if ids]
+
+
+def named(ids: list[str]) -> str:
+    """Returns the first of these, and how many more there are."""
+    more = f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else ""
+    return ", ".join(ids[:MOST_NAMED]) + more

@@ -37,6 +37,8 @@ class PolicyLog:
         self._changed = asyncio.Event()
         self._stop = threading.Event()
         self._watchable = True
+        self.started = False
+        """Whether all has been read that was in the topic at the start."""
         self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
@@ -47,6 +49,7 @@ class PolicyLog:
         ends = await asyncio.to_thread(self._end_offsets)
         while any(self._read_to.get(partition, 0) < end for partition, end in ends.items()):
             await self.changed()
+        self.started = True
 
     async def stop(self) -> None:
         """Ends the thread."""

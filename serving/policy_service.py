@@ -19,10 +19,10 @@ from alignd.v1.policy_service_pb2 import (
     STAGE_UNSPECIFIED,
     Stage,
 )
-from feedback.artifact import ArtifactError, verify_artifact
-from serving.errors import Refusal, Violation, bad_field
+from feedback.artifact import ArtifactError, ComparisonError, verify_artifact
+from serving.errors import Refusal, Violation, bad_field, shortened, unavailable
 from serving.policy_log import PolicyLog
-from serving.policy_state import PolicyRecord, as_policy, new_change, previous_live
+from serving.policy_state import PolicyRecord, PolicyState, as_policy, new_change, previous_live
 
 DEFAULT_PAGE_SIZE = 100
 
@@ -38,7 +38,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
     ) -> policy_service_pb2.RegisterPolicyResponse:
         """Verifies the files against the manifest, and registers the version."""
         version = request.manifest.version
-        present = self.policies.state.policies.get(version)
+        present = self._state().policies.get(version)
         if present and present.manifest.weight_digest != request.manifest.weight_digest:
             raise taken(version)
         await asyncio.to_thread(self._verify, request)
@@ -62,6 +62,9 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         shapes_like = artifact_path(reference.artifact_uri) if reference else None
         try:
             found = verify_artifact(artifact_path(request.artifact_uri), shapes_like)
+        except ComparisonError as error:
+            version = request.manifest.version
+            raise precondition("BAD_ARTIFACT", str(error), version, field="manifest.reference_version") from error
         except ArtifactError as error:
             raise precondition("BAD_ARTIFACT", str(error), request.manifest.version, field="artifact_uri") from error
         if found != request.manifest:
@@ -75,7 +78,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         self, request: policy_service_pb2.ListPoliciesRequest, context: Any
     ) -> policy_service_pb2.ListPoliciesResponse:
         """Lists versions, newest first."""
-        state = self.policies.state
+        state = self._state()
         below = int(request.page_token) if request.page_token else max(state.policies, default=0) + 1
         versions = sorted((version for version in state.policies if version < below), reverse=True)
         page = versions[: request.page_size or DEFAULT_PAGE_SIZE]
@@ -90,7 +93,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         self, request: policy_service_pb2.GetPolicyRequest, context: Any
     ) -> policy_service_pb2.GetPolicyResponse:
         """Returns one version."""
-        live = self.policies.state.live_version
+        live = self._state().live_version
         version = live if request.policy == "live" else int(request.policy[1:])
         return policy_service_pb2.GetPolicyResponse(policy=as_policy(self._find(version, request.policy)))
 
@@ -111,7 +114,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         self, request: policy_service_pb2.RollbackRequest, context: Any
     ) -> policy_service_pb2.RollbackResponse:
         """Makes a retired version live again."""
-        state = self.policies.state
+        state = self._state()
         version = request.version or previous_live(state)
         if not version:
             raise precondition("NOTHING_TO_ROLL_BACK_TO", "no version was live before the present one", 0)
@@ -119,7 +122,8 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         if record.stage not in (STAGE_RETIRED, STAGE_LIVE):
             raise precondition("WRONG_STAGE", f"it is {Stage.Name(record.stage)}: it was never live", version)
         if record.stage != STAGE_LIVE:
-            record = await self._make_live(record, request.actor, request.reason, state.live_version)
+            expected = request.expected_live_version or state.live_version
+            record = await self._make_live(record, request.actor, request.reason, expected)
         return policy_service_pb2.RollbackResponse(policy=as_policy(record))
 
     async def Watch(
@@ -145,8 +149,14 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             raise Refusal(grpc.StatusCode.ABORTED, "LOST_RACE", outcome.refusal, metadata=metadata)
         return outcome.state.policies[version]
 
+    def _state(self) -> PolicyState:
+        """What the log says; before it has been read to its end, that would be of the past."""
+        if not self.policies.started:
+            raise unavailable("STARTING", "the server is starting: it is reading the policy log")
+        return self.policies.state
+
     def _find(self, version: int, name: str) -> PolicyRecord:
-        record = self.policies.state.policies.get(version)
+        record = self._state().policies.get(version)
         if record is None:
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
@@ -195,6 +205,7 @@ def taken(version: int) -> Refusal:
 
 
 def precondition(reason: str, message: str, version: int, field: str = "version") -> Refusal:
+    message = shortened(message)
     return Refusal(
         grpc.StatusCode.FAILED_PRECONDITION,
         reason,

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import jinja2
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from alignd.v1 import feedback_token_pb2, inference_service_pb2, types_pb2
@@ -95,7 +96,10 @@ def render(prompt: types_pb2.Prompt, engine: Engine) -> list[int]:
             raise bad_field("prompt.chat.messages", "the last message must be the user's")
         if not engine.tokenizer.chat_template:
             raise bad_field("prompt.chat", "the policy has no chat template; send prompt.text")
-    return prompt_token_ids(engine.tokenizer, prompt)
+    try:
+        return prompt_token_ids(engine.tokenizer, prompt)
+    except jinja2.TemplateError as error:
+        raise bad_field("prompt.chat", f"the policy's chat template refuses it: {error}") from error
 
 
 async def write(

@@ -47,7 +47,7 @@ from serving.vllm_engine import Engine, EngineError, start_engine
 log = logging.getLogger(__name__)
 
 ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
-OTHER_SERVICES = ("alignd.v1.FeedbackService", "alignd.v1.PolicyService")
+POLICY_SERVICE, FEEDBACK_SERVICE = "alignd.v1.PolicyService", "alignd.v1.FeedbackService"
 HEALTH_CHECK_S = 2.0
 KILL_AGAIN_S = 0.2
 
@@ -97,6 +97,7 @@ async def serve(
         await until_stopped(run_engine(config, places, serving, health))
     finally:
         serving.accepting = False
+        serving.slot.shut()
         await health.enter_graceful_shutdown()
         policies.end_watches()
         await server.stop(config.shutdown_grace_s)
@@ -108,13 +109,12 @@ async def serve(
 
 
 async def add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.HealthServicer:
-    """Adds health, NOT_SERVING where an engine is needed, and reflection."""
+    """Adds health, SERVING for feedback alone at first, and reflection."""
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    for name in ENGINE_SERVICES:
+    for name in (*ENGINE_SERVICES, POLICY_SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-    for name in OTHER_SERVICES:
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    await health.set(FEEDBACK_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     names = [
         module.DESCRIPTOR.services_by_name[name].full_name
         for module, name in (
@@ -149,6 +149,7 @@ async def run_engine(
 ) -> None:
     """Starts the engine on the live policy, and keeps it on the live policy from then on."""
     await serving.policies.start()
+    await health.set(POLICY_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     record = await startable_policy(config, places.policies, serving.policies)
     folder = artifact_path(record.artifact_uri)
     log.info("starting vLLM on v%d", record.manifest.version)

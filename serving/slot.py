@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from alignd.v1.types_pb2 import PolicyRef
+from serving.errors import unavailable
 
 
 @dataclass(eq=False)
@@ -38,13 +39,20 @@ class Slot:
         self._open = asyncio.Event()
         self._empty = asyncio.Event()
         self._empty.set()
+        self._shut = False
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Hold]:
-        """Admits a request, after an exchange under way has ended."""
+        """Admits a request, after an exchange under way has ended.
+
+        Raises:
+            Refusal: UNAVAILABLE if the slot was shut.
+        """
         # Asked again after the wait: another exchange may have begun before this request got its turn.
-        while not self._open.is_set():
+        while not (self._open.is_set() or self._shut):
             await self._open.wait()
+        if self._shut:
+            raise unavailable("NOT_SERVING", "the server is stopping; wait for its health to be SERVING again")
         assert self.policy is not None
         hold = Hold(self.policy)
         self._holds.add(hold)
@@ -72,6 +80,11 @@ class Slot:
     def open(self, policy: PolicyRef) -> None:
         """Admits requests to `policy`."""
         self.policy = policy
+        self._open.set()
+
+    def shut(self) -> None:
+        """Refuses all who wait and all who come from here on. Those inside stay."""
+        self._shut = True
         self._open.set()
 
     @property

@@ -17,6 +17,8 @@ FINISH_REASONS: dict[str | None, FinishReason] = {
 # Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have; 32
 # is the least it takes on a CPU.
 CPU_BLOCK_SIZE = 32
+# vLLM gives each of a request's completions the seed after the last one's, and on a GPU keeps them in 63 bits.
+SEEDS = 2**62
 
 
 class EngineError(Exception):
@@ -74,7 +76,7 @@ class Engine:
             top_p=draw.top_p,
             max_tokens=draw.max_tokens,
             stop=list(draw.stop) or None,
-            seed=draw.seed,
+            seed=None if draw.seed is None else draw.seed % SEEDS,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": list(prompt_token_ids), "cache_salt": cache_salt}

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from hypothesis import settings
 
-from tests.kafka_broker import Broker, running_broker
+from tests.kafka_broker import Broker, is_tansu, running_broker
 from tests.postgres_server import running_postgres
 
 settings.register_profile("alignd", deadline=None)
@@ -18,6 +18,22 @@ settings.load_profile("alignd")
 def pytest_configure(config: pytest.Config) -> None:
     """Lets kafka-python be imported although it reads its schemas by a deprecated function."""
     config.addinivalue_line("filterwarnings", "ignore:(read|open)_text is deprecated:DeprecationWarning")
+
+
+TANSU_DIFFERS = {
+    "test_end_offsets_say_where_the_log_ends[kafka]": "its end offsets count batches",
+    "test_a_topic_that_does_not_exist_is_an_error[kafka-publish]": "it makes a topic that is published to",
+    "test_kafka_keeps_what_was_published_for_good": "it does not tell a topic's settings",
+    "test_partitions_that_are_added_are_read": "it cannot add partitions",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What Apache Kafka does and Tansu does not is expected to fail where there is only Tansu, and must fail there."""
+    if is_tansu():
+        for item in items:
+            if item.name in TANSU_DIFFERS:
+                item.add_marker(pytest.mark.xfail(strict=True, reason=f"Tansu: {TANSU_DIFFERS[item.name]}"))
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,11 @@ def kafka_home() -> Path | None:
     return beside if beside.exists() else None
 
 
+def is_tansu() -> bool:
+    """Whether the tests have no Apache Kafka, and no broker that was named."""
+    return "ALIGND_TEST_KAFKA" not in os.environ and kafka_home() is None
+
+
 @contextmanager
 def running_broker(folder: Path) -> Iterator[Broker]:
     """A broker for as long as the block runs.

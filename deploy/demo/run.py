@@ -58,6 +58,10 @@ def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
     console = Console()
     stages = Stages(console)
     tally = Tally()
+    told_before = earlier_story(config)
+    if told_before:
+        console.print(f"[red]The demo needs a place of its own:[/] {told_before}", soft_wrap=True)
+        return False
     console.print(
         f"alignd demo: {model}. Everything it writes is in {config.data_dir}", highlight=False, soft_wrap=True
     )
@@ -79,6 +83,21 @@ def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
     result = summarize(config, model, observed, stages.finished, tally)
     finish(config, result, console)
     return not tally.failures
+
+
+def earlier_story(config: AligndConfig) -> str:
+    """Returns where there are runs or rankings already, which would be taken for the demo's; empty if nowhere."""
+    from sqlalchemy import make_url
+
+    from feedback.store import Store
+
+    if any(config.runs_dir.glob("*/metrics.jsonl")):
+        return f"there are runs in {config.runs_dir}; name another ALIGND_DATA_DIR"
+    with contextlib.closing(Store(config.store_url)) as store:
+        ranked = store.last_seq()
+    return (
+        f"there are rankings in the store {make_url(config.store_url)!r}; name another ALIGND_STORE" if ranked else ""
+    )
 
 
 def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
@@ -212,29 +231,43 @@ def check_alive(supervisor: subprocess.Popen[bytes]) -> None:
         raise DemoError(f"`alignd up` ended with {supervisor.returncode}")
 
 
-def prepare(quick: bool, root: Path) -> str:
-    """Prepares the model, points the configuration at it and at a folder of its own, and returns the model's name.
+def make_model(quick: bool, root: Path) -> str:
+    """Makes the model, if it is not there from an earlier demo, and returns its name.
 
-    What the environment already says is left as it is.
+    Raises:
+        deploy.models.ModelError: its package is missing.
     """
     from deploy.models import make_tiny_llama, prepare_smollm2
 
-    name = "a tiny random Llama" if quick else "SmolLM2-135M-Instruct"
-    model = make_tiny_llama(root / "models" / "tiny-llama") if quick else prepare_smollm2(root / "models" / "smollm2")
-    folder = root / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    if quick:
+        make_tiny_llama(model_folder(quick, root))
+        return "a tiny random Llama"
+    prepare_smollm2(model_folder(quick, root))
+    return "SmolLM2-135M-Instruct"
+
+
+def model_folder(quick: bool, root: Path) -> Path:
+    """Returns where the model lies."""
+    return root / "models" / ("tiny-llama" if quick else "smollm2")
+
+
+def set_up(quick: bool, config: AligndConfig) -> None:
+    """Points the configuration at the model, and at a folder and topics of the demo's own.
+
+    What the environment already says is left as it is.
+    """
+    folder = config.data_dir / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     defaults = {
         "ALIGND_DATA_DIR": str(folder),
-        "ALIGND_SERVING__INITIAL_MODEL": str(model),
+        "ALIGND_SERVING__INITIAL_MODEL": str(model_folder(quick, config.data_dir)),
         "ALIGND_SERVING__PORT": "0",
         **(QUICK if quick else {}),
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
-    bus = os.environ.get("ALIGND_BUS", "")
-    if bus.startswith("kafka://") and "/" not in bus.removeprefix("kafka://"):
-        # Topics of its own: what an earlier run left on the cluster is another story.
-        os.environ["ALIGND_BUS"] = f"{bus}/{folder.name}"
-    return name
+    if config.bus.startswith("kafka://") and "/" not in config.bus.removeprefix("kafka://"):
+        # What an earlier run left on the cluster is another story.
+        os.environ["ALIGND_BUS"] = f"{config.bus}/{folder.name}"
 
 
 # The same path in two minutes: fewer of everything. A random model has nothing to learn from, so what it learned is let

@@ -66,6 +66,36 @@ def test_a_dry_run_prints_the_configuration_and_does_nothing(tmp_path: Path, ver
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_demo_that_is_only_asked_what_it_would_do_makes_no_model(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "demo", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads(done.stdout)["serving"]["initial_model"] == "var/models/smollm2"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_keeps_to_topics_of_its_own_whoever_names_the_bus(tmp_path: Path) -> None:
+    (tmp_path / "alignd.toml").write_text('bus = "kafka://broker:9092"')
+    printed = tomllib.loads(alignd(tmp_path, "demo", "--dry-run").stdout)
+    assert printed["bus"].startswith("kafka://broker:9092/demo-")
+
+
+def test_a_demo_is_not_told_where_another_was(tmp_path: Path) -> None:
+    run = tmp_path / "var" / "runs" / "20261126T140004-01fb6b"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("")
+    done = alignd(tmp_path, "demo", "--quick", ALIGND_DATA_DIR="var")
+    assert done.returncode == 1
+    assert f"The demo needs a place of its own: there are runs in {tmp_path}/var/runs" in done.stdout
+
+
+def test_what_a_recipe_does_not_name_stays_as_configured(tmp_path: Path) -> None:
+    (tmp_path / "alignd.toml").write_text("[training]\npromote = false\nmax_num_seqs = 7\n")
+    (tmp_path / "mine.toml").write_text("max_num_seqs = 9\n")
+    done = alignd(tmp_path, "train", "--dry-run", "--recipe", "mine.toml")
+    training = tomllib.loads(done.stdout)["training"]
+    assert (training["promote"], training["max_num_seqs"]) == (False, 9)
+
+
 def test_the_configuration_is_printed_and_can_be_used_as_a_file(tmp_path: Path) -> None:
     printed = alignd(tmp_path, "config", ALIGND_SERVING__PORT="1234").stdout
     (tmp_path / "alignd.toml").write_text(printed)

@@ -92,6 +92,7 @@ def test_what_is_for_the_tests_is_no_setting(monkeypatch: pytest.MonkeyPatch) ->
         ("ALIGND_FEEDBACK__OUTBOX_RETENTION_S", "1", "feedback"),
         ("ALIGND_SIMULATION__AGREEMENT", "0.2", "simulation.agreement"),
         ("ALIGND_BUS", "amqp://host", "bus"),
+        ("ALIGND_BUS", "kafka://one:9092,two", "bus"),
         ("ALIGND_STORE", "mysql://host", "store"),
     ],
 )

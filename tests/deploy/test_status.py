@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deploy.config import AligndConfig
-from deploy.status import print_last_run
+from deploy.status import print_last_run, print_rankings
 
 LINE = '{"time": 1.0, "phase": "ppo", "step": 2, "num_steps": 10}\n'
 
@@ -29,3 +29,10 @@ def test_the_last_run_is_told_by_its_last_whole_line(
     (run / "metrics.jsonl").write_text(metrics)
     print_last_run(config)
     assert capsys.readouterr().out == f"training  {run.name}: {says}\n"
+
+
+def test_a_store_that_is_away_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    print_rankings(AligndConfig(store="postgresql://alignd:secret@127.0.0.1:1/store"))
+    said = capsys.readouterr().out
+    assert said.startswith("rankings  the store postgresql://alignd:***@127.0.0.1:1/store cannot be used: ")
+    assert len(said.splitlines()) == 1

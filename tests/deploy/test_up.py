@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deploy.config import load_config
-from deploy.up import FIRST_RESTART_S, Service, child_environment
+from deploy.up import FIRST_RESTART_S, LONGEST_RESTART_S, Service, child_environment, restart_wait_s
 
 REPOSITORY = Path(__file__).parents[2]
 SUPERVISE = """
@@ -101,6 +101,13 @@ def test_kill_9_of_the_supervisor_ends_the_others_too(supervisor: subprocess.Pop
     assert children and all(is_alive(pid) for pid in children)
     supervisor.kill()
     wait_until(lambda: not any(is_alive(pid) for pid in children), "the end of the children", timeout_s=15)
+
+
+def test_waits_grow_to_the_longest_and_no_failure_is_one_too_many() -> None:
+    waits = [restart_wait_s(failures) for failures in range(1, 5_000)]
+    assert waits[:4] == [FIRST_RESTART_S * factor for factor in (1, 2, 4, 8)]
+    assert waits == sorted(waits)
+    assert waits[-1] == LONGEST_RESTART_S
 
 
 def test_it_goes_on_where_it_cannot_write_down_who_runs(tmp_path: Path) -> None:

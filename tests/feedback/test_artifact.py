@@ -20,6 +20,7 @@ from alignd.v1.policy_manifest_pb2 import ArtifactFile, PolicyManifest
 from feedback.artifact import (
     MANIFEST,
     ArtifactError,
+    ComparisonError,
     read_manifest,
     verify_artifact,
     weight_digest,
@@ -239,3 +240,12 @@ def test_a_manifest_that_breaks_its_contract_is_not_written(tmp_path: Path) -> N
     with pytest.raises(ArtifactError, match="not valid"):
         write_artifact(tmp_path, make_manifest(version=0), make_writer())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_is_compared_with_is_at_fault_if_it_cannot_be_read(version: Path, tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match="elsewhere"):
+        verify_artifact(version, shapes_like=tmp_path / "elsewhere")
+    next(version.glob("*.safetensors")).unlink()
+    with pytest.raises(ArtifactError) as raised:
+        verify_artifact(version, shapes_like=tmp_path / "elsewhere")
+    assert not isinstance(raised.value, ComparisonError)

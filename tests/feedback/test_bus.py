@@ -6,12 +6,18 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import ConfigResource, ConfigResourceType
 
-from feedback.bus import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Record, TopicSpec
+from feedback.bus import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Position, Record, TopicSpec
 from feedback.bus_url import open_bus
+from feedback.kafka_bus import EVENT_ID_HEADER, _delivered
+from feedback.topics import TOPICS
 from tests.feedback import processes
 
 
@@ -221,3 +227,25 @@ def test_a_bus_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bus.db").write_bytes(b"no database at all" * 1000)
     with pytest.raises(BusError):
         open_bus(f"sqlite:///{tmp_path}/bus.db")
+
+
+def test_kafka_keeps_what_was_published_for_good(kafka_url: str) -> None:
+    """Whatever the brokers' default: what ingest has not read yet is nowhere else."""
+    servers, _, name = kafka_url.removeprefix("kafka://").partition("/")
+    with closing(open_bus(kafka_url)) as bus:
+        bus.create_topics(TOPICS)
+    topics = [f"{name}.{spec.name}" for spec in TOPICS]
+    admin = KafkaAdminClient(bootstrap_servers=servers)
+    try:
+        found = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics])
+    finally:
+        admin.close()
+    assert {topic: found["topic"][topic]["retention.ms"]["value"] for topic in topics} == dict.fromkeys(topics, "-1")
+
+
+def test_a_header_that_is_null_is_as_none() -> None:
+    """Kafka allows it, though kafka-python does not write one."""
+    record = SimpleNamespace(
+        topic="p.t", partition=0, offset=3, key=None, value=b"v", headers=[(EVENT_ID_HEADER, None)]
+    )
+    assert _delivered(record, "p.") == Delivered(Position("t", 0, 3), b"", b"v", "")

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.admin import NewPartitions
 
 from alignd.v1 import events_pb2
 from feedback.bus import Record
@@ -203,3 +205,27 @@ def test_retries_wait_longer_and_longer_up_to_the_limit() -> None:
     waits = [backoff_s(failures, 5.0) for failures in range(1, 100)]
     assert 0.05 <= waits[0] <= 0.1
     assert all(2.5 <= wait <= 5.0 for wait in waits[10:])
+
+
+def test_partitions_that_are_added_are_read(kafka_url: str, tmp_path: Path) -> None:
+    servers, _, name = kafka_url.removeprefix("kafka://").partition("/")
+    store_url = f"sqlite:///{tmp_path}/store.db"
+    with closing(open_bus(kafka_url)) as bus, closing(Store(store_url)) as store:
+        bus.create_topics(TOPICS)
+        bus.publish([record(ranking("first"))])
+        with thread(run_ingest, kafka_url, store_url):
+            wait_until(lambda: store.num_rankings() == 1)
+            admin = KafkaAdminClient(bootstrap_servers=servers)
+            try:
+                admin.create_partitions({f"{name}.{RANKINGS}": NewPartitions(total_count=8)})
+            finally:
+                admin.close()
+            wait_until(lambda: len(bus.end_offsets(RANKINGS)) == 8)
+            producer = KafkaProducer(bootstrap_servers=servers)
+            try:
+                for number in range(8):
+                    event = ranking(f"later-{number}")
+                    producer.send(f"{name}.{RANKINGS}", event.SerializeToString(), partition=number).get(10)
+            finally:
+                producer.close()
+            wait_until(lambda: store.num_rankings() == 9)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignd.v1 import events_pb2
-from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED
+from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED, STAGE_RETIRED
 from deploy.models import make_tiny_llama
 from feedback.artifact import verify_artifact
 from feedback.bus_url import open_bus
@@ -98,11 +98,25 @@ async def test_a_damaged_live_version_gives_way_to_the_one_before(
     assert "its files are damaged" in rejected.history[-1].reason
 
 
+async def test_where_no_version_is_whole_none_is_rejected(
+    policies: PolicyLog, root: Path, config: ServingConfig, tmp_path: Path
+) -> None:
+    """It is this replica that does not see the folder: others may, and so may this one later."""
+    await startable_policy(config, root, policies)
+    await promoted(policies, root, 2)
+    root.rename(tmp_path / "elsewhere")
+    with pytest.raises(NoPolicyError, match="not the live v2 either"):
+        await startable_policy(config, root, policies)
+    assert [policies.state.policies[version].stage for version in (1, 2)] == [STAGE_RETIRED, STAGE_LIVE]
+    (tmp_path / "elsewhere").rename(root)
+    assert (await startable_policy(config, root, policies)).manifest.version == 2
+
+
 async def test_a_damaged_only_version_is_an_error_and_is_kept(
     policies: PolicyLog, root: Path, config: ServingConfig
 ) -> None:
     await startable_policy(config, root, policies)
     flip_a_bit(root / "v1")
-    with pytest.raises(NoPolicyError, match="the only live policy, v1, cannot be used"):
+    with pytest.raises(NoPolicyError, match="no policy is whole, not the live v1 either"):
         await startable_policy(config, root, policies)
     assert policies.state.live_version == 1

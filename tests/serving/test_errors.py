@@ -1,5 +1,6 @@
 """What a refusal looks like on the wire."""
 
+import base64
 from typing import Any
 
 import grpc
@@ -56,3 +57,17 @@ def test_values_that_the_message_mentions_are_in_its_metadata() -> None:
     refusal = Refusal(grpc.StatusCode.NOT_FOUND, "NO_SUCH_POLICY", "there is no v9", metadata={"policy": "v9"})
     assert dict(unpacked(refusal, error_details_pb2.ErrorInfo).metadata) == {"policy": "v9"}
     assert unpacked(refusal, error_details_pb2.BadRequest) is None
+
+
+@pytest.mark.parametrize("length", [10, 5_000])
+def test_a_refusal_has_room_in_what_grpc_sends(length: int) -> None:
+    """Its peers take 8 KiB of metadata, and otherwise tell the caller of nothing but that."""
+    violations = [Violation(f"groups[{index}].completion_ids[{index}]", "x" * length) for index in range(256)]
+    refusal = bad_fields(violations)
+    status = to_status(refusal)
+    ((key, value),) = status.trailing_metadata
+    assert len(key) + len(base64.b64encode(value)) + len(status.details) < 8 * 1024 - 512
+    named = unpacked(refusal, error_details_pb2.BadRequest).field_violations
+    assert [each.field for each in named] == [each.field for each in violations[: len(named)]]
+    assert len(named) >= 3
+    assert refusal.message.endswith(f"; and {256 - len(named)} more")

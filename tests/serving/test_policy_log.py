@@ -8,13 +8,21 @@ import grpc
 import pytest
 
 from alignd.v1 import events_pb2
-from alignd.v1.policy_service_pb2 import WatchResponse
+from alignd.v1.policy_service_pb2 import (
+    GetPolicyRequest,
+    ListPoliciesRequest,
+    PromoteRequest,
+    RegisterPolicyRequest,
+    RollbackRequest,
+    WatchResponse,
+)
 from feedback.bus import Bus, Record
 from feedback.bus_url import open_bus
 from feedback.topics import POLICIES, TOPICS
 from serving import policy_log
 from serving.errors import Refusal
 from serving.policy_log import PolicyLog
+from serving.policy_service import PolicyService
 from tests.serving.policy_events import (
     STAGE_CANDIDATE,
     STAGE_LIVE,
@@ -168,3 +176,26 @@ async def test_a_bus_that_is_gone_is_unavailable(bus_url: str, monkeypatch: pyte
         with pytest.raises(Refusal) as raised:
             await followed.propose(events_pb2.PolicyEvent(registered=registered(1).registered))
         assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_nothing_is_said_of_policies_before_the_log_was_read(bus_url: str) -> None:
+    """What is not read yet would be missing, and a trainer that is told so gives its run up."""
+    async with replica(bus_url) as first:
+        await first.propose(registered(1))
+        bus = await asyncio.to_thread(open_bus, bus_url)
+        starting = PolicyLog(bus)
+        service = PolicyService(starting)
+        for call, request in (
+            (service.ListPolicies, ListPoliciesRequest()),
+            (service.GetPolicy, GetPolicyRequest(policy="v1")),
+            (service.Promote, PromoteRequest(version=1, actor="a")),
+            (service.Rollback, RollbackRequest(actor="a")),
+            (service.RegisterPolicy, RegisterPolicyRequest()),
+        ):
+            with pytest.raises(Refusal) as raised:
+                await call(request, None)  # type: ignore[operator]
+            assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.UNAVAILABLE, "STARTING")
+        await asyncio.wait_for(starting.start(), TIMEOUT_S)
+        assert len((await service.ListPolicies(ListPoliciesRequest(), None)).policies) == 1
+        await starting.stop()
+        await asyncio.to_thread(bus.close)

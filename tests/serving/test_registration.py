@@ -123,6 +123,8 @@ def test_what_cannot_go_live_does_not(stubs: Stubs, root: Path) -> None:
     refused(stubs.policies.Rollback, RollbackRequest(version=candidate, actor="a"), PRECONDITION)
     assert get(stubs, candidate).stage == STAGE_CANDIDATE
     assert promote(stubs, candidate) == promote(stubs, candidate)
+    late = RollbackRequest(actor="a", expected_live_version=1)
+    refused(stubs.policies.Rollback, late, grpc.StatusCode.ABORTED)
     refused(stubs.policies.Promote, PromoteRequest(version=1, actor="a"), PRECONDITION)
     assert live_version(stubs) == candidate
 

@@ -1,16 +1,29 @@
 """A sample's bookkeeping: the quota, and completions put together from what the engine wrote."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from alignd.v1.types_pb2 import FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED, PolicyRef
+from alignd.v1.types_pb2 import (
+    FINISH_REASON_STOP,
+    FINISH_REASON_UNSPECIFIED,
+    ROLE_USER,
+    Chat,
+    Message,
+    PolicyRef,
+    Prompt,
+)
+from deploy.models import make_tiny_llama
 from feedback.token import Keyring, TokenError, verify
 from serving.errors import Refusal
-from serving.sampler import Draft, Quota, append, as_completions, as_deltas, sign
+from serving.sampler import Draft, Quota, append, as_completions, as_deltas, render, sign
 from serving.slot import Hold
 from serving.vllm_engine import Delta
 
@@ -65,3 +78,14 @@ def test_the_token_says_what_was_shown_to_whom_until_it_expires() -> None:
     assert 59 < (expires.ToDatetime(tzinfo=UTC) - now).total_seconds() <= 60
     with pytest.raises(TokenError):
         verify(token, KEYS, now + timedelta(seconds=61))
+
+
+def test_a_conversation_that_the_template_refuses_is_the_callers_fault(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_llama(tmp_path / "tiny"))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    prompt = Prompt(chat=Chat(messages=[Message(role=ROLE_USER, content="Why?")]))
+    with pytest.raises(Refusal) as raised:
+        render(prompt, cast(Any, SimpleNamespace(tokenizer=tokenizer)))
+    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = raised.value.violations
+    assert (violation.field, "roles must alternate" in violation.description) == ("prompt.chat", True)

@@ -2,9 +2,11 @@
 
 import asyncio
 
+import grpc
 import pytest
 
 from alignd.v1.types_pb2 import PolicyRef
+from serving.errors import Refusal
 from serving.slot import Hold, Slot
 
 V1, V2 = PolicyRef(version=1), PolicyRef(version=2)
@@ -115,3 +117,21 @@ async def test_a_request_that_waited_does_not_slip_into_the_next_exchange(slot: 
     slot.open(V2)
     leave.set()
     assert await waiting == 2
+
+
+async def test_a_slot_that_is_shut_refuses_who_waits_and_who_comes(slot: Slot) -> None:
+    leave, holds = asyncio.Event(), list[Hold]()
+    inside = asyncio.ensure_future(stay(slot, leave, holds))
+    await settle()
+    closing = asyncio.ensure_future(slot.close(timeout_s=30))
+    await settle()
+    waiting = asyncio.ensure_future(stay(slot, leave, holds))
+    await settle()
+    slot.shut()
+    closing.cancel()
+    for request in (waiting, asyncio.ensure_future(stay(slot, leave, holds))):
+        with pytest.raises(Refusal) as raised:
+            await asyncio.wait_for(request, 5)
+        assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+    leave.set()
+    assert await inside == 1

@@ -219,3 +219,14 @@ def test_a_watcher_hears_of_a_rejection_as_it_happens(stubs: Stubs, root: Path) 
         (manifest.version, STAGE_REJECTED, ""),
         (1, STAGE_LIVE, ""),
     ]
+
+
+def test_what_is_served_may_be_damaged_when_another_version_is_asked_for(stubs: Stubs, root: Path) -> None:
+    """It may be why: the other is whole, and goes live."""
+    path, manifest = new_version(stubs, root)
+    promote(stubs, manifest.version)
+    wait_served(stubs, manifest.version)
+    remove_all(path)
+    stubs.policies.Rollback(RollbackRequest(version=1, actor="test"), timeout=TIMEOUT_S)
+    wait_served(stubs, 1)
+    assert get(stubs, 1).stage == STAGE_LIVE

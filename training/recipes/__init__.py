@@ -1,6 +1,6 @@
 """Values of TrainingConfig for machines of several sizes, each a TOML file here, and how one is loaded.
 
-A recipe names fields of TrainingConfig alone; those that it does not name keep their defaults.
+A recipe names fields of TrainingConfig alone; those that it does not name are as without it.
 """
 
 from __future__ import annotations

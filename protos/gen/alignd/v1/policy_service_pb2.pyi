@@ -145,14 +145,16 @@ class PromoteResponse(_message.Message):
     def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
 
 class RollbackRequest(_message.Message):
-    __slots__ = ("version", "actor", "reason")
+    __slots__ = ("version", "actor", "reason", "expected_live_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_LIVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     actor: str
     reason: str
-    def __init__(self, version: _Optional[int] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    expected_live_version: int
+    def __init__(self, version: _Optional[int] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., expected_live_version: _Optional[int] = ...) -> None: ...
 
 class RollbackResponse(_message.Message):
     __slots__ = ("policy",)
