@@ -26,6 +26,9 @@ app = typer.Typer(
 app.add_typer(policies_cli.app, name="policies")
 app.add_typer(runs_cli.app, name="runs")
 
+Recipe = Annotated[
+    str, typer.Option(help="Values of `training`: a recipe's name, such as smollm2, or the path of a .toml file.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")]
 
 EXIT_CONFIG = 2
@@ -33,13 +36,24 @@ EXIT_FAILED = 1
 
 
 @app.command()
-def up(dry_run: DryRun = False) -> None:
+def up(
+    without: Annotated[
+        list[str], typer.Option(help="Leave this process out, such as train while `alignd sft` runs; may be repeated.")
+    ] = [],  # noqa: B006 (typer wants a list, and makes a new one)
+    recipe: Recipe = "",
+    dry_run: DryRun = False,
+) -> None:
     """Run everything on this machine: server, relay, ingest and trainer."""
+    from deploy.up import VERBS, Service, Supervisor, child_environment
+
+    unknown = sorted(set(without) - set(VERBS))
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: takes one of {', '.join(VERBS)}", param_hint="--without")
+    use_recipe(recipe)
     config = start(dry_run)
     if config:
-        from deploy.up import Supervisor, child_environment
-
-        Supervisor(config.data_dir, child_environment(config)).run()
+        services = [Service(verb) for verb in VERBS if verb not in without]
+        Supervisor(config.data_dir, child_environment(config), services).run()
 
 
 @app.command()
@@ -49,10 +63,14 @@ def serve(dry_run: DryRun = False) -> None:
     if config:
         import asyncio
 
+        from serving.bootstrap import NoPolicyError
         from serving.server import Places, serve
 
         places = Places(config.bus_url, config.outbox_path, config.keyring_path, config.policies_dir)
-        asyncio.run(serve(config.serving, config.feedback, places))
+        try:
+            asyncio.run(serve(config.serving, config.feedback, places))
+        except NoPolicyError as error:
+            raise fail(str(error)) from error
 
 
 @app.command()
@@ -80,13 +98,10 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and the plan of a run, and do nothing.")
     ] = False,
-    recipe: Annotated[
-        str, typer.Option(help="Values of `training`: a recipe's name, such as smollm2, or the path of a .toml file.")
-    ] = "",
+    recipe: Recipe = "",
 ) -> None:
     """Learn from new rankings, and register what was learned. `alignd runs` operates it."""
-    if recipe:
-        os.environ["ALIGND_TRAINING"] = read_recipe(recipe)
+    use_recipe(recipe)
     config = start(dry_run)
     if config:
         from deploy.up import run_in_ranks
@@ -124,20 +139,27 @@ def sft(dry_run: DryRun = False) -> None:
                 serving_address=config.server_address,
             )
         except TrainingError as error:
-            Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-            raise typer.Exit(EXIT_FAILED) from error
+            raise fail(str(error)) from error
         typer.echo(f"v{version} is registered. `alignd policies promote {version}` makes it live, and the reference.")
 
 
-def read_recipe(name_or_path: str) -> str:
-    """Returns a recipe as JSON. Raises ConfigError if it cannot be used."""
+def use_recipe(name_or_path: str) -> None:
+    """Has a recipe, if one is named, count for this process and its children. Raises ConfigError for a bad one."""
     from training.recipes import RecipeError, load_recipe
 
+    if not name_or_path:
+        return
     try:
         # What it does not name stays as alignd.toml has it.
-        return load_recipe(name_or_path).model_dump_json(exclude_unset=True)
+        os.environ["ALIGND_TRAINING"] = load_recipe(name_or_path).model_dump_json(exclude_unset=True)
     except RecipeError as error:
         raise ConfigError(f"recipe {name_or_path}: {error}") from error
+
+
+def fail(message: str) -> typer.Exit:
+    """Prints what operators can mend, and returns what ends the command."""
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    return typer.Exit(EXIT_FAILED)
 
 
 @app.command()

@@ -1,9 +1,11 @@
 """`alignd status`: what runs, what is live and how far the loop is, on one screen."""
 
+from __future__ import annotations
+
 import json
 import os
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc_health.v1 import health_pb2
 from rich.console import Console
@@ -11,6 +13,11 @@ from rich.console import Console
 from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
+from deploy.runs_cli import run_folders, view_run, with_control
+from feedback.topics import DEAD_LETTERS
+
+if TYPE_CHECKING:
+    from feedback.trainer_lease import Control
 
 console = Console(highlight=False)
 TIMEOUT_S = 5.0
@@ -19,6 +26,13 @@ TIMEOUT_S = 5.0
 def print_status(config: AligndConfig) -> bool:
     """Prints the state of the loop, and returns whether the server serves."""
     print_processes(config)
+    serving = print_server(config)
+    if config.data_dir.exists():
+        print_training(config, print_rankings(config))
+    return serving
+
+
+def print_server(config: AligndConfig) -> bool:
     try:
         with connect(config.server_address) as operator:
             health = operator.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status
@@ -29,8 +43,6 @@ def print_status(config: AligndConfig) -> bool:
     serving: bool = health == health_pb2.HealthCheckResponse.SERVING
     console.print(f"server    {config.server_address} {health_pb2.HealthCheckResponse.ServingStatus.Name(health)}")
     print_policies(policies)
-    print_rankings(config)
-    print_last_run(config)
     return serving
 
 
@@ -60,28 +72,43 @@ def print_policies(response: Any) -> None:
         console.print(f"replica   {replica.replica_id} {served}", markup=False, soft_wrap=True)
 
 
-def print_rankings(config: AligndConfig) -> None:
+def print_rankings(config: AligndConfig) -> Control | None:
+    """Says what is in the store; returns what is asked of the trainer, or None if the store cannot be used."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
+    from feedback.engine import open_engine
     from feedback.store import Store
+    from feedback.trainer_lease import read_control
+    from training.loop import CURSOR_FILE, Cursor
 
     try:
         with closing(Store(config.store_url)) as store:
-            said = f"{store.num_rankings()} in the store"
+            new = store.num_rankings(Cursor(config.runs_dir / CURSOR_FILE).read())
+            said = f"{store.num_rankings()} in the store, {new} new; {config.training.min_new_rankings} begin a run"
+            dead = store.num_dead_letters()
+        engine = open_engine(config.store_url)
+        control = read_control(engine)
+        engine.dispose()
     except (SQLAlchemyError, OSError) as error:
         reason = str(error).partition("\n")[0]
         said = f"the store {make_url(config.store_url)!r} cannot be used: {reason}"
+        dead, control = 0, None
     console.print(f"rankings  {said}", markup=False, soft_wrap=True)
+    if dead:
+        console.print(f"          {dead} records could not be used; topic {DEAD_LETTERS} says why")
+    return control
 
 
-def print_last_run(config: AligndConfig) -> None:
-    from training.report.record import read_lines
-
-    runs = sorted(config.runs_dir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        console.print(f"training  no run yet; the next begins at {config.training.min_new_rankings} new rankings")
+def print_training(config: AligndConfig, control: Control | None) -> None:
+    """Says how far the newest run is, or what it came to."""
+    folders = run_folders()
+    if not folders:
+        console.print("training  no run yet")
         return
-    records = read_lines(runs[-1]).found
-    at = f"{records[-1]['phase']} {records[-1]['step']} of {records[-1]['num_steps']}" if records else "it has begun"
-    console.print(f"training  {runs[-1].parent.name}: {at}")
+    view = view_run(folders[0])
+    if control:
+        (view,) = with_control([view], control)
+    at = f", {view.phase} {view.steps_done} of {view.num_steps}" if view.state == "running" and view.phase else ""
+    why = f": {view.reason}" if view.reason else ""
+    console.print(f"training  {view.run}: {view.state}{at}{why}", markup=False, soft_wrap=True)

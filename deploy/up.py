@@ -22,6 +22,7 @@ VERBS = ("serve", "relay", "ingest", "train")
 FIRST_RESTART_S = 0.5
 LONGEST_RESTART_S = 30.0
 MOST_DOUBLINGS = 10
+MOST_BYTES_READ = 8192
 HEALTHY_AFTER_S = 60.0
 STOP_S = 45.0
 POLL_S = 0.2
@@ -74,12 +75,13 @@ class Supervisor:
             service.failures = 1 if lived > HEALTHY_AFTER_S else service.failures + 1
             service.restart_at = now + restart_wait_s(service.failures)
             service.process = None
-            log.warning("%s ended with %s; starting it again", service.verb, process.returncode)
+            said = last_line(self._log_of(service))
+            log.warning("%s ended with %s; starting it again. %s", service.verb, process.returncode, said)
         if now >= service.restart_at:
             self._start(service)
 
     def _start(self, service: Service) -> None:
-        path = self.folder / "logs" / f"{service.verb}.log"
+        path = self._log_of(service)
         with path.open("ab") as output:
             service.process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.cli", service.verb],
@@ -92,6 +94,9 @@ class Supervisor:
         service.started_at = time.monotonic()
         log.info("%s runs as process %d, and logs to %s", service.verb, service.process.pid, path)
         self._write_state()
+
+    def _log_of(self, service: Service) -> Path:
+        return self.folder / "logs" / f"{service.verb}.log"
 
     def _write_state(self) -> None:
         """Leaves the process ids for `alignd status`; a full disk is no reason to end what they do."""
@@ -120,6 +125,17 @@ class Supervisor:
                 log.warning("%s did not end in time; killing it", service.verb)
                 service.process.kill()
                 service.process.wait()
+
+
+def last_line(path: Path) -> str:
+    """Returns the last line of a log that says something, which is why a process ended, if it said so."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - MOST_BYTES_READ))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        return str(error)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "It said nothing")
 
 
 def restart_wait_s(failures: int) -> float:

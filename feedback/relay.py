@@ -35,7 +35,8 @@ def run_relay(outbox_path: Path, bus_url: str, stop: threading.Event, config: Fe
         except (BusError, OutboxError) as error:
             failures = 1 if time.monotonic() - up_since > config.retry_max_s else failures + 1
             if failures == 1:
-                log.warning("relay: the bus is down, events stay in the outbox: %s", error)
+                what = "the bus is down" if isinstance(error, BusError) else "the outbox fails"
+                log.warning("relay: %s, events stay in the outbox: %s", what, error)
             stop.wait(backoff_s(failures, config.retry_max_s))
 
 

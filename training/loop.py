@@ -114,8 +114,8 @@ def run_sft_once(
     lease = TrainerLease(engine, _holder() + SFT_SUFFIX, config.lease_seconds)
     if not lease.acquire():
         raise TrainingError(
-            f"{read_control(engine).holder} trains on this store; stop it first. If it was killed, its place is free "
-            f"{config.lease_seconds:g} s after it was last alive"
+            f"{read_control(engine).holder} trains on this store; stop it first (`alignd up --without train` runs the "
+            f"rest alone). If it was killed, its place is free {config.lease_seconds:g} s after it was last alive"
         )
     with PolicyClient(serving_address) as client, lease.held():
         RunFolder.sweep(runs_dir)

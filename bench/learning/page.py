@@ -14,13 +14,14 @@ COLOURS = {"ppo": "#c44e52", "ppo-ptx": "#4c72b0", "online": "#55a868"}
 RUN_HEADINGS = ("run", "rounds", "√KL", "utility, first", "best", "last", "score, last", "stopped")
 MEANING = """\
 Win rates are by the labelers' true utility, on held-out prompts, one completion each. Figures are means over seeds with
-Student's 95 % interval; with one seed, that seed's own over prompts, windows of text or items. Goals that were missed
-say NO. Accuracies on HH-RLHF are over the comparisons that any of three splits holds out, dialogues that begin alike
-taken together.
+Student's 95 % interval; with one seed, that seed's own over prompts, windows of text or items. The prompts are the same
+for all seeds, and intervals over seeds say nothing of other prompts: over those, 300 of them with the seeds' mean of
+each, a win rate is sure to about 3 points. Goals that were missed say NO. Accuracies on HH-RLHF are over the
+comparisons that any of three splits holds out, dialogues that begin alike taken together.
 
 The pretraining mix is WikiText-2's validation part, and the tax is measured on its test part: a policy that gives back
 more than was lost has learned WikiText, not got back what it knew. HellaSwag has nothing to do with the mix; from 0 to
-0 means that no answer changed.
+0 means as many right in every seed, of 100 a seed, where one seed by itself is sure to 4 points.
 
 The recipe is as shipped but for its size: PPO takes 12 rounds and two passes over each round's rollouts in place of 10
 and one, SFT two epochs in place of four, and a quarter of the labelers are held out in place of 35 % of users. Two
@@ -33,12 +34,15 @@ better than the base, to beat it is to beat the base once more.
 
 What was tried for the goals of 85 and 71 %: 15 rounds on 200 rankings, with which two seeds of an earlier commit had 77
 and 79 % over the base (only these figures are left); and, on a seed and prompts that are not reported, four minibatches
-a pass in place of two: 81 % where two had 77, one run each, which proves no difference and was not taken. With
-chat the true utility still rises towards the twelfth round, so more rounds are what to try next."""
+a pass in place of two: 81 % where two had 77, one run each, which proves no difference and was not taken. With chat the
+true utility of PPO still rises towards the twelfth round; that of PPO-ptx has been level since the ninth."""
 RAN_HEADINGS = ("experiment", "commit", "computed in", "CPU", "cores", "hours")
 RAN_MEANING = """\
-The commit is that of its last stage. Hours are of one process, which may have shared its machine: they say what to
-expect, not how fast anything is."""
+The commit is that of its last stage. Of the six with PPO only its stages (ppo, ppo-ptx, online and what judges them)
+are of that commit; SFT, the base's and SFT's answers and tax, and the reward models were made before, and kept, at
+93c4519 (chat-0), 309beed (chat-1 and chat-2, with uncommitted changes), and 60dfd23 (plain-0, plain-2; plain-1 with
+uncommitted changes): what came between changes PPO's rollouts, and how many prompts a round of `--quick` has. Hours are
+of one process, which may have shared its machine: they say what to expect, not how fast anything is."""
 RUNS_MEANING = """\
 Each row is one run of PPO: where it ended, in KL from the SFT policy; the true utility of the rollouts of its first
 round, of its best, and of its last; the learned score of its last; and why the run stopped itself, if it did. Where

@@ -88,6 +88,22 @@ def test_a_demo_is_not_told_where_another_was(tmp_path: Path) -> None:
     assert f"The demo needs a place of its own: there are runs in {tmp_path}/var/runs" in done.stdout
 
 
+def test_up_takes_a_recipe_and_leaves_out_what_it_is_told_to(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "up", "--without", "train", "--recipe", "tiny", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert tomllib.loads(done.stdout)["training"]["reward_model"]["num_layers"] == 1
+    done = alignd(tmp_path, "up", "--without", "sft", "--dry-run")
+    assert done.returncode == 2
+    assert "takes one of serve, relay, ingest, train" in done.stderr
+
+
+def test_a_server_without_a_policy_says_what_to_set(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "serve", ALIGND_SERVING__PORT="0")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("no policy is registered; set serving.initial_model")
+    assert "Traceback" not in done.stderr
+
+
 def test_what_a_recipe_does_not_name_stays_as_configured(tmp_path: Path) -> None:
     (tmp_path / "alignd.toml").write_text("[training]\npromote = false\nmax_num_seqs = 7\n")
     (tmp_path / "mine.toml").write_text("max_num_seqs = 9\n")
