@@ -128,14 +128,14 @@ class Supervisor:
 
 
 def last_line(path: Path) -> str:
-    """Returns the last line of a log that says something, which is why a process ended, if it said so."""
+    """Returns the last words of a log, which are why a process ended, if it said so."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - MOST_BYTES_READ))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError as error:
         return str(error)
-    return next((line.strip() for line in reversed(lines) if line.strip()), "It said nothing")
+    return next((line.strip() for line in reversed(lines) if any(map(str.isalpha, line))), "It said nothing")
 
 
 def restart_wait_s(failures: int) -> float:

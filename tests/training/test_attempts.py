@@ -2,12 +2,15 @@
 
 import errno
 import json
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from feedback.store import Store
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.attempts import MOST_ATTEMPTS, patiently, run_once
 from training.config import TrainingConfig
@@ -61,6 +64,17 @@ def test_a_run_that_serving_refuses_ends_and_says_why(tmp_path: Path) -> None:
     assert run_once(place_where(tmp_path, REFUSAL), folder)
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert (line["phase"], line["reason"]) == ("stopped", "serving refused: cannot read the artifact")
+
+
+def test_a_run_with_too_little_to_learn_from_ends_at_once_and_says_so(tmp_path: Path) -> None:
+    folder, nobody = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), cast(Any, None)
+    client = cast(Any, SimpleNamespace(get=lambda version: version))
+    with closing(Store(f"sqlite:///{tmp_path}/store.db")) as store:
+        place = Workplace(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
+        assert run_once(place, folder)
+    (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    assert line["phase"] == "stopped"
+    assert line["reason"].startswith("too little to learn from: 0 rankings with a comparison, 0 prompts to train on")
 
 
 def test_what_is_done_patiently_waits_for_all_that_may_pass_and_for_nothing_else(
