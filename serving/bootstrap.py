@@ -45,9 +45,9 @@ async def startable_policy(config: ServingConfig, folder: Path, policies: Policy
             else:
                 break
         else:
-            newest, why = damaged[0]
+            tried = next((f"v{bad}: {why}" for bad, why in damaged), "none was ever live")
             raise NoPolicyError(
-                f"no policy is whole, not the live v{newest} either ({why}); is the folder that they are in there? "
+                f"no policy is whole, not the live one either ({tried}); is the folder that they are in there? "
                 "If it is, restore one from a backup"
             )
         for bad, why in damaged:

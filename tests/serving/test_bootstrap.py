@@ -105,7 +105,7 @@ async def test_where_no_version_is_whole_none_is_rejected(
     await startable_policy(config, root, policies)
     await promoted(policies, root, 2)
     root.rename(tmp_path / "elsewhere")
-    with pytest.raises(NoPolicyError, match="not the live v2 either"):
+    with pytest.raises(NoPolicyError, match=r"not the live one either \(v2: "):
         await startable_policy(config, root, policies)
     assert [policies.state.policies[version].stage for version in (1, 2)] == [STAGE_RETIRED, STAGE_LIVE]
     (tmp_path / "elsewhere").rename(root)
@@ -117,6 +117,6 @@ async def test_a_damaged_only_version_is_an_error_and_is_kept(
 ) -> None:
     await startable_policy(config, root, policies)
     flip_a_bit(root / "v1")
-    with pytest.raises(NoPolicyError, match="no policy is whole, not the live v1 either"):
+    with pytest.raises(NoPolicyError, match=r"no policy is whole, not the live one either \(v1: "):
         await startable_policy(config, root, policies)
     assert policies.state.live_version == 1
