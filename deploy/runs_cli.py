@@ -151,11 +151,8 @@ def abort(run: RunId) -> None:
         request_abort(engine, run)
     restart = "once `alignd sft` goes on with it" if is_sft(run) else "when a trainer starts: none runs now"
     when = "at its next step" if is_worked_on(run, before) else restart
-    forgotten = "" if is_sft(run) else "Its rankings are not tried again, and "
-    console.print(
-        f"{run} ends {when}. {forgotten}{'W' if is_sft(run) else 'w'}hat is live stays. "
-        f"`alignd runs show {run}` tells when it has ended.",
-    )
+    kept = "What is live stays" if is_sft(run) else "Its rankings are not tried again, and what is live stays"
+    console.print(f"{run} ends {when}. {kept}. `alignd runs show {run}` tells when it has ended.")
     if before.abort_run not in ("", run):
         console.print(f"This replaces the request to end {before.abort_run}.")
 

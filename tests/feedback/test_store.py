@@ -1,15 +1,12 @@
 """What both engines of the store promise: each event once, whatever the bus delivers how often in which order."""
 
 import random
-import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -384,18 +381,3 @@ def test_the_migrations_make_the_tables_that_the_code_knows(ledger: Ledger) -> N
 def test_what_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="not a store"):
         Store(url)
-
-
-def test_all_migrations_are_made_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise two processes that open a new store at once could each make a part."""
-    upgrade = command.upgrade
-
-    def fail_at_the_end(*arguments: Any) -> None:
-        upgrade(*arguments)
-        raise RuntimeError("killed")
-
-    monkeypatch.setattr("feedback.engine.command.upgrade", fail_at_the_end)
-    with pytest.raises(RuntimeError):
-        Store(f"sqlite:///{tmp_path}/store.db")
-    with closing(sqlite3.connect(tmp_path / "store.db")) as file:
-        assert file.execute("SELECT name FROM sqlite_master").fetchall() == []
