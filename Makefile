@@ -9,7 +9,7 @@ QUICK ?=
 BENCH ?= loop
 
 BIN := .venv/bin
-ROOMS := serving feedback training deploy bench
+ROOMS := policies serving feedback training deploy bench
 # A change of what is installed changes this name, so that set-up runs again then, and only then.
 PINS := requirements/$(ENGINE).txt requirements/dev.txt requirements/install.sh requirements/uv.py pyproject.toml
 READY := .venv/.ready-$(ENGINE)-$(shell cat $(PINS) | sha256sum | cut -c 1-16)

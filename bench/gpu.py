@@ -24,9 +24,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from bench.result import Figure, add_arguments, bench_result, report, spread
+from policies.precision import compute_dtype, short_name
 from training import ppo
 from training.config import TrainingConfig
-from training.device import compute_dtype, precision, training_device
+from training.device import training_device
 from training.groups import Group, RankedExample
 from training.learner import make_learner
 from training.planning.hardware import GIB, Hardware, this_machine
@@ -188,7 +189,7 @@ def fitted(
 
 def figures(found: Found, plan: Plan, hardware: Hardware) -> list[Figure]:
     """The roofs; then memory and seconds, each with what was foretold; then shares of the roofs."""
-    name = precision(compute_dtype(training_device()))
+    name = short_name(compute_dtype(training_device()))
     rows = [
         Figure(f"{hardware.name}: memory read", hardware.bandwidth_gb_s, "GB/s"),
         Figure(f"{hardware.name}: matrix product, {name}", hardware.matmul_gflop_s, "GFLOP/s"),

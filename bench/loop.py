@@ -28,7 +28,7 @@ from bench.result import Figure, add_arguments, at_least, at_most, bench_result,
 from deploy.models import make_tiny_llama, prepare_smollm2
 from deploy.simulation.prompts import load_prompts
 from deploy.up import free_port
-from feedback.rendering import prompt_token_ids
+from policies.rendering import prompt_token_ids
 from serving.config import ServingConfig
 from serving.vllm_engine import Draw, Engine, start_engine
 

@@ -28,7 +28,7 @@ from bench.result import Figure, add_arguments, at_least, bench_result, report, 
 from bench.roofs import CPU_DTYPE, matmul_roof, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from deploy.simulation.prompts import load_prompts
-from training.device import precision
+from policies.precision import short_name
 from training.learner import ADAM_BETAS, ADAM_EPS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
         "num_updates": num_updates, "batch": BATCH, "response_tokens": RESPONSE_TOKENS, "num_ppo_epochs": NUM_EPOCHS,
         "num_mini_batches": 1, "learning_rate": 1e-5, "adam_beta2": ADAM_BETAS[1], "adam_eps": ADAM_EPS,
         "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "gamma": 1.0,
-        "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": precision(CPU_DTYPE), "seed": 0,
+        "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": short_name(CPU_DTYPE), "seed": 0,
         "threads": os.cpu_count() or 1,
     }  # fmt: skip
 

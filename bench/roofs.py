@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.result import Figure, add_arguments, bench_result, report
-from training.device import compute_dtype, precision
+from policies.precision import compute_dtype, short_name
 
 Reader = Callable[[Tensor], Tensor]
 
@@ -65,7 +65,7 @@ def roofs(quick: bool = False) -> list[Figure]:
 
 def matmul_roof(measured: Sequence[Figure]) -> Figure:
     """Of what `roofs` returned, the products in the precision that training computes in."""
-    name = f"matrix product, {precision(CPU_DTYPE)}"
+    name = f"matrix product, {short_name(CPU_DTYPE)}"
     return next(figure for figure in measured if figure.name == name)
 
 

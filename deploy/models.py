@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from feedback.durable import fsync, fsync_tree
+
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
@@ -84,10 +86,9 @@ def _make_once(target: Path, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         write(partial)
-        for path in (*partial.iterdir(), partial):
-            _fsync(path)
+        fsync_tree(partial)
         partial.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
     return target
 
 
@@ -101,14 +102,6 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

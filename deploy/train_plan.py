@@ -14,13 +14,13 @@ from rich.text import Text
 from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
-from training.device import precision
+from policies.location import artifact_folder
+from policies.precision import short_name
 from training.planning.hardware import GIB, Hardware, this_machine
 from training.planning.memory import MOMENTS
 from training.planning.model_size import CONFIG_FILE, UnknownModelError, read_model
 from training.planning.phases import Phase
 from training.planning.plan import Plan, make_plan
-from training.publish import artifact_folder
 
 TIMEOUT_S = 5.0
 BAR_WIDTH = 24
@@ -86,7 +86,7 @@ def _live(address: str) -> FoundModel | None:
             policy = operator.policies.GetPolicy(pb.GetPolicyRequest(policy="live"), timeout=TIMEOUT_S).policy
     except CallError:
         return None
-    folder = artifact_folder(policy)
+    folder = artifact_folder(policy.artifact_uri)
     return FoundModel(folder, f"v{policy.version}, which is live") if (folder / CONFIG_FILE).is_file() else None
 
 
@@ -116,7 +116,7 @@ def _page(plan: Plan, found: FoundModel) -> list[RenderableType]:
 def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
     work, hardware, ppo = plan.work, plan.hardware, plan.work.config.ppo
     several = hardware.num_devices > 1
-    products = f"multiplies {precision(hardware.computes_in)} at {hardware.matmul_gflop_s:,.0f} GFLOP/s"
+    products = f"multiplies {short_name(hardware.computes_in)} at {hardware.matmul_gflop_s:,.0f} GFLOP/s"
     devices = f"{hardware.num_devices} × {hardware.name}, a process each" if several else hardware.name
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("model", f"{work.model.name}, {amount(work.model.total)} parameters: {escape(found.what)}")

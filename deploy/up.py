@@ -1,7 +1,6 @@
 """`alignd up`: all processes of one machine, each with a log file, started again when it dies."""
 
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from deploy.config import AligndConfig
+from feedback.durable import write_json
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +101,8 @@ class Supervisor:
     def _write_state(self) -> None:
         """Leaves the process ids for `alignd status`; a full disk is no reason to end what they do."""
         running = {service.verb: service.process.pid for service in self.services if service.process}
-        path = self.folder / "up.json"
-        draft = path.with_suffix(".tmp")
         try:
-            draft.write_text(json.dumps({"supervisor": os.getpid(), **running}))
-            draft.rename(path)
+            write_json(self.folder / "up.json", {"supervisor": os.getpid(), **running})
         except OSError as error:
             log.warning("`alignd status` will not know the processes: %s", error)
 

@@ -1,12 +1,13 @@
 """SQLite files in which a commit survives a crash of the process and of the machine."""
 
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+
+from feedback.durable import fsync
 
 BUSY_TIMEOUT_S = 30.0
 
@@ -63,7 +64,7 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     if is_new:
-        fsync_folder(path.parent)
+        fsync(path.parent)
     return connection
 
 
@@ -78,12 +79,3 @@ def _enter_wal(connection: sqlite3.Connection) -> None:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-
-
-def fsync_folder(path: Path) -> None:
-    """Makes durable that the files in this folder have the names they have. Raises OSError."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

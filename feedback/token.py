@@ -15,7 +15,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from alignd.v1.feedback_token_pb2 import FeedbackClaims
-from feedback.sqlite_file import fsync_folder
+from feedback.durable import fsync
 
 MIN_SECRET_BYTES = 32
 # Signed with the payload, so that no other use of the same key can make a token.
@@ -107,7 +107,7 @@ def _create_keyring(path: Path) -> None:
         os.fsync(file)
         # A link never replaces, so of several processes one wins, and nobody reads half a file.
         path.hardlink_to(draft)
-        fsync_folder(path.parent)
+        fsync(path.parent)
     except FileExistsError:
         pass
     finally:

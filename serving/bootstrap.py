@@ -8,11 +8,11 @@ from pathlib import Path
 
 from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import STAGE_CANDIDATE, STAGE_LIVE, STAGE_REJECTED, STAGE_UNSPECIFIED
-from feedback.artifact import ArtifactError, verify_artifact, write_artifact
+from policies.artifact import ArtifactError, verify_artifact, write_artifact
+from policies.location import artifact_folder
+from policies.state import PolicyRecord, new_change
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
-from serving.policy_service import artifact_path
-from serving.policy_state import PolicyRecord, new_change
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ async def startable_policy(config: ServingConfig, folder: Path, policies: Policy
         for version in reversed(policies.state.live_order):
             record = policies.state.policies[version]
             try:
-                await asyncio.to_thread(verify_artifact, artifact_path(record.artifact_uri), None)
+                await asyncio.to_thread(verify_artifact, artifact_folder(record.artifact_uri), None)
             except ArtifactError as error:
                 damaged.append((version, str(error)))
             else:

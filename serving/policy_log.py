@@ -16,8 +16,8 @@ from google.protobuf.message import DecodeError
 from alignd.v1 import events_pb2, policy_service_pb2
 from feedback.bus import Bus, BusError, Delivered, Record
 from feedback.topics import POLICIES
+from policies.state import Outcome, PolicyState, apply
 from serving.errors import unavailable
-from serving.policy_state import Outcome, PolicyState, apply
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import grpc
 
@@ -19,10 +16,11 @@ from alignd.v1.policy_service_pb2 import (
     STAGE_UNSPECIFIED,
     Stage,
 )
-from feedback.artifact import ArtifactError, ComparisonError, verify_artifact
+from policies.artifact import ArtifactError, ComparisonError, verify_artifact
+from policies.location import artifact_folder
+from policies.state import PolicyRecord, PolicyState, as_policy, new_change, previous_live
 from serving.errors import Refusal, Violation, bad_field, shortened, unavailable
 from serving.policy_log import PolicyLog
-from serving.policy_state import PolicyRecord, PolicyState, as_policy, new_change, previous_live
 
 DEFAULT_PAGE_SIZE = 100
 
@@ -59,9 +57,13 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
 
     def _verify(self, request: policy_service_pb2.RegisterPolicyRequest) -> None:
         reference = self.policies.state.policies.get(request.manifest.reference_version)
-        shapes_like = artifact_path(reference.artifact_uri) if reference else None
         try:
-            found = verify_artifact(artifact_path(request.artifact_uri), shapes_like)
+            folder = artifact_folder(request.artifact_uri)
+        except ArtifactError as error:
+            raise bad_field("artifact_uri", "must be an absolute path or a file:// URL") from error
+        try:
+            shapes_like = artifact_folder(reference.artifact_uri) if reference else None
+            found = verify_artifact(folder, shapes_like)
         except ComparisonError as error:
             version = request.manifest.version
             raise precondition("BAD_ARTIFACT", str(error), version, field="manifest.reference_version") from error
@@ -165,22 +167,6 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
                 metadata={"policy": name},
             )
         return record
-
-
-def artifact_path(uri: str) -> Path:
-    """Returns the folder that an artifact URI names.
-
-    Raises:
-        Refusal: INVALID_ARGUMENT if it is neither an absolute path nor a file:// URL.
-    """
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        parts = urlsplit("unreadable:")
-    path = Path(url2pathname(parts.path) if parts.scheme == "file" else uri)
-    if parts.scheme not in ("", "file") or not path.is_absolute():
-        raise bad_field("artifact_uri", "must be an absolute path or a file:// URL")
-    return path
 
 
 def changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:

@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from alignd.v1 import feedback_token_pb2, inference_service_pb2, types_pb2
 from alignd.v1.types_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason
 from feedback import token
-from feedback.rendering import prompt_token_ids
+from policies.rendering import prompt_token_ids
 from serving.errors import bad_field, exhausted
 from serving.slot import Hold
 from serving.vllm_engine import Delta, Draw, Engine

@@ -31,14 +31,15 @@ from feedback.config import FeedbackConfig
 from feedback.outbox import Outbox
 from feedback.token import load_keyring
 from feedback.topics import TOPICS
+from policies.location import artifact_folder
+from policies.state import PolicyRecord
 from serving.bootstrap import reject, startable_policy
 from serving.boundary import Boundary
 from serving.config import ServingConfig
 from serving.feedback_service import FeedbackService
 from serving.inference_service import InferenceService, Serving
 from serving.policy_log import PolicyLog
-from serving.policy_service import PolicyService, artifact_path
-from serving.policy_state import PolicyRecord
+from serving.policy_service import PolicyService
 from serving.sampler import Quota
 from serving.slot import Slot
 from serving.swapper import ProofError, Swapper
@@ -151,7 +152,7 @@ async def run_engine(
     await serving.policies.start()
     await health.set(POLICY_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     record = await startable_policy(config, places.policies, serving.policies)
-    folder = artifact_path(record.artifact_uri)
+    folder = artifact_folder(record.artifact_uri)
     log.info("starting vLLM on v%d", record.manifest.version)
     engine = serving.engine = await start_in_thread(folder, config)
     swapper = Swapper(
@@ -186,7 +187,7 @@ async def begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, p
             await swapper.engine.check_health()
             await reject(swapper.policies, record, str(error))
             record = await startable_policy(config, places.policies, swapper.policies)
-            await swapper.engine.load_weights(artifact_path(record.artifact_uri))
+            await swapper.engine.load_weights(artifact_folder(record.artifact_uri))
         else:
             return record
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED, ReplicaStatus
 from alignd.v1.types_pb2 import PolicyRef
-from feedback.artifact import ArtifactError, ComparisonError, verify_artifact
+from policies.artifact import ArtifactError, ComparisonError, verify_artifact
+from policies.location import artifact_folder
+from policies.state import PolicyRecord, new_change
 from serving.errors import Refusal
 from serving.policy_log import PolicyLog
-from serving.policy_service import artifact_path
-from serving.policy_state import PolicyRecord, new_change
 from serving.slot import Exchange, Slot
 from serving.vllm_engine import Engine, EngineError
 
@@ -124,8 +124,8 @@ class Swapper:
     async def swap(self, record: PolicyRecord) -> None:
         """Serves `record` from here on, or rejects it and goes on with what is served."""
         version = record.manifest.version
-        path = artifact_path(record.artifact_uri)
         try:
+            path = artifact_folder(record.artifact_uri)
             # Read from disk again, and before anybody has to wait: what was whole at registration may not be now.
             await asyncio.to_thread(self._verify, path, record)
         except ArtifactError as error:
@@ -149,7 +149,7 @@ class Swapper:
     def _verify(self, path: Path, record: PolicyRecord) -> None:
         assert self.served is not None
         try:
-            found = verify_artifact(path, artifact_path(self.served.artifact_uri))
+            found = verify_artifact(path, artifact_folder(self.served.artifact_uri))
         except ComparisonError as error:
             # Of what is served, which may be just why another is asked for. The engine checks shapes too, if later.
             log.warning("v%d is not compared with what is served: %s", record.manifest.version, error)
@@ -167,7 +167,7 @@ class Swapper:
     async def _restore(self) -> None:
         """Puts the version before back; if that fails too, the process cannot go on."""
         assert self.served is not None
-        await self.engine.load_weights(artifact_path(self.served.artifact_uri))
+        await self.engine.load_weights(artifact_folder(self.served.artifact_uri))
         try:
             await prove(self.engine, self.served.manifest, None, self.tolerance)
         except ProofError as error:

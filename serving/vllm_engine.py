@@ -180,14 +180,14 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
 
 
 def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16", "float32"]:
-    """What was asked for, or what the trainer takes too (training.device)."""
+    """What was asked for, or what the trainer takes too."""
     import torch
+
+    from policies.precision import compute_dtype, dtype_name
 
     if config.dtype != "auto":
         return config.dtype
-    onednn = torch.backends.mkldnn.is_available()
-    slow = on_cpu and not (onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return "float32" if slow else "bfloat16"
+    return dtype_name(compute_dtype(torch.device("cpu" if on_cpu else "cuda")))
 
 
 def prepare_cpu(config: ServingConfig) -> None:

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import NormalizedName, canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("serving", "feedback", "training", "deploy")
+ROOMS = ("policies", "serving", "feedback", "training", "deploy")
 OWN = {*ROOMS, "bench", "tests", "alignd", "buf"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONFIGS = ("serving.config", "feedback.config", "training.config", "deploy.simulation.config", "deploy.config")

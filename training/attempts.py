@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from sqlalchemy.exc import OperationalError
 
-from feedback.artifact import ArtifactError
 from feedback.trainer_lease import clear_abort
+from policies.artifact import ArtifactError
 from training.errors import TrainingError
 from training.run_folder import RunFolder
 

@@ -15,8 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from feedback.sqlite_file import fsync_folder
-from training.run_folder import replace_file
+from feedback.durable import fsync, replace_file
 from training.tensor_file import save_tensors
 
 PREFIX = "step-"
@@ -40,11 +39,11 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
     draft.mkdir(parents=True)
     save_tensors(draft / TENSORS, tensors, {})
     replace_file(draft / FACTS, json.dumps(facts))
-    fsync_folder(draft)
+    fsync(draft)
     target = folder / f"{PREFIX}{step}"
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
-    fsync_folder(folder)
+    fsync(folder)
     for old in _steps(folder):
         if old < step:
             shutil.rmtree(folder / f"{PREFIX}{old}")

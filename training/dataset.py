@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignd.v1 import types_pb2
-from feedback.rendering import prompt_token_ids
 from feedback.store import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
+from policies.rendering import prompt_token_ids
 from training.groups import Group, RankedExample
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import MANIFEST, read_manifest, write_artifact
+from policies.artifact import MANIFEST, read_manifest, write_artifact
 from training.dataset import TokenizedPrompt
 from training.evaluate import Mean, Verdict, WinRate
 from training.policy_model import save_weights

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from feedback.rendering import prompt_token_ids
 from feedback.store import StoredSample
+from policies.rendering import prompt_token_ids
 from training.dataset import completion_token_ids_of, text_of
 from training.groups import Group
 from training.policy_model import SharedLayers

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
-from feedback.artifact import ArtifactError
+from feedback.durable import replace_file
+from policies.artifact import ArtifactError
 from training.attempts import RETRY_SECONDS, end, passes, patiently, run_once, told
 from training.config import TrainingConfig
 from training.errors import RunAbortedError, TrainingError
 from training.publish import START_SECONDS, PolicyClient
-from training.run_folder import SFT, SFT_SUFFIX, Origin, RunFolder, replace_file
+from training.run_folder import SFT, SFT_SUFFIX, Origin, RunFolder
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine

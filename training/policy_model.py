@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from policies.precision import compute_dtype
 from training.config import LoraConfig
-from training.device import autocast, compute_dtype, training_device
+from training.device import autocast, training_device
 from training.errors import TrainingError
 from training.groups import Group, PackedGroups, micro_batches, pack
 from training.logprobs import label_logprobs, label_logprobs_and_entropy

@@ -20,10 +20,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from policies.precision import compute_dtype
 from training import ppo_math, ptx
 from training.checkpoint import newest_checkpoint, save_checkpoint
 from training.config import PpoConfig
-from training.device import autocast, compute_dtype
+from training.device import autocast
 from training.errors import TrainingError
 from training.experience import Experience, Minibatch, gather, observe
 from training.guards import is_good, stop_reason

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
-from feedback.artifact import ArtifactError, read_manifest
+from policies.artifact import ArtifactError, read_manifest
 
 ACTOR = "trainer"
 # A run was killed no longer ago than that many versions.
@@ -102,12 +100,6 @@ class PolicyClient:
                 return False
             raise
         return True
-
-
-def artifact_folder(policy: policy_service_pb2.Policy) -> Path:
-    """Where a registered version lies on this machine."""
-    uri = policy.artifact_uri
-    return Path(url2pathname(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri)
 
 
 def next_version(client: PolicyClient, policies_dir: Path) -> int:

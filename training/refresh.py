@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from feedback.durable import write_json
 from training.config import RewardModelConfig
 from training.dataset import Dataset, LogRange
 from training.groups import RankedExample
@@ -20,7 +21,6 @@ from training.policy_model import SharedLayers
 from training.reward_evaluation import RewardEvaluation, evaluate_rewards
 from training.reward_fit import fit
 from training.reward_model import RewardModel, load, save
-from training.run_folder import write_json
 
 REWARD_MODEL_FILE = "reward_model.safetensors"
 POINTER_FILE = "reward_model.json"

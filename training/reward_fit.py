@@ -20,8 +20,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from policies.precision import compute_dtype
 from training.config import RewardModelConfig
-from training.device import compute_dtype
 from training.errors import TrainingError
 from training.groups import RankedExample, micro_batches, pack
 from training.policy_model import SharedLayers

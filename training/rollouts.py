@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from training.device import compute_dtype, training_device
+from policies.precision import compute_dtype, dtype_name
+from training.device import training_device
 from training.parallel import ALONE, Ranks
 
 # vLLM reads these when it is imported. Its engine runs in this process, so that weights need no copy and no file, and
@@ -71,7 +71,7 @@ class RolloutEngine:
 
         self._llm = LLM(
             model=str(model_path),
-            dtype="bfloat16" if compute_dtype(training_device()) is torch.bfloat16 else "float32",
+            dtype=dtype_name(compute_dtype(training_device())),
             # Compiling takes longer than all rollouts of a short run.
             enforce_eager=True,
             max_model_len=max_model_len,

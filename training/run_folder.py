@@ -6,7 +6,6 @@ While the run lasts, `state/` holds what it would be resumed from; it holds user
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from feedback.durable import replace_file, write_json
 from training.config import TrainingConfig
 
 NUM_SAMPLE_PAIRS = 20
@@ -165,18 +165,3 @@ class RunFolder:
         for kind in (ORIGIN, SFT):
             (self.state / kind).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Replaces a file by this value, at once or not at all."""
-    replace_file(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replaces a file by this text, at once or not at all."""
-    draft = path.with_suffix(path.suffix + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

@@ -32,8 +32,9 @@ from transformers import (
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from policies.precision import compute_dtype
 from training.config import SftConfig
-from training.device import compute_dtype, training_device
+from training.device import training_device
 from training.errors import TrainingError
 from training.tensor_file import save_tensors
 

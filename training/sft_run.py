@@ -20,18 +20,20 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import MANIFEST, read_manifest, write_artifact
-from feedback.rendering import prompt_token_ids
+from feedback.durable import replace_file
+from policies.artifact import MANIFEST, read_manifest, write_artifact
+from policies.location import artifact_folder
+from policies.rendering import prompt_token_ids
 from training.config import TrainingConfig
 from training.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
 from training.errors import TrainingError
 from training.groups import Group
 from training.policy_model import SharedLayers, load_model, load_weights, save_weights
 from training.probes import probes_of
-from training.publish import START_SECONDS, artifact_folder, next_version, registered_by, written_by
+from training.publish import START_SECONDS, next_version, registered_by, written_by
 from training.refresh import REWARD_MODEL_FILE, current
 from training.reward_model import RewardModel, load, score_groups
-from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair, replace_file
+from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
 from training.sft import Demonstration, Epoch, Judge, best_of, fine_tune
 from training.workplace import Workplace, find_parents
 
@@ -89,7 +91,7 @@ def _make(place: Workplace, folder: RunFolder) -> Path:
         replace_file(kept, FORM.dump_json(_begin(place, folder)).decode())
     beginning = FORM.validate_json(kept.read_bytes())
     reference = place.client.get(f"v{beginning.reference_version}", START_SECONDS)
-    base = artifact_folder(reference)
+    base = artifact_folder(reference.artifact_uri)
     judge = _judge(place, folder, beginning, reference)
     if not any(checkpoints.glob("*")):
         folder.rewind("sft_reference", 0)
@@ -142,7 +144,7 @@ def _begin(place: Workplace, folder: RunFolder) -> Beginning:
 def _judge(place: Workplace, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy) -> Judge:
     """Scores what weights answer to the validation prompts."""
     config, runs_dir = folder.config(), folder.path.parent
-    shared = SharedLayers(load_model(artifact_folder(reference)))
+    shared = SharedLayers(load_model(artifact_folder(reference.artifact_uri)))
     rewards = RewardModel(shared, config.reward_model)
     if not load(rewards, runs_dir / beginning.reward_run_id / REWARD_MODEL_FILE, reference.manifest.weight_digest):
         raise TrainingError(NO_REWARDS)
@@ -239,7 +241,7 @@ def _write(
     manifest.create_time.FromNanoseconds(time.time_ns())
 
     def write_files(draft: Path) -> None:
-        save_weights(draft, weights, artifact_folder(reference))
+        save_weights(draft, weights, artifact_folder(reference.artifact_uri))
         manifest.probes.extend(probes_of(draft, prompts, config.num_probes))
 
     written, _ = write_artifact(place.policies_dir, manifest, write_files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,17 +9,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from feedback.durable import replace_file_by
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replaces the file. Raises OSError, also where the library has an error of its own for a full disk."""
-    draft = path.with_suffix(path.suffix + ".tmp")
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        save_file(on_cpu, draft, dict(metadata))
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
+        replace_file_by(path, lambda draft: save_file(on_cpu, draft, dict(metadata)))
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

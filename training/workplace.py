@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignd.v1 import policy_service_pb2
+from policies.location import artifact_folder
 from training.config import TrainingConfig
 from training.dataset import Dataset
 from training.parallel import Ranks, led
 from training.policy_model import SharedLayers
-from training.publish import START_SECONDS, PolicyClient, artifact_folder
+from training.publish import START_SECONDS, PolicyClient
 from training.refresh import Fitted
 from training.reward_model import RewardModel
 from training.rollouts import Rollout, RolloutEngine
@@ -62,12 +63,12 @@ class Parents:
     @property
     def live_folder(self) -> Path:
         """Where the policy that PPO goes on from lies."""
-        return artifact_folder(self.live)
+        return artifact_folder(self.live.artifact_uri)
 
     @property
     def reference_folder(self) -> Path:
         """Where the policy that KL is measured from lies."""
-        return artifact_folder(self.reference)
+        return artifact_folder(self.reference.artifact_uri)
 
 
 @dataclass(frozen=True)

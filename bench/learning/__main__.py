@@ -28,7 +28,8 @@ from bench.result import add_arguments, bench_result, report
 from deploy.machine import machine, versions
 from deploy.models import prepare_smollm2
 from deploy.simulation.utility import load_utility
-from training.device import compute_dtype, precision, training_device
+from policies.precision import compute_dtype, short_name
+from training.device import training_device
 from training.rollouts import RolloutEngine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds
 def with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the job found, and what that depends on besides its seed."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    computes_in = precision(compute_dtype(training_device()))
+    computes_in = short_name(compute_dtype(training_device()))
     on = {"commit": commit.stdout.strip(), "computes_in": computes_in, **machine(), **versions()}
     return job() | {"on": on}
 

@@ -33,9 +33,10 @@ from bench.learning.rewards import (
 )
 from bench.learning.stages import begin, once
 from bench.learning.tax import hellaswag_accuracy, read_hellaswag, read_wikitext, wikitext_loss
+from policies.precision import compute_dtype, short_name
 from training import ppo, ptx
 from training.config import LoraConfig, PpoConfig, PtxConfig, SftConfig
-from training.device import compute_dtype, precision, training_device
+from training.device import training_device
 from training.errors import TrainingError
 from training.groups import Group
 from training.learner import make_learner
@@ -120,7 +121,7 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
 
 def how(size: Size) -> str:
     """The size and the settings of the recipe, on which every stage depends besides the code, the name and the seed."""
-    computes_in = precision(compute_dtype(training_device()))
+    computes_in = short_name(compute_dtype(training_device()))
     return "\n".join(map(repr, (size, ppo_config(size, size.num_steps, None), SFT, REWARD_MODEL, computes_in)))
 
 

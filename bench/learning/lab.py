@@ -17,7 +17,7 @@ from alignd.v1 import types_pb2
 from bench.learning.hh_rlhf import Message
 from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
 from deploy.simulation.utility import Utility, measure
-from feedback.rendering import prompt_token_ids
+from policies.rendering import prompt_token_ids
 from training.groups import Group, RankedExample
 from training.policy_model import load_weights
 from training.rollouts import Rollout, RolloutEngine

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from feedback.durable import replace_file, write_json
+
 MADE_FILE = "made.txt"
 
 
@@ -24,7 +26,7 @@ def begin(folder: Path, how: str) -> None:
     if folder.exists() and (path.read_text() if path.exists() else None) != how:
         raise MadeOtherwiseError(f"the stages in {folder} were not made as they would be now: remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(how)
+    replace_file(path, how)
 
 
 def once(folder: Path, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -35,8 +37,6 @@ def once(folder: Path, name: str, stage: Callable[[], dict[str, Any]]) -> dict[s
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         found = stage() | {"seconds": time.monotonic() - began}
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(found))
-        draft.rename(path)
+        write_json(path, found)
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded

@@ -14,6 +14,7 @@ from rich.tree import Tree
 
 from deploy.demo.plots import draw_plots
 from deploy.demo.result import DemoResult, WinRate, first_and_last
+from feedback.durable import replace_file
 
 TEMPLATE = "report.html.jinja"
 NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
@@ -21,9 +22,7 @@ NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
 
 def write_html(result: DemoResult, path: Path) -> None:
     """Writes the report to `path`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render_html(result), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, render_html(result))
 
 
 def render_html(result: DemoResult) -> str:

@@ -7,7 +7,6 @@ who know the server only by its gRPC API.
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from deploy.simulation.labelers import Labeler
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
+from feedback.durable import write_json
 
 START_TIMEOUT_S = 300.0
 TRAINING_TIMEOUT_S = 3600.0
@@ -104,7 +104,7 @@ def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
     """Leaves the report as a page and as JSON, and prints it."""
     page = config.data_dir / "REPORT.html"
     write_html(result, page)
-    (config.data_dir / "report.json").write_text(json.dumps(dataclasses.asdict(result), indent=2))
+    write_json(config.data_dir / "report.json", dataclasses.asdict(result))
     print_report(result, console)
     console.print(f"The report with its plots: {page.resolve()}", highlight=False, soft_wrap=True)
 

@@ -10,7 +10,7 @@ from alignd.v1.policy_service_pb2 import (
     ReplicaStatus,
     Stage,
 )
-from serving.policy_state import new_change
+from policies.state import new_change
 
 __all__ = ["STAGE_CANDIDATE", "STAGE_LIVE", "STAGE_REJECTED", "STAGE_RETIRED", "moved", "registered", "reported"]
 

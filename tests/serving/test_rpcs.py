@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from alignd.v1 import types_pb2
 from alignd.v1.inference_service_pb2 import StreamSampleRequest, StreamSampleResponse
 from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED
-from feedback.rendering import prompt_token_ids
 from feedback.token import load_keyring, verify
+from policies.rendering import prompt_token_ids
 from serving.config import ServingConfig
 from tests.serving.calls import (
     TIMEOUT_S,

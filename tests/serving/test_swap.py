@@ -22,7 +22,7 @@ from alignd.v1.policy_service_pb2 import (
     RollbackRequest,
     WatchRequest,
 )
-from feedback.rendering import prompt_token_ids
+from policies.rendering import prompt_token_ids
 from tests.serving import versions
 from tests.serving.calls import TIMEOUT_S, Stubs, chat, draw, refused, sample_request, sampling, texts
 from tests.serving.processes import Server, wait_until

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from alignd.v1 import types_pb2
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
-from feedback.artifact import write_artifact
-from training.device import compute_dtype, training_device
+from policies.artifact import write_artifact
+from policies.precision import compute_dtype
+from training.device import training_device
 from training.probes import probes_of
 
 Weights = dict[str, torch.Tensor]

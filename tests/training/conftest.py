@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.device
 from deploy.models import make_tiny_llama
 from training.policy_model import SharedLayers, load_model
 
@@ -21,7 +20,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training computes in fp32, as on a CPU without instructions for bf16, so that it can be compared closely."""
-    monkeypatch.setattr(training.device, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: False)
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-import training.device
+from policies import precision
+from policies.precision import compute_dtype
 from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
 from tests.training.sampling import PlainSampler
 from training import ppo
 from training.config import PpoConfig, RewardModelConfig
-from training.device import compute_dtype
 from training.errors import TrainingError
 from training.learner import Learner, trained_weights
 from training.parallel import Ranks, gathered, join, led, whole
@@ -94,7 +94,7 @@ def one_update(
 ) -> None:
     """Takes the optimizer steps of one round on given rollouts, and leaves weights and figures."""
     if fp32:
-        training.device._cpu_multiplies_bf16 = lambda: False
+        precision.cpu_multiplies_bf16 = lambda: False
     learner = make_learner(ranks, folder, config)
     replayed, seen = ReplayedRollouts(drawn), []
     log = lambda *each: seen.append(each[2])  # noqa: E731

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import device
+from policies.precision import compute_dtype
 from training.config import LoraConfig
-from training.device import autocast, compute_dtype
+from training.device import autocast
 from training.groups import Group, pack
 from training.policy_model import (
     SharedLayers,
@@ -31,7 +31,7 @@ def logprobs_and_weights(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Te
 
 
 def test_a_gpu_computes_in_bf16_whatever_the_cpu_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: False)
     assert compute_dtype(torch.device("cuda")) is torch.bfloat16
     assert compute_dtype(CPU) is torch.float32
 
@@ -40,7 +40,7 @@ def test_both_precisions_read_and_write_the_same_weights(tiny_folder: Path, monk
     saved = load_weights(tiny_folder)
     found = {}
     for in_bf16 in (True, False):
-        monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda in_bf16=in_bf16: in_bf16)
+        monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda in_bf16=in_bf16: in_bf16)
         found[in_bf16], weights = logprobs_and_weights(tiny_folder)
         assert weights.keys() == saved.keys()
         assert all(torch.equal(weights[name], saved[name]) for name in saved)

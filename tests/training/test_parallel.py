@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import training.device
+from policies import precision
 from tests.training import ranks as work
 from tests.training.learning import EOS, PPO, fitted, learner_of, world_of
 from tests.training.ranks import left, on_two_ranks
@@ -74,7 +74,7 @@ def test_two_ranks_take_the_steps_that_one_takes(
     assert distance(first, second) == 0
     assert first_saw == second_saw
     # So that what the update does to it is undone.
-    monkeypatch.setattr(training.device, "_cpu_multiplies_bf16", training.device._cpu_multiplies_bf16)
+    monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", precision.cpu_multiplies_bf16)
     work.one_update(ALONE, tiny_folder, tmp_path, config, drawn, fp32)
     alone, (alone_saw,) = left(tmp_path, 0)
     # A step of AdamW moves a weight by up to 2e-3.

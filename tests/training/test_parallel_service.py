@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from alignd.v1 import policy_service_pb2, policy_service_pb2_grpc
-from feedback.artifact import verify_artifact
+from policies.artifact import verify_artifact
 from tests.training.test_loop import CONFIG, TRAINER, Serving, finished_run, lines, policy_service, write_rankings
 from training.loop import Cursor
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from policies.precision import compute_dtype
 from tests.training.learning import PPO, PROMPTS, fitted, learner_of, ranked_examples, silent, world_of, worths
 from tests.training.sampling import PlainSampler
-from training import device, ppo, ptx
+from training import ppo, ptx
 from training.config import LoraConfig, PtxConfig
-from training.device import compute_dtype
 from training.errors import TrainingError
 from training.experience import gather
 from training.groups import Group
@@ -164,7 +164,7 @@ def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLa
 def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: False)
     shared = SharedLayers(load_model(tiny_folder))
     config = PPO.model_copy(update={"num_steps": 2, "learning_rate": 1e-6})
     learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))

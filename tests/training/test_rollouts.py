@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from policies.precision import compute_dtype
 from training.config import LoraConfig
-from training.device import autocast, compute_dtype
+from training.device import autocast
 from training.groups import Group, pack
 from training.policy_model import (
     SharedLayers,

@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.artifact import ArtifactError, write_artifact
 from feedback.engine import open_engine
 from feedback.trainer_lease import TrainerLease
+from policies.artifact import ArtifactError, write_artifact
 from tests.feedback.test_artifact import make_manifest, make_writer
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.config import TrainingConfig

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.device import compute_dtype, training_device
+from policies.precision import compute_dtype
+from training.device import training_device
 
 GIB = 2**30
 MATMUL_SECONDS = 0.3

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.training.planning.model_configs import QWEN, SMOLLM2, size_of
-from training import device
 from training.config import LoraConfig, TrainingConfig
 from training.device import autocast
 from training.experience import gather
@@ -78,7 +77,7 @@ class Allocations(TorchDispatchMode):
 def number_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Computes in either precision, whichever this machine would take."""
     in_bf16 = request.param == 2
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: in_bf16)
+    monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: in_bf16)
     return int(request.param)
 
 

@@ -13,8 +13,8 @@ import protovalidate
 from google.protobuf import json_format
 
 from alignd.v1.policy_manifest_pb2 import ArtifactFile, PolicyManifest
-from feedback.sqlite_file import fsync_folder
-from feedback.weights import TensorSpec, WeightsError, check_finite, tensor_specs
+from feedback.durable import fsync, fsync_tree
+from policies.weights import TensorSpec, WeightsError, check_finite, tensor_specs
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
@@ -52,14 +52,14 @@ def write_artifact(
         complete.weight_digest = weight_digest(complete.files)
         _validate(complete)
         (draft / MANIFEST).write_text(json_format.MessageToJson(complete, preserving_proto_field_name=True))
-        _fsync_tree(draft)
+        fsync_tree(draft)
         try:
             draft.rename(target)
         except OSError as error:
             if target.exists():
                 raise ArtifactError(f"version {manifest.version} exists") from error
             raise
-    fsync_folder(root)
+    fsync(root)
     return target, complete
 
 
@@ -196,13 +196,3 @@ def _remove_abandoned(root: Path) -> None:
             pass
         finally:
             os.close(lock)
-
-
-def _fsync_tree(path: Path) -> None:
-    for each in path.rglob("*"):
-        if each.is_file():
-            with each.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            fsync_folder(each)
-    fsync_folder(path)

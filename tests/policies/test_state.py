@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from alignd.v1 import events_pb2
 from alignd.v1.policy_service_pb2 import STAGE_CANARY, STAGE_UNSPECIFIED, Stage
-from serving.policy_state import ALLOWED, Outcome, PolicyState, apply, as_policy, previous_live
+from policies.state import ALLOWED, Outcome, PolicyState, apply, as_policy, previous_live
 from tests.serving.policy_events import (
     STAGE_CANDIDATE,
     STAGE_LIVE,

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from alignd.v1 import types_pb2
-from feedback.rendering import prompt_token_ids
+from policies.rendering import prompt_token_ids
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>2"]
 TEMPLATE = (

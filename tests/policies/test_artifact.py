@@ -17,7 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from safetensors.numpy import save_file
 
 from alignd.v1.policy_manifest_pb2 import ArtifactFile, PolicyManifest
-from feedback.artifact import (
+from policies.artifact import (
     MANIFEST,
     ArtifactError,
     ComparisonError,
@@ -90,8 +90,8 @@ def test_a_writer_that_is_killed_leaves_no_version_and_its_draft_is_removed(tmp_
     code = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from feedback.artifact import write_artifact\n"
-        "from tests.feedback.test_artifact import make_manifest, make_writer\n"
+        "from policies.artifact import write_artifact\n"
+        "from tests.policies.test_artifact import make_manifest, make_writer\n"
         "def write_files(path):\n"
         "    make_writer()(path)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
