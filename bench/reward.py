@@ -28,7 +28,7 @@ from bench.learning.hh_rlhf import read_comparisons
 from bench.result import Figure, add_arguments, at_least, bench_result, report, spread, times_as_fast
 from bench.roofs import CPU_DTYPE, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
-from feedback.comparisons import comparisons
+from feedback.store.comparisons import comparisons
 from training.config import RewardModelConfig
 from training.groups import Group, RankedExample
 from training.policy_model import SharedLayers, load_model

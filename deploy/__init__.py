@@ -1,0 +1,1 @@
+"""How alignd is started and operated on one machine, and the demo."""

@@ -78,7 +78,7 @@ def relay(dry_run: DryRun = False) -> None:
     """Carry events from the outbox to the bus."""
     config = start(dry_run)
     if config:
-        from feedback.relay import run_relay
+        from feedback.outbox.relay import run_relay
 
         run_relay(config.outbox_path, config.bus_url, stop_on_signal(), config.feedback)
 
@@ -88,7 +88,7 @@ def ingest(dry_run: DryRun = False) -> None:
     """Carry events from the bus to the store."""
     config = start(dry_run)
     if config:
-        from feedback.ingest import run_ingest
+        from feedback.store.ingest import run_ingest
 
         run_ingest(config.bus_url, config.store_url, stop_on_signal(), config.feedback)
 

@@ -280,7 +280,7 @@ def store_engine() -> Iterator[Engine]:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from feedback.engine import open_engine
+    from feedback.store.engine import open_engine
 
     url = load_config().store_url
     try:

@@ -14,7 +14,7 @@ from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
 from deploy.runs_cli import run_folders, view_run, with_control
-from feedback.topics import DEAD_LETTERS
+from feedback.bus.topics import DEAD_LETTERS
 
 if TYPE_CHECKING:
     from feedback.trainer_lease import Control
@@ -77,8 +77,8 @@ def print_rankings(config: AligndConfig) -> Control | None:
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from feedback.engine import open_engine
-    from feedback.store import Store
+    from feedback.store.engine import open_engine
+    from feedback.store.reader import Store
     from feedback.trainer_lease import read_control
     from training.loop import CURSOR_FILE, Cursor
 

@@ -1,0 +1,1 @@
+"""The stream of what users say, from acknowledged to stored."""

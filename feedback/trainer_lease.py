@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from feedback.engine import writing
-from feedback.tables import TRAINER
+from feedback.store.engine import writing
+from feedback.store.tables import TRAINER
 
 logger = logging.getLogger(__name__)
 

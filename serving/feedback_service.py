@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from alignd.v1 import events_pb2, feedback_service_pb2, feedback_service_pb2_grpc, feedback_token_pb2
-from feedback.outbox import Outbox
+from feedback.bus.topics import DEMONSTRATIONS, RANKINGS
+from feedback.outbox.door import Outbox
 from feedback.token import Keyring, TokenError, verify
-from feedback.topics import DEMONSTRATIONS, RANKINGS
 from serving.errors import Violation, bad_field, bad_fields, not_permitted
 from serving.recording import record
 

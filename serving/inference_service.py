@@ -8,9 +8,9 @@ from typing import Any
 import grpc
 
 from alignd.v1 import events_pb2, inference_service_pb2, inference_service_pb2_grpc
-from feedback.outbox import Outbox
+from feedback.bus.topics import SAMPLES
+from feedback.outbox.door import Outbox
 from feedback.token import Keyring
-from feedback.topics import SAMPLES
 from serving import sampler
 from serving.config import ServingConfig
 from serving.errors import Refusal, unavailable

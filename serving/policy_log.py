@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator
 from google.protobuf.message import DecodeError
 
 from alignd.v1 import events_pb2, policy_service_pb2
-from feedback.bus import Bus, BusError, Delivered, Record
-from feedback.topics import POLICIES
+from feedback.bus.contract import Bus, BusError, Delivered, Record
+from feedback.bus.topics import POLICIES
 from policies.state import Outcome, PolicyState, apply
 from serving.errors import unavailable
 

@@ -7,8 +7,8 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from alignd.v1 import events_pb2
-from feedback.bus import Record
-from feedback.outbox import Outbox, OutboxConflict, OutboxError, OutboxFull
+from feedback.bus.contract import Record
+from feedback.outbox.door import Outbox, OutboxConflict, OutboxError, OutboxFull
 from serving.errors import Refusal, Violation, exhausted, unavailable
 
 Event = events_pb2.SampleEvent | events_pb2.RankingEvent | events_pb2.DemonstrationEvent

@@ -26,11 +26,11 @@ from alignd.v1 import (
     policy_service_pb2,
     policy_service_pb2_grpc,
 )
-from feedback.bus_url import open_bus
+from feedback.bus.topics import TOPICS
+from feedback.bus.url import open_bus
 from feedback.config import FeedbackConfig
-from feedback.outbox import Outbox
+from feedback.outbox.door import Outbox
 from feedback.token import load_keyring
-from feedback.topics import TOPICS
 from policies.location import artifact_folder
 from policies.state import PolicyRecord
 from serving.bootstrap import reject, startable_policy

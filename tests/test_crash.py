@@ -18,8 +18,8 @@ import pytest
 from sqlalchemy import select
 
 from alignd.v1.inference_service_pb2 import SampleResponse
-from feedback.engine import open_engine
-from feedback.tables import RANKINGS
+from feedback.store.engine import open_engine
+from feedback.store.tables import RANKINGS
 from tests.serving.calls import Stubs, draw, ranking_request, sampling
 from tests.serving.processes import (
     address_of,

@@ -1,0 +1,1 @@
+"""The trainer: from rankings in the store to a registered policy version."""

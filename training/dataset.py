@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from alignd.v1 import types_pb2
-from feedback.store import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
+from feedback.store.reader import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
 from policies.rendering import prompt_token_ids
 from training.groups import Group, RankedExample
 

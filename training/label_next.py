@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from feedback.store import StoredSample
+from feedback.store.reader import StoredSample
 from policies.rendering import prompt_token_ids
 from training.dataset import completion_token_ids_of, text_of
 from training.groups import Group

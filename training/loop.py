@@ -32,7 +32,7 @@ from training.run_folder import SFT, SFT_SUFFIX, Origin, RunFolder
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from feedback.store import Store
+    from feedback.store.reader import Store
     from feedback.trainer_lease import TrainerLease
     from training.parallel import Ranks
     from training.workplace import Workplace
@@ -49,8 +49,8 @@ def run_trainer(
 
     Raises TrainingError if torchrun has not started `num_processes`.
     """
-    from feedback.engine import open_engine
-    from feedback.store import Store
+    from feedback.store.engine import open_engine
+    from feedback.store.reader import Store
     from feedback.trainer_lease import TrainerLease
     from training.parallel import join
     from training.workplace import open_workplace
@@ -104,8 +104,8 @@ def run_sft_once(
     Raises TrainingError if that cannot be done, or another trainer works on the store; the message says what to do.
     What else it raises, such as for a full disk, leaves the run as it is, to be gone on with.
     """
-    from feedback.engine import open_engine
-    from feedback.store import Store
+    from feedback.store.engine import open_engine
+    from feedback.store.reader import Store
     from feedback.trainer_lease import TrainerLease, read_control
     from training.parallel import ALONE
     from training.sft_run import run_sft

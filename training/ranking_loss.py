@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from feedback.comparisons import comparisons
+from feedback.store.comparisons import comparisons
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from training.sft import Demonstration, Epoch, Judge, best_of, fine_tune
 from training.workplace import Workplace, find_parents
 
 if TYPE_CHECKING:
-    from feedback.store import StoredDemonstration
+    from feedback.store.reader import StoredDemonstration
 
 logger = logging.getLogger(__name__)
 

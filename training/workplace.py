@@ -23,7 +23,7 @@ from training.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from feedback.store import Store
+    from feedback.store.reader import Store
 
 
 @dataclass(frozen=True)

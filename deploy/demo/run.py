@@ -89,7 +89,7 @@ def earlier_story(config: AligndConfig) -> str:
     """Returns where there are runs or rankings already, which would be taken for the demo's; empty if nowhere."""
     from sqlalchemy import make_url
 
-    from feedback.store import Store
+    from feedback.store.reader import Store
 
     if any(config.runs_dir.glob("*/metrics.jsonl")):
         return f"there are runs in {config.runs_dir}; name another ALIGND_DATA_DIR"

@@ -12,7 +12,7 @@ from sqlalchemy import Engine
 from typer.testing import CliRunner
 
 from deploy import cli
-from feedback.engine import open_engine
+from feedback.store.engine import open_engine
 from feedback.trainer_lease import TrainerLease, read_control, request_abort, set_paused
 from training.config import PpoConfig, TrainingConfig
 from training.run_folder import Origin, RunFolder

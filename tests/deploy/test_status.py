@@ -6,11 +6,11 @@ import pytest
 
 from deploy.config import AligndConfig
 from deploy.status import print_rankings, print_training
-from feedback.engine import open_engine
-from feedback.ledger import Ledger
+from feedback.store.engine import open_engine
+from feedback.store.ledger import Ledger
 from feedback.trainer_lease import Control, TrainerLease
 from tests.feedback.events import ranking, sample
-from tests.feedback.test_store import write_events
+from tests.feedback.store.test_store import write_events
 from training.config import TrainingConfig
 from training.loop import CURSOR_FILE, Cursor
 from training.run_folder import Origin, RunFolder

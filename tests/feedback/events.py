@@ -6,8 +6,8 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from alignd.v1 import events_pb2, types_pb2
-from feedback.bus import Delivered, Position, Record
-from feedback.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
+from feedback.bus.contract import Delivered, Position, Record
+from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
 
 TIME_S = 1_700_000_000
 TOPIC_OF = {

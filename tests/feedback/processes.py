@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from feedback.bus import Record
-from feedback.bus_url import open_bus
+from feedback.bus.contract import Record
+from feedback.bus.url import open_bus
 from feedback.config import FeedbackConfig
-from feedback.outbox import Outbox
-from feedback.relay import run_relay
+from feedback.outbox.door import Outbox
+from feedback.outbox.relay import run_relay
 
 REPOSITORY = Path(__file__).parents[2]
 QUICK = FeedbackConfig(relay_batch_size=20, bus_check_s=0.2, retry_max_s=0.5)
@@ -33,7 +33,7 @@ def relay(outbox: str, bus_url: str) -> None:
 def ingest(bus_url: str, store_url: str) -> None:
     """Ingest, until SIGTERM."""
     # Here, so that the processes that do without a database start sooner.
-    from feedback.ingest import run_ingest
+    from feedback.store.ingest import run_ingest
 
     run_ingest(bus_url, store_url, _stop_on_sigterm(), QUICK)
 
@@ -54,7 +54,7 @@ def publish(bus_url: str, topic: str, prefix: str, count: str) -> None:
 
 def open_store(url: str) -> None:
     """Opens a store, and says how many rankings it has."""
-    from feedback.store import Store
+    from feedback.store.reader import Store
 
     store = Store(url)
     print(store.num_rankings())

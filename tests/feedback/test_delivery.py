@@ -15,13 +15,14 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import NewPartitions
 
 from alignd.v1 import events_pb2
-from feedback.bus import Record
-from feedback.bus_url import open_bus
-from feedback.ingest import run_ingest
-from feedback.outbox_file import Entry, OutboxFile
-from feedback.relay import backoff_s, run_relay
-from feedback.store import Store
-from feedback.topics import DEAD_LETTERS, RANKINGS, TOPICS
+from feedback.bus.contract import Record
+from feedback.bus.topics import DEAD_LETTERS, RANKINGS, TOPICS
+from feedback.bus.url import open_bus
+from feedback.outbox.file import Entry, OutboxFile
+from feedback.outbox.relay import run_relay
+from feedback.retry import backoff_seconds
+from feedback.store.ingest import run_ingest
+from feedback.store.reader import Store
 from tests.conftest import new_database
 from tests.feedback import processes
 from tests.feedback.events import ranking, record, sample
@@ -202,7 +203,7 @@ def test_sigterm_ends_relay_and_ingest(tmp_path: Path, outbox: Path) -> None:
 
 
 def test_retries_wait_longer_and_longer_up_to_the_limit() -> None:
-    waits = [backoff_s(failures, 5.0) for failures in range(1, 100)]
+    waits = [backoff_seconds(failures, 5.0) for failures in range(1, 100)]
     assert 0.05 <= waits[0] <= 0.1
     assert all(2.5 <= wait <= 5.0 for wait in waits[10:])
 

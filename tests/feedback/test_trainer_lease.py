@@ -13,8 +13,8 @@ import pytest
 from sqlalchemy import Engine, event, insert, select
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from feedback.engine import open_engine, writing
-from feedback.tables import TRAINER
+from feedback.store.engine import open_engine, writing
+from feedback.store.tables import TRAINER
 from feedback.trainer_lease import (
     Control,
     TrainerLease,
@@ -32,7 +32,7 @@ PATIENCE_S = 60.0
 # Holds the lease until its stdin ends, and says when it has it, whether it lost it, and whether it can renew it.
 HOLDER = """
 import sys
-from feedback.engine import open_engine
+from feedback.store.engine import open_engine
 from feedback.trainer_lease import TrainerLease
 lease = TrainerLease(open_engine(sys.argv[1]), "held elsewhere", float(sys.argv[2]))
 assert lease.acquire()

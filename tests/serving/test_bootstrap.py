@@ -9,8 +9,8 @@ import pytest
 from alignd.v1 import events_pb2
 from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED, STAGE_RETIRED
 from deploy.models import make_tiny_llama
-from feedback.bus_url import open_bus
-from feedback.topics import TOPICS
+from feedback.bus.topics import TOPICS
+from feedback.bus.url import open_bus
 from policies.artifact import verify_artifact
 from serving.bootstrap import NoPolicyError, startable_policy
 from serving.config import ServingConfig

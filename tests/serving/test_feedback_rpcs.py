@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 
 from alignd.v1 import feedback_token_pb2
 from alignd.v1.feedback_service_pb2 import SubmitDemonstrationRequest
-from feedback.store import RankedGroup, Store
+from feedback.store.reader import RankedGroup, Store
 from feedback.token import load_keyring, sign, verify
 from tests.serving.calls import (
     TIMEOUT_S,

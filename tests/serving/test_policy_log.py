@@ -16,9 +16,9 @@ from alignd.v1.policy_service_pb2 import (
     RollbackRequest,
     WatchResponse,
 )
-from feedback.bus import Bus, Record
-from feedback.bus_url import open_bus
-from feedback.topics import POLICIES, TOPICS
+from feedback.bus.contract import Bus, Record
+from feedback.bus.topics import POLICIES, TOPICS
+from feedback.bus.url import open_bus
 from serving import policy_log
 from serving.errors import Refusal
 from serving.policy_log import PolicyLog

@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from alignd.v1 import events_pb2
-from feedback.outbox import Outbox
-from feedback.topics import DEMONSTRATIONS
+from feedback.bus.topics import DEMONSTRATIONS
+from feedback.outbox.door import Outbox
 from serving.errors import Refusal
 from serving.recording import record
 

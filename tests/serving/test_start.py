@@ -12,8 +12,8 @@ import pytest
 
 from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import STAGE_LIVE, STAGE_REJECTED, GetPolicyRequest
-from feedback.bus_url import open_bus
-from feedback.topics import TOPICS
+from feedback.bus.topics import TOPICS
+from feedback.bus.url import open_bus
 from serving.bootstrap import import_first
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog

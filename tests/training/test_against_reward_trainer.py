@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassi
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from feedback.comparisons import comparisons
+from feedback.store.comparisons import comparisons
 from training.config import RewardModelConfig
 from training.groups import Group, pack
 from training.policy_model import SharedLayers

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from feedback.store import Store
+from feedback.store.reader import Store
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.attempts import MOST_ATTEMPTS, patiently, run_once
 from training.config import TrainingConfig

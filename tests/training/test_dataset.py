@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignd.v1 import types_pb2
-from feedback.bus import Position
-from feedback.store import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
+from feedback.bus.contract import Position
+from feedback.store.reader import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
 from training.dataset import (
     Dataset,
     completion_token_ids,

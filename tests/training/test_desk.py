@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
-from feedback.engine import open_engine
+from feedback.store.engine import open_engine
 from feedback.trainer_lease import TrainerLease, request_abort, set_paused
 from training.config import TrainingConfig
 from training.errors import RunAbortedError

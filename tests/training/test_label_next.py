@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from alignd.v1 import types_pb2
-from feedback.store import StoredCompletion, StoredSample
+from feedback.store.reader import StoredCompletion, StoredSample
 from tests.training.learning import fitted
 from training.groups import Group
 from training.label_next import label_next, uncertainty

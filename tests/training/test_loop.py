@@ -19,10 +19,10 @@ import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 
 from alignd.v1 import events_pb2, policy_service_pb2, policy_service_pb2_grpc, types_pb2
-from feedback.bus import Delivered, Position
-from feedback.bus_url import open_bus
-from feedback.ledger import Ledger, Offset
-from feedback.topics import DEMONSTRATIONS, RANKINGS, SAMPLES, TOPICS
+from feedback.bus.contract import Delivered, Position
+from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES, TOPICS
+from feedback.bus.url import open_bus
+from feedback.store.ledger import Ledger, Offset
 from policies.artifact import verify_artifact
 from serving.bootstrap import import_first
 from serving.config import ServingConfig

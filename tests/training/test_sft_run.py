@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from feedback.engine import open_engine
+from feedback.store.engine import open_engine
 from feedback.trainer_lease import TrainerLease
 from policies.artifact import ArtifactError, write_artifact
 from tests.feedback.test_artifact import make_manifest, make_writer

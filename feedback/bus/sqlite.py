@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from feedback.bus import BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
+from feedback.bus.contract import BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
 from feedback.sqlite_file import SqliteFile, open_sqlite
 
 POLL_INTERVAL_S = 0.02

@@ -1,43 +1,41 @@
 """Carries events from the outbox to the bus, at least once, in order, and never drops one."""
 
 import logging
-import math
-import random
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from feedback.bus import Bus, BusError
-from feedback.bus_url import open_bus
+from feedback.bus.contract import Bus, BusError
+from feedback.bus.topics import FEEDBACK_TOPICS, TOPICS
+from feedback.bus.url import open_bus
 from feedback.config import DEFAULTS, FeedbackConfig
-from feedback.outbox_file import PRUNE_ROWS, LogEnd, OutboxError, OutboxFile
-from feedback.topics import FEEDBACK_TOPICS, TOPICS
+from feedback.outbox.file import PRUNE_ROWS, LogEnd, OutboxError, OutboxFile
+from feedback.retry import keep_running
 
-log = logging.getLogger(__name__)
-
-FIRST_RETRY_S = 0.1
+logger = logging.getLogger(__name__)
 
 
 def run_relay(outbox_path: Path, bus_url: str, stop: threading.Event, config: FeedbackConfig = DEFAULTS) -> None:
     """Publishes what the outbox holds until `stop` is set, however long the bus or the disk fails in between."""
-    failures = 0
-    while not stop.is_set():
-        up_since = math.inf
-        try:
-            with ExitStack() as stack:
-                outbox = stack.enter_context(closing(OutboxFile(outbox_path, config.outbox_max_bytes)))
-                bus = stack.enter_context(closing(open_bus(bus_url)))
-                bus.create_topics(TOPICS)
-                log.info("relay: the bus is up")
-                up_since = time.monotonic()
-                _relay(outbox, bus, stop, config)
-        except (BusError, OutboxError) as error:
-            failures = 1 if time.monotonic() - up_since > config.retry_max_s else failures + 1
-            if failures == 1:
-                what = "the bus is down" if isinstance(error, BusError) else "the outbox fails"
-                log.warning("relay: %s, events stay in the outbox: %s", what, error)
-            stop.wait(backoff_s(failures, config.retry_max_s))
+
+    def work(is_up: Callable[[], None]) -> None:
+        with ExitStack() as stack:
+            outbox = stack.enter_context(closing(OutboxFile(outbox_path, config.outbox_max_bytes)))
+            bus = stack.enter_context(closing(open_bus(bus_url)))
+            bus.create_topics(TOPICS)
+            logger.info("relay: the bus is up")
+            is_up()
+            _relay(outbox, bus, stop, config)
+
+    passing = (BusError, OutboxError)
+    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_s, report=_report)
+
+
+def _report(error: Exception) -> None:
+    what = "the bus is down" if isinstance(error, BusError) else "the outbox fails"
+    logger.warning("relay: %s, events stay in the outbox: %s", what, error)
 
 
 def _relay(outbox: OutboxFile, bus: Bus, stop: threading.Event, config: FeedbackConfig) -> None:
@@ -66,9 +64,4 @@ def _check(outbox: OutboxFile, bus: Bus) -> None:
     ]
     num_events = outbox.compare_logs(ends)
     if num_events:
-        log.warning("relay: the bus lost records; publishing %d retained events again", num_events)
-
-
-def backoff_s(failures: int, max_s: float) -> float:
-    """Seconds to wait after so many failures in a row: doubling up to `max_s`, with jitter so that replicas spread."""
-    return min(max_s, FIRST_RETRY_S * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
+        logger.warning("relay: the bus lost records; publishing %d retained events again", num_events)

@@ -1,23 +1,22 @@
 """Reads feedback from the bus into the store, each event once, however often it or the bus is killed."""
 
 import logging
-import math
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from feedback.bus import Bus, BusError, Delivered, Record
-from feedback.bus_url import open_bus
+from feedback.bus.contract import Bus, BusError, Delivered, Record
+from feedback.bus.topics import DEAD_LETTERS, FEEDBACK_TOPICS, TOPICS
+from feedback.bus.url import open_bus
 from feedback.config import DEFAULTS, FeedbackConfig
-from feedback.ledger import Ledger, Offset, Partition, StaleError
-from feedback.relay import backoff_s
-from feedback.topics import DEAD_LETTERS, FEEDBACK_TOPICS, TOPICS
+from feedback.retry import keep_running
+from feedback.store.ledger import Ledger, Offset, Partition, StaleError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 DEAD_LETTER_BATCH = 100
@@ -29,23 +28,23 @@ def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: Feed
     Several may run: the offsets in the store fence off whoever comes too late. Raises ValueError for a URL that is not
     one.
     """
-    failures = 0
-    while not stop.is_set():
-        up_since = math.inf
-        try:
-            with ExitStack() as stack:
-                bus = stack.enter_context(closing(open_bus(bus_url)))
-                ledger = stack.enter_context(closing(Ledger(store_url)))
-                bus.create_topics(TOPICS)
-                log.info("ingest: the bus and the store are up")
-                up_since = time.monotonic()
-                while not stop.is_set():
-                    _follow(bus, ledger, stop, config.bus_check_s)
-        except (BusError, SQLAlchemyError, OSError) as error:
-            failures = 1 if time.monotonic() - up_since > config.retry_max_s else failures + 1
-            if failures == 1:
-                log.warning("ingest: the bus or the store is down: %s", error)
-            stop.wait(backoff_s(failures, config.retry_max_s))
+
+    def work(is_up: Callable[[], None]) -> None:
+        with ExitStack() as stack:
+            bus = stack.enter_context(closing(open_bus(bus_url)))
+            ledger = stack.enter_context(closing(Ledger(store_url)))
+            bus.create_topics(TOPICS)
+            logger.info("ingest: the bus and the store are up")
+            is_up()
+            while not stop.is_set():
+                _follow(bus, ledger, stop, config.bus_check_s)
+
+    passing = (BusError, SQLAlchemyError, OSError)
+    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_s, report=_report)
+
+
+def _report(error: Exception) -> None:
+    logger.warning("ingest: the bus or the store is down: %s", error)
 
 
 def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> None:
@@ -73,12 +72,12 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> 
                 try:
                     num_dead_letters = ledger.write(batch, before, after)
                 except StaleError as error:
-                    log.warning("ingest: overtaken by another one: %s", error)
+                    logger.warning("ingest: overtaken by another one: %s", error)
                     stop.wait(random.uniform(0.05, 0.5))
                     return
                 before |= after
                 if num_dead_letters:
-                    log.warning("ingest: %d records became dead letters", num_dead_letters)
+                    logger.warning("ingest: %d records became dead letters", num_dead_letters)
             _publish_dead_letters(bus, ledger)
 
 
@@ -99,7 +98,7 @@ def _is_still_there(bus: Bus, log_ids: Mapping[str, str], partition: Partition, 
     topic, number = partition
     if offset.log_id == log_ids.get(topic) and offset.next_offset <= bus.end_offsets(topic).get(number, 0):
         return True
-    log.warning("ingest: the bus lost records of %s/%d; reading it from the beginning", topic, number)
+    logger.warning("ingest: the bus lost records of %s/%d; reading it from the beginning", topic, number)
     return False
 
 

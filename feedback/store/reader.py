@@ -6,9 +6,9 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, Row, Select, Table, and_, exists, func, or_, select, true
 
 from alignd.v1 import events_pb2, types_pb2
-from feedback.bus import Position
-from feedback.engine import open_engine
-from feedback.tables import DEAD_LETTERS, DEMONSTRATIONS, RANKINGS, SAMPLES
+from feedback.bus.contract import Position
+from feedback.store.engine import open_engine
+from feedback.store.tables import DEAD_LETTERS, DEMONSTRATIONS, RANKINGS, SAMPLES
 
 MICROSECONDS = 1_000_000
 
@@ -81,7 +81,7 @@ class Store:
     """Reads what ingest has written. Safe for use by several threads. Methods raise sqlalchemy.exc.SQLAlchemyError."""
 
     def __init__(self, url: str) -> None:
-        """Opens the database and brings its tables up to date; see feedback.engine.open_engine."""
+        """Opens the database and brings its tables up to date; see feedback.store.engine.open_engine."""
         self._engine = open_engine(url)
 
     def num_rankings(self, after_seq: int = 0) -> int:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from feedback.bus import Bus
+from feedback.bus.contract import Bus
 
 
 def open_bus(url: str) -> Bus:
@@ -15,11 +15,11 @@ def open_bus(url: str) -> Bus:
     # kafka-python should not be loaded where SQLite is used.
     scheme, _, rest = url.partition("://")
     if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
-        from feedback.sqlite_bus import SqliteBus
+        from feedback.bus.sqlite import SqliteBus
 
         return SqliteBus(Path(rest[1:]))
     if scheme == "kafka" and rest:
-        from feedback.kafka_bus import KafkaBus
+        from feedback.bus.kafka import KafkaBus
 
         servers, _, name = rest.partition("/")
         return KafkaBus(servers, f"{name}." if name else "")

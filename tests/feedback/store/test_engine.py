@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from alembic import command
 
-from feedback.engine import open_engine
+from feedback.store.engine import open_engine
 
 
 def test_all_migrations_are_made_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_all_migrations_are_made_or_none(tmp_path: Path, monkeypatch: pytest.Mon
         upgrade(*arguments)
         raise RuntimeError("killed")
 
-    monkeypatch.setattr("feedback.engine.command.upgrade", fail_at_the_end)
+    monkeypatch.setattr("feedback.store.engine.command.upgrade", fail_at_the_end)
     with pytest.raises(RuntimeError):
         open_engine(f"sqlite:///{tmp_path}/store.db")
     with closing(sqlite3.connect(tmp_path / "store.db")) as file:

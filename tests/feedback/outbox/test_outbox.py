@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from feedback.bus import MAX_RECORD_BYTES, Record
-from feedback.outbox import Outbox, OutboxConflict, OutboxError, OutboxFull, Receipt
-from feedback.outbox_file import Entry, LogEnd, OutboxFile
+from feedback.bus.contract import MAX_RECORD_BYTES, Record
+from feedback.outbox.door import Outbox, OutboxConflict, OutboxError, OutboxFull, Receipt
+from feedback.outbox.file import Entry, LogEnd, OutboxFile
 from feedback.sqlite_file import open_sqlite
 from tests.feedback import processes
 

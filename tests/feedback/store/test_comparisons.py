@@ -6,7 +6,7 @@ from math import comb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feedback.comparisons import comparisons
+from feedback.store.comparisons import comparisons
 
 
 def test_a_ranking_with_a_tie() -> None:

@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from alignd.v1 import events_pb2, types_pb2
-from feedback.bus import MAX_RECORD_BYTES, Delivered, Position
-from feedback.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
+from feedback.bus.contract import MAX_RECORD_BYTES, Delivered, Position
+from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
 
 MAX_ID_BYTES = 256
 # What a dead letter keeps of a record, so that it fits into a record itself.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from google.protobuf.message import Message
 
 from alignd.v1 import events_pb2
-from feedback.bus import TopicSpec
+from feedback.bus.contract import TopicSpec
 
 SAMPLES = "alignd.samples.v1"
 RANKINGS = "alignd.rankings.v1"

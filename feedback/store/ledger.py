@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Table, and_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from feedback.bus import Delivered
-from feedback.decode import DeadLetter, Row, dead_letter, decode
-from feedback.engine import open_engine, writing
-from feedback.tables import DEAD_LETTERS, DEMONSTRATIONS, OFFSETS, RANKINGS, SAMPLES
-from feedback.topics import DEMONSTRATIONS as DEMONSTRATIONS_TOPIC
-from feedback.topics import RANKINGS as RANKINGS_TOPIC
-from feedback.topics import SAMPLES as SAMPLES_TOPIC
+from feedback.bus.contract import Delivered
+from feedback.bus.topics import DEMONSTRATIONS as DEMONSTRATIONS_TOPIC
+from feedback.bus.topics import RANKINGS as RANKINGS_TOPIC
+from feedback.bus.topics import SAMPLES as SAMPLES_TOPIC
+from feedback.store.decode import DeadLetter, Row, dead_letter, decode
+from feedback.store.engine import open_engine, writing
+from feedback.store.tables import DEAD_LETTERS, DEMONSTRATIONS, OFFSETS, RANKINGS, SAMPLES
 
 TABLES: Mapping[str, Table] = {
     SAMPLES_TOPIC: SAMPLES,
@@ -39,7 +39,7 @@ class Ledger:
     """The store's writing side, for one thread. Methods raise sqlalchemy.exc.SQLAlchemyError."""
 
     def __init__(self, url: str) -> None:
-        """Opens the database and brings its tables up to date; see feedback.engine.open_engine."""
+        """Opens the database and brings its tables up to date; see feedback.store.engine.open_engine."""
         self._engine = open_engine(url)
 
     def offsets(self) -> dict[Partition, Offset]:

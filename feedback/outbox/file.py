@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from feedback.bus import Record
+from feedback.bus.contract import Record
 from feedback.sqlite_file import SqliteFile
 
 SCHEMA = """

@@ -1,4 +1,4 @@
-"""The tables of the store, as SQLAlchemy sees them. feedback/migrations makes them."""
+"""The tables of the store, as SQLAlchemy sees them. The migrations make them."""
 
 from sqlalchemy import (
     BigInteger,

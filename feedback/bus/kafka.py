@@ -11,7 +11,16 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic, OffsetSpec
 from kafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
-from feedback.bus import MAX_RECORD_BYTES, BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
+from feedback.bus.contract import (
+    MAX_RECORD_BYTES,
+    BusError,
+    Consumer,
+    Delivered,
+    Position,
+    Record,
+    TopicSpec,
+    check_sizes,
+)
 
 log = logging.getLogger(__name__)
 

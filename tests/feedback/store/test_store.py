@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignd.v1 import events_pb2, types_pb2
-from feedback.bus import Delivered, Position
-from feedback.ledger import Ledger, Offset, StaleError
-from feedback.store import Store, StoredDemonstration
-from feedback.topics import FEEDBACK_TOPICS, RANKINGS
+from feedback.bus.contract import Delivered, Position
+from feedback.bus.topics import FEEDBACK_TOPICS, RANKINGS
+from feedback.store.ledger import Ledger, Offset, StaleError
+from feedback.store.reader import Store, StoredDemonstration
 from tests.feedback import processes
 from tests.feedback.events import TIME_S, delivered, demonstration, ranking, sample
 
@@ -371,7 +371,7 @@ def test_the_migrations_make_the_tables_that_the_code_knows(ledger: Ledger) -> N
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    from feedback.tables import METADATA
+    from feedback.store.tables import METADATA
 
     with ledger._engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), METADATA) == []

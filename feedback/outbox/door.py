@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from feedback.bus import MAX_RECORD_BYTES, Record
-from feedback.outbox_file import Entry, OutboxConflict, OutboxError, OutboxFile, OutboxFull, Receipt
+from feedback.bus.contract import MAX_RECORD_BYTES, Record
+from feedback.outbox.file import Entry, OutboxConflict, OutboxError, OutboxFile, OutboxFull, Receipt
 
 __all__ = ["Outbox", "OutboxConflict", "OutboxError", "OutboxFull", "Receipt"]
 

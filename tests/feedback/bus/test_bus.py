@@ -14,10 +14,10 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from feedback.bus import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Position, Record, TopicSpec
-from feedback.bus_url import open_bus
-from feedback.kafka_bus import EVENT_ID_HEADER, _delivered
-from feedback.topics import TOPICS
+from feedback.bus.contract import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Position, Record, TopicSpec
+from feedback.bus.kafka import EVENT_ID_HEADER, _delivered
+from feedback.bus.topics import TOPICS
+from feedback.bus.url import open_bus
 from tests.feedback import processes
 
 

@@ -1,0 +1,1 @@
+"""From an acknowledged event to one that is on the bus."""
