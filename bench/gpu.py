@@ -25,20 +25,20 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from bench.result import Figure, add_arguments, bench_result, report, spread
 from policies.precision import compute_dtype, short_name
-from training import ppo
 from training.config import TrainingConfig
-from training.device import training_device
-from training.groups import Group, RankedExample
-from training.learner import make_learner
+from training.data.groups import Group, RankedExample
+from training.models.device import training_device
+from training.models.policy import SharedLayers, load_model, upper_layers_of
+from training.models.reward import RewardModel
 from training.planning.hardware import GIB, Hardware, this_machine
 from training.planning.memory import MOMENTS, Moment
 from training.planning.model_size import read_model
 from training.planning.plan import Plan, make_plan
-from training.policy_model import SharedLayers, load_model, upper_layers_of
+from training.ppo import rounds as ppo
+from training.ppo.learner import make_learner
+from training.ppo.rollouts import RolloutEngine
 from training.recipes import load_recipe
-from training.reward_fit import fit
-from training.reward_model import RewardModel
-from training.rollouts import RolloutEngine
+from training.rewards.fit import fit
 
 RECIPE = "gpu-1.3b"
 # The first warms up.

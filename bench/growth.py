@@ -32,15 +32,15 @@ from bench.result import (
     save_plot,
 )
 from bench.roofs import CPU_DTYPE, matmul_roof, roofs
-from training import ppo
 from training.config import LoraConfig, PpoConfig, RewardModelConfig, TrainingConfig
-from training.learner import make_learner
+from training.models.policy import SharedLayers, UpperLayers
+from training.models.reward import RewardModel
 from training.planning.hardware import Hardware
 from training.planning.model_size import read_model
 from training.planning.plan import make_plan
-from training.policy_model import SharedLayers, UpperLayers
-from training.reward_model import RewardModel
-from training.rollouts import Rollout
+from training.ppo import rounds as ppo
+from training.ppo.learner import make_learner
+from training.ppo.rollouts import Rollout
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 NUM_ROUNDS = 3  # the first warms up

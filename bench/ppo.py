@@ -29,7 +29,7 @@ from bench.roofs import CPU_DTYPE, matmul_roof, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from deploy.simulation.prompts import load_prompts
 from policies.precision import short_name
-from training.learner import ADAM_BETAS, ADAM_EPS
+from training.ppo.learner import ADAM_BETAS, ADAM_EPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, RESPONSE_TOKENS, NUM_EPOCHS = 16, 48, 4

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from bench.peers.measure import peak_rss_mib
-from training import ppo
 from training.config import LoraConfig, PpoConfig, RewardModelConfig
-from training.learner import make_learner
-from training.policy_model import SharedLayers, load_model, upper_layers_of
-from training.reward_model import RewardModel
-from training.rollouts import RolloutEngine
+from training.models.policy import SharedLayers, load_model, upper_layers_of
+from training.models.reward import RewardModel
+from training.ppo import rounds as ppo
+from training.ppo.learner import make_learner
+from training.ppo.rollouts import RolloutEngine
 
 KV_CACHE_MIB = 256
 NO_LIMIT = 1e9

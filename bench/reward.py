@@ -30,10 +30,10 @@ from bench.roofs import CPU_DTYPE, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from feedback.store.comparisons import comparisons
 from training.config import RewardModelConfig
-from training.groups import Group, RankedExample
-from training.policy_model import SharedLayers, load_model
-from training.reward_fit import fit, shuffled_batches
-from training.reward_model import RewardModel
+from training.data.groups import Group, RankedExample
+from training.models.policy import SharedLayers, load_model
+from training.models.reward import RewardModel
+from training.rewards.fit import fit, shuffled_batches
 
 KS = (4, 6, 9)
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 128

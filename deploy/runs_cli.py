@@ -21,7 +21,7 @@ from deploy.config import load_config
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from feedback.trainer_lease import Control
+    from training.runs.lease import Control
 
 app = typer.Typer(help="List and show training runs; pause the trainer, or end a run.", no_args_is_help=True)
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -108,7 +108,7 @@ def show(run: RunId, as_json: Json = False) -> None:
 @app.command()
 def pause() -> None:
     """Pause the trainer between two steps, until `alignd runs resume`."""
-    from feedback.trainer_lease import set_paused
+    from training.runs.lease import set_paused
 
     with store_engine() as engine:
         before = control_of(engine)
@@ -124,7 +124,7 @@ def pause() -> None:
 @app.command()
 def resume() -> None:
     """Have a paused trainer go on."""
-    from feedback.trainer_lease import set_paused
+    from training.runs.lease import set_paused
 
     with store_engine() as engine:
         before = control_of(engine)
@@ -140,7 +140,7 @@ def resume() -> None:
 @app.command()
 def abort(run: RunId) -> None:
     """End a run at its next step. The rankings of one that learns from rankings are not tried again."""
-    from feedback.trainer_lease import request_abort
+    from training.runs.lease import request_abort
 
     view = view_run(find_run(run))
     if view.state != "running":
@@ -199,7 +199,7 @@ def view_run(folder: Path) -> RunView:
 
 def state_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Returns running, done or stopped, and why."""
-    from training.run_folder import RunFolder
+    from training.runs.folder import RunFolder
 
     end = records[-1] if records and records[-1]["phase"] in ENDS else None
     guards = [f"PPO stopped itself: {record['stopped/reason']}" for record in records if "stopped/reason" in record]
@@ -215,7 +215,7 @@ def state_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, s
 
 def is_sft(name: str) -> bool:
     """Returns whether a run learns from demonstrations, or whoever has the lease works on such a one."""
-    from training.run_folder import SFT_SUFFIX
+    from training.runs.folder import SFT_SUFFIX
 
     return name.endswith(SFT_SUFFIX)
 
@@ -269,7 +269,7 @@ def trainer_lives(control: Control) -> bool:
 
 def control_of(engine: Engine) -> Control:
     """Returns what is asked of the trainer."""
-    from feedback.trainer_lease import read_control
+    from training.runs.lease import read_control
 
     return read_control(engine)
 

@@ -17,7 +17,7 @@ from deploy.runs_cli import run_folders, view_run, with_control
 from feedback.bus.topics import DEAD_LETTERS
 
 if TYPE_CHECKING:
-    from feedback.trainer_lease import Control
+    from training.runs.lease import Control
 
 console = Console(highlight=False)
 TIMEOUT_S = 5.0
@@ -79,8 +79,8 @@ def print_rankings(config: AligndConfig) -> Control | None:
 
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
-    from feedback.trainer_lease import read_control
     from training.loop import CURSOR_FILE, Cursor
+    from training.runs.lease import read_control
 
     try:
         with closing(Store(config.store_url)) as store:

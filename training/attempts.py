@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from sqlalchemy.exc import OperationalError
 
-from feedback.trainer_lease import clear_abort
 from policies.artifact import ArtifactError
 from training.errors import TrainingError
-from training.run_folder import RunFolder
+from training.runs.folder import RunFolder
+from training.runs.lease import clear_abort
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -81,7 +81,7 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
 
 
 def _attempt(place: Workplace, folder: RunFolder) -> None:
-    from training.parallel import led
+    from training.models.parallel import led
     from training.run import run
 
     run_id = folder.path.name

@@ -2,7 +2,7 @@
 
 A run that was killed is gone on with before any other is begun. What operators ask is heard between two steps.
 
-Of several ranks (training.parallel) the first one does all this, and the others follow it through its runs.
+Of several ranks (training.models.parallel) the first one does all this, and the others follow it through its runs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from policies.artifact import ArtifactError
 from training.attempts import RETRY_SECONDS, end, passes, patiently, run_once, told
 from training.config import TrainingConfig
 from training.errors import RunAbortedError, TrainingError
-from training.publish import START_SECONDS, PolicyClient
-from training.run_folder import SFT, SFT_SUFFIX, Origin, RunFolder
+from training.runs.folder import SFT, SFT_SUFFIX, Origin, RunFolder
+from training.runs.policy_client import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from feedback.store.reader import Store
-    from feedback.trainer_lease import TrainerLease
-    from training.parallel import Ranks
+    from training.models.parallel import Ranks
+    from training.runs.lease import TrainerLease
     from training.workplace import Workplace
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def run_trainer(
     """
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
-    from feedback.trainer_lease import TrainerLease
-    from training.parallel import join
+    from training.models.parallel import join
+    from training.runs.lease import TrainerLease
     from training.workplace import open_workplace
 
     ranks = join(config.num_processes)
@@ -82,7 +82,7 @@ def run_trainer(
 
 def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Path, serving_address: str) -> NoReturn:
     """What all ranks but the first do: take part in each run that it begins."""
-    from training.parallel import led
+    from training.models.parallel import led
     from training.run import run
     from training.workplace import open_workplace
 
@@ -106,8 +106,8 @@ def run_sft_once(
     """
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
-    from feedback.trainer_lease import TrainerLease, read_control
-    from training.parallel import ALONE
+    from training.models.parallel import ALONE
+    from training.runs.lease import TrainerLease, read_control
     from training.sft_run import run_sft
     from training.workplace import open_workplace
 
@@ -180,7 +180,7 @@ class Desk:
 
     def between_rounds(self, run_id: str) -> None:
         """Waits while the trainer is paused. Raises RunAbortedError, or SystemExit if another trainer took over."""
-        from feedback.trainer_lease import read_control
+        from training.runs.lease import read_control
 
         told = False
         while True:

@@ -3,8 +3,8 @@
 A run that was killed goes on from what `state/` in its folder holds: each phase that has ended is read back, and PPO
 goes on from its last checkpoint, so that the result is the same, bit for bit, as without the kill (on a CPU).
 
-Several ranks call `run` together (training.parallel). What only one may do, such as fit, write and ask serving, the
-first one does, and the others wait for what comes of it.
+Several ranks call `run` together (training.models.parallel). What only one may do, such as fit, write and ask serving,
+the first one does, and the others wait for what comes of it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from typing import Any
 import torch
 
 from alignd.v1 import policy_service_pb2
-from training import ppo, ptx
-from training.checkpoint import newest_checkpoint, save_checkpoint
-from training.dataset import MAX_STORED_PROMPTS, TokenizedPrompt, is_held_out, make_dataset, text_of
+from training.data.dataset import MAX_STORED_PROMPTS, TokenizedPrompt, is_held_out, make_dataset, text_of
+from training.data.groups import Group
+from training.data.intervals import Verdict, mean, win_rate
 from training.errors import TrainingError
-from training.evaluate import Verdict, mean, win_rate
-from training.groups import Group
-from training.handover import KL, WIN_RATE, go_live, register, write
-from training.label_next import label_next
-from training.learner import Weights, make_learner
-from training.parallel import led
-from training.policy_model import (
+from training.handover.version import KL, WIN_RATE, go_live, register, write
+from training.models.parallel import led
+from training.models.policy import (
     SharedLayers,
     load_model,
     load_weights,
@@ -37,11 +33,16 @@ from training.policy_model import (
     reference_logprobs,
     upper_layers_of,
 )
-from training.publish import registered_by, written_by
-from training.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
-from training.reward_model import RewardModel, normalise, save, score_groups
-from training.rollouts import Rollout
-from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
+from training.models.reward import RewardModel, normalise, save, score_groups
+from training.ppo import ptx
+from training.ppo import rounds as ppo
+from training.ppo.learner import Weights, make_learner
+from training.ppo.rollouts import Rollout
+from training.rewards.label_next import label_next
+from training.rewards.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
+from training.runs.checkpoint import newest_checkpoint, save_checkpoint
+from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
+from training.runs.policy_client import registered_by, written_by
 from training.workplace import Parents, Rewards, Run, Workplace
 
 logger = logging.getLogger(__name__)

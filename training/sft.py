@@ -34,9 +34,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from policies.precision import compute_dtype
 from training.config import SftConfig
-from training.device import training_device
 from training.errors import TrainingError
-from training.tensor_file import save_tensors
+from training.models.device import training_device
+from training.models.tensor_file import save_tensors
 
 SCORE = "score"
 STATE, WEIGHTS = "trainer_state.json", "epoch-{}.safetensors"

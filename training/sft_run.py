@@ -25,15 +25,15 @@ from policies.artifact import MANIFEST, read_manifest, write_artifact
 from policies.location import artifact_folder
 from policies.rendering import prompt_token_ids
 from training.config import TrainingConfig
-from training.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
+from training.data.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
+from training.data.groups import Group
 from training.errors import TrainingError
-from training.groups import Group
-from training.policy_model import SharedLayers, load_model, load_weights, save_weights
-from training.probes import probes_of
-from training.publish import START_SECONDS, next_version, registered_by, written_by
-from training.refresh import REWARD_MODEL_FILE, current
-from training.reward_model import RewardModel, load, score_groups
-from training.run_folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
+from training.handover.probes import probes_of
+from training.models.policy import SharedLayers, load_model, load_weights, save_weights
+from training.models.reward import RewardModel, load, score_groups
+from training.rewards.refresh import REWARD_MODEL_FILE, current
+from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
+from training.runs.policy_client import START_SECONDS, next_version, registered_by, written_by
 from training.sft import Demonstration, Epoch, Judge, best_of, fine_tune
 from training.workplace import Workplace, find_parents
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from alignd.v1 import policy_service_pb2
 from policies.location import artifact_folder
 from training.config import TrainingConfig
-from training.dataset import Dataset
-from training.parallel import Ranks, led
-from training.policy_model import SharedLayers
-from training.publish import START_SECONDS, PolicyClient
-from training.refresh import Fitted
-from training.reward_model import RewardModel
-from training.rollouts import Rollout, RolloutEngine
-from training.run_folder import RunFolder
+from training.data.dataset import Dataset
+from training.models.parallel import Ranks, led
+from training.models.policy import SharedLayers
+from training.models.reward import RewardModel
+from training.ppo.rollouts import Rollout, RolloutEngine
+from training.rewards.refresh import Fitted
+from training.runs.folder import RunFolder
+from training.runs.policy_client import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,8 +29,8 @@ from deploy.machine import machine, versions
 from deploy.models import prepare_smollm2
 from deploy.simulation.utility import load_utility
 from policies.precision import compute_dtype, short_name
-from training.device import training_device
-from training.rollouts import RolloutEngine
+from training.models.device import training_device
+from training.ppo.rollouts import RolloutEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var" / "bench" / "learning"

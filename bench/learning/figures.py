@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bench.result import Figure, at_least
-from training.evaluate import Z_95, win_rate
-from training.reward_evaluation import clustered_mean
+from training.data.intervals import Z_95, win_rate
+from training.rewards.evaluation import clustered_mean
 
 Found = dict[str, list[dict[str, Any]]]
 

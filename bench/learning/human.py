@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from bench.learning.baselines import bag_of_words_baseline, length_baseline, right
 from bench.learning.hh_rlhf import Comparison, beginning, is_held_out, read_comparisons
 from training.config import RewardModelConfig
-from training.groups import Group, RankedExample
-from training.policy_model import SharedLayers, load_model
-from training.reward_evaluation import evaluate_rewards
-from training.reward_fit import fit
-from training.reward_model import RewardModel, group_features
+from training.data.groups import Group, RankedExample
+from training.models.policy import SharedLayers, load_model
+from training.models.reward import RewardModel, group_features
+from training.rewards.evaluation import evaluate_rewards
+from training.rewards.fit import fit
 
 SOURCE = "helpful-base"
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 160

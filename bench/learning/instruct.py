@@ -34,15 +34,16 @@ from bench.learning.rewards import (
 from bench.learning.stages import begin, once
 from bench.learning.tax import hellaswag_accuracy, read_hellaswag, read_wikitext, wikitext_loss
 from policies.precision import compute_dtype, short_name
-from training import ppo, ptx
 from training.config import LoraConfig, PpoConfig, PtxConfig, SftConfig
-from training.device import training_device
+from training.data.groups import Group
 from training.errors import TrainingError
-from training.groups import Group
-from training.learner import make_learner
-from training.policy_model import SharedLayers, load_model, save_policy, upper_layers_of
-from training.reward_model import score_groups
-from training.rollouts import Rollout
+from training.models.device import training_device
+from training.models.policy import SharedLayers, load_model, save_policy, upper_layers_of
+from training.models.reward import score_groups
+from training.ppo import ptx
+from training.ppo import rounds as ppo
+from training.ppo.learner import make_learner
+from training.ppo.rollouts import Rollout
 from training.sft import Demonstration, fine_tune
 
 TAX_WINDOW = 512

@@ -18,9 +18,9 @@ from bench.learning.hh_rlhf import Message
 from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
 from deploy.simulation.utility import Utility, measure
 from policies.rendering import prompt_token_ids
-from training.groups import Group, RankedExample
-from training.policy_model import load_weights
-from training.rollouts import Rollout, RolloutEngine
+from training.data.groups import Group, RankedExample
+from training.models.policy import load_weights
+from training.ppo.rollouts import Rollout, RolloutEngine
 
 SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sentences."
 NUM_LABELERS = 40  # about as many as InstructGPT's contractors

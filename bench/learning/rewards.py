@@ -15,11 +15,11 @@ from torch import Tensor
 from bench.learning.lab import Asked, Lab
 from deploy.simulation.labelers import Labeler
 from training.config import RewardModelConfig
-from training.groups import RankedExample
-from training.policy_model import SharedLayers
-from training.reward_evaluation import evaluate_rewards
-from training.reward_fit import fit
-from training.reward_model import RewardModel, group_features, normalise
+from training.data.groups import RankedExample
+from training.models.policy import SharedLayers
+from training.models.reward import RewardModel, group_features, normalise
+from training.rewards.evaluation import evaluate_rewards
+from training.rewards.fit import fit
 
 REWARD_MODEL = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
 # Of 40 labelers: their rankings only measure.

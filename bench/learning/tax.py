@@ -2,7 +2,7 @@
 
 Two measures that need no generation: the loss on WikiText-2, and the accuracy on HellaSwag (Zellers et al., arXiv
 1905.07830) as EleutherAI's lm-evaluation-harness scores it. The tax is the paired `change` of a measure from one policy
-to another. Shapes: see training.groups; E counts endings, and I is an axis of one.
+to another. Shapes: see training.data.groups; E counts endings, and I is an axis of one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.learning.data import data_file
-from training.groups import Group
-from training.policy_model import SharedLayers, reference_logprobs
+from training.data.groups import Group
+from training.models.policy import SharedLayers, reference_logprobs
 
 ITEM_LINES = 6
 SHUFFLE_SEED = 0
@@ -126,7 +126,7 @@ def wikitext_loss(
     """Returns the loss in nats a token, for each whole window of `window` tokens in the first `num_tokens` of `text`.
 
     Windows do not see each other, so of each only the tokens after the first are predicted. Computes in the model's own
-    precision, bf16 as training.policy_model loads it. Raises ValueError if there are fewer than two windows.
+    precision, bf16 as training.models.policy loads it. Raises ValueError if there are fewer than two windows.
     """
     token_ids = encode(tokenizer, text)[:num_tokens]
     starts = range(0, len(token_ids) - window + 1, window)

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.reward import MAX_TRL_BATCH, trl_batch, trl_padding
-from training.groups import Group, RankedExample
+from training.data.groups import Group, RankedExample
 
 
 @pytest.mark.parametrize(("num_pairs", "size"), [(6, 6), (15, 5), (36, 12), (13, 1)])

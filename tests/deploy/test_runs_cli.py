@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from deploy import cli
 from feedback.store.engine import open_engine
-from feedback.trainer_lease import TrainerLease, read_control, request_abort, set_paused
 from training.config import PpoConfig, TrainingConfig
-from training.run_folder import Origin, RunFolder
+from training.runs.folder import Origin, RunFolder
+from training.runs.lease import TrainerLease, read_control, request_abort, set_paused
 
 CONFIG = TrainingConfig(ppo=PpoConfig(num_steps=3))
 OLD, NEW = "20260101T000000-aaaaaa", "20260102T000000-bbbbbb"

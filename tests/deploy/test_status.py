@@ -8,12 +8,12 @@ from deploy.config import AligndConfig
 from deploy.status import print_rankings, print_training
 from feedback.store.engine import open_engine
 from feedback.store.ledger import Ledger
-from feedback.trainer_lease import Control, TrainerLease
 from tests.feedback.events import ranking, sample
 from tests.feedback.store.test_store import write_events
 from training.config import TrainingConfig
 from training.loop import CURSOR_FILE, Cursor
-from training.run_folder import Origin, RunFolder
+from training.runs.folder import Origin, RunFolder
+from training.runs.lease import Control, TrainerLease
 
 LINE = '{"time": 1.0, "phase": "ppo", "step": 2, "num_steps": 10}\n'
 NAME = "20261126T140004-01fb6b"

@@ -13,8 +13,8 @@ from alignd.v1 import types_pb2
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from policies.artifact import write_artifact
 from policies.precision import compute_dtype
-from training.device import training_device
-from training.probes import probes_of
+from training.handover.probes import probes_of
+from training.models.device import training_device
 
 Weights = dict[str, torch.Tensor]
 PROBE_SEQUENCES = [tuple(range(3, 40)), (1, 50, 60, 70, 2), tuple(range(300, 340))]

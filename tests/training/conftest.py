@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deploy.models import make_tiny_llama
-from training.policy_model import SharedLayers, load_model
+from training.models.policy import SharedLayers, load_model
 
 # A tiny model's matrices are not worth a second thread, and tests share the machine.
 torch.set_num_threads(1)

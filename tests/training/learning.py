@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.training.sampling import PlainSampler
-from training import ppo
 from training.config import PpoConfig, RewardModelConfig
-from training.groups import Group, RankedExample
-from training.learner import Learner, make_learner
-from training.parallel import ALONE, Ranks
-from training.policy_model import SharedLayers, upper_layers_of
-from training.reward_fit import fit
-from training.reward_model import RewardModel
+from training.data.groups import Group, RankedExample
+from training.models.parallel import ALONE, Ranks
+from training.models.policy import SharedLayers, upper_layers_of
+from training.models.reward import RewardModel
+from training.ppo import rounds as ppo
+from training.ppo.learner import Learner, make_learner
+from training.rewards.fit import fit
 
 EOS = 2
 PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]

@@ -17,15 +17,15 @@ from policies import precision
 from policies.precision import compute_dtype
 from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
 from tests.training.sampling import PlainSampler
-from training import ppo
 from training.config import PpoConfig, RewardModelConfig
 from training.errors import TrainingError
-from training.learner import Learner, trained_weights
-from training.parallel import Ranks, gathered, join, led, whole
-from training.policy_model import SharedLayers, load_model, merged_tensors
-from training.reward_fit import fit
-from training.reward_model import RewardModel
-from training.rollouts import Rollout
+from training.models.parallel import Ranks, gathered, join, led, whole
+from training.models.policy import SharedLayers, load_model, merged_tensors
+from training.models.reward import RewardModel
+from training.ppo import rounds as ppo
+from training.ppo.learner import Learner, trained_weights
+from training.ppo.rollouts import Rollout
+from training.rewards.fit import fit
 
 SIZE = 2
 # What all need is imported once, in the process that the others are forked from.

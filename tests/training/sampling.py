@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.policy_model import load_model
-from training.rollouts import Rollout
+from training.models.policy import load_model
+from training.ppo.rollouts import Rollout
 
 
 class PlainSampler:

@@ -14,8 +14,8 @@ from feedback.store.reader import Store
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.attempts import MOST_ATTEMPTS, patiently, run_once
 from training.config import TrainingConfig
-from training.parallel import ALONE, Ranks
-from training.run_folder import Origin, RunFolder
+from training.models.parallel import ALONE, Ranks
+from training.runs.folder import Origin, RunFolder
 from training.workplace import Workplace
 
 CONFIG = TrainingConfig()
@@ -98,7 +98,7 @@ def test_a_run_of_several_ranks_is_not_given_up_for_a_store_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its trainer ends, so that all ranks begin again together."""
-    monkeypatch.setattr("training.parallel.led", lambda ranks, action: action())
+    monkeypatch.setattr("training.models.parallel.led", lambda ranks, action: action())
     folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
     place = place_where(tmp_path, STORE_AWAY, Ranks(0, 2))
     for _ in range(2 * MOST_ATTEMPTS):
@@ -124,5 +124,5 @@ def test_a_disk_that_is_full_of_its_own_last_line_makes_a_run_wait_too(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.run_folder.replace_file", full)
+    monkeypatch.setattr("training.runs.folder.replace_file", full)
     assert not run_once(cast(Workplace, None), folder)

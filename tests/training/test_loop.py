@@ -29,9 +29,9 @@ from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
 from training.config import PpoConfig, RewardModelConfig, SftConfig, TrainingConfig
-from training.dataset import is_held_out
+from training.data.dataset import is_held_out
 from training.loop import Cursor, is_due, last_began
-from training.run_folder import SFT_SUFFIX, RunFolder
+from training.runs.folder import SFT_SUFFIX, RunFolder
 
 CONFIG = TrainingConfig(
     min_new_rankings=12,

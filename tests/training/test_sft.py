@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from training.config import SftConfig
 from training.errors import TrainingError
-from training.logprobs import label_logprobs
-from training.policy_model import load_model, load_weights
+from training.models.logprobs import label_logprobs
+from training.models.policy import load_model, load_weights
 from training.sft import Demonstration, Epoch, fine_tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")

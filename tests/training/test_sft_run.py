@@ -9,15 +9,15 @@ import pytest
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.store.engine import open_engine
-from feedback.trainer_lease import TrainerLease
 from policies.artifact import ArtifactError, write_artifact
 from tests.feedback.test_artifact import make_manifest, make_writer
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.config import TrainingConfig
 from training.errors import TrainingError
 from training.loop import run_sft_once
-from training.parallel import ALONE
-from training.run_folder import SFT, RunFolder
+from training.models.parallel import ALONE
+from training.runs.folder import SFT, RunFolder
+from training.runs.lease import TrainerLease
 from training.sft_run import run_sft
 from training.workplace import Workplace
 

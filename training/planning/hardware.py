@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from policies.precision import compute_dtype
-from training.device import training_device
+from training.models.device import training_device
 
 GIB = 2**30
 MATMUL_SECONDS = 0.3

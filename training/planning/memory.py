@@ -3,10 +3,10 @@
 Weights and optimizer state are counted exactly. Activations are what autograd keeps of a layer of Llama's kind (RMSNorm
 in fp32, gated MLP, SDPA with a mask, which each layer keeps in its precision), as if both models' were there at once.
 Several devices divide layers, gradients and moments by FSDP, and a round of rollouts; embeddings, activations and the
-engine are each device's own, and layers are gathered in fp32 as they are needed (training.parallel). The first device
-fits the reward model alone, on models that are not divided yet. A checkpoint takes nothing more on a device, nor does
-the policy on its way to the engine: both go tensor by tensor, the one to the host, where there is no copy if the host
-is the device.
+engine are each device's own, and layers are gathered in fp32 as they are needed (training.models.parallel). The first
+device fits the reward model alone, on models that are not divided yet. A checkpoint takes nothing more on a device, nor
+does the policy on its way to the engine: both go tensor by tensor, the one to the host, where there is no copy if the
+host is the device.
 
 Rows are as long as the configuration allows, but for a round of rollouts, where the mean decides.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from training.logprobs import CHUNK_TOKENS
+from training.models.logprobs import CHUNK_TOKENS
 from training.planning.workload import Workload
 
 Moment = Literal["reward model", "start of PPO", "update"]
@@ -39,7 +39,7 @@ NORMS_UNDER_ADAPTERS = {BF16: 12, FP32: 16}
 LAST_NORM = {BF16: 6, FP32: 4}
 # A chunk's logits and their softmax, and its copy in bf16.
 LOGITS = {BF16: 2 * FP32 + BF16, FP32: 2 * FP32}
-# Rankings on which the heads are fitted first, where layers are trained too (training.reward_fit).
+# Rankings on which the heads are fitted first, where layers are trained too (training.rewards.fit).
 PROBED_RANKINGS = 256
 # Layers that FSDP holds whole on each device: two that are gathered and what they are gathered in, the gradient of one
 # and what it is divided from.

@@ -14,7 +14,7 @@ from training.planning.hardware import Hardware
 from training.planning.workload import Workload
 
 FORWARD_BACKWARD = 3
-# The output embedding is frozen: see training.logprobs.
+# The output embedding is frozen: see training.models.logprobs.
 FORWARD_SLOPE = 2
 # Per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
 ADAMW_BYTES = 7 * 4

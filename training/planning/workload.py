@@ -1,7 +1,7 @@
 """What a configuration asks of a model: which layers run and which learn, and how many tokens pass through them.
 
 Means are assumed where only the data knows: prompts of a quarter of `max_prompt_tokens`, and rollouts of three quarters
-of `max_tokens`. Rows are taken to be without padding. Names: see training.groups and training.planning.model_size.
+of `max_tokens`. Rows are taken to be without padding. Names: see training.data.groups and training.planning.model_size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Workload:
     prompt_tokens: float
     completion_tokens: float
     number_bytes: int
-    """Bytes of a number in the precision that the device computes in: 2 or 4 (training.device)."""
+    """Bytes of a number in the precision that the device computes in: 2 or 4 (training.models.device)."""
 
     @property
     def frozen_layers(self) -> int:

@@ -14,7 +14,7 @@ from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
-from training.run_folder import LABEL_NEXT, SamplePair, Unranked
+from training.runs.folder import LABEL_NEXT, SamplePair, Unranked
 
 Record = Mapping[str, Any]
 RECORD_KEYS = frozenset({"time", "phase", "step", "num_steps"})

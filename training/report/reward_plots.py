@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 
-from training.evaluate import wilson_interval
+from training.data.intervals import wilson_interval
 from training.report.record import Record
 from training.report.svg import DASHED, HEIGHT, REWARD_MODEL, Plot, panels, to_svg
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.learning.figures import held_out_accuracy, mean_interval
-from training.reward_evaluation import clustered_mean
+from training.rewards.evaluation import clustered_mean
 
 SEEDS = [
     {"held_out": [0, 1, 2], "prompts": [0, 0, 2], "ours": [1.0, 1.0, 0.0], "theirs": [0.0, 1.0, 0.5]},

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.learning import tax
 from deploy.models import make_tiny_llama
-from training import policy_model
-from training.policy_model import load_model
+from training.models import policy as policy_model
+from training.models.policy import load_model
 
 
 @pytest.fixture(scope="module")

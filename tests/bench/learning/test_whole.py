@@ -17,7 +17,7 @@ from bench.learning.page import write_page
 from bench.learning.tax import HellaSwagItem
 from bench.result import bench_result
 from deploy.simulation.labelers import make_labelers
-from training.rollouts import RolloutEngine
+from training.ppo.rollouts import RolloutEngine
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),

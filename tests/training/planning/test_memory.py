@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_iter
 
 from tests.training.planning.model_configs import QWEN, SMOLLM2, size_of
 from training.config import LoraConfig, TrainingConfig
-from training.device import autocast
-from training.experience import gather
-from training.groups import Group, pack
-from training.learner import make_learner
+from training.data.groups import Group, pack
+from training.models.device import autocast
+from training.models.policy import SharedLayers, UpperLayers, completion_logprobs
+from training.models.reward import RewardModel
 from training.planning.memory import (
     MOMENTS,
     Memory,
@@ -31,9 +31,9 @@ from training.planning.memory import (
 )
 from training.planning.model_size import read_model
 from training.planning.workload import Workload, assume
-from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
-from training.reward_model import RewardModel
-from training.rollouts import Rollout
+from training.ppo.experience import gather
+from training.ppo.learner import make_learner
+from training.ppo.rollouts import Rollout
 
 # Of one length, so that nothing is padded, and long enough for activations to outweigh everything else.
 PROMPT, COMPLETION = tuple(range(3, 35)), tuple(range(40, 64))

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training.planning.model_configs import MISTRAL, QWEN, SMOLLM2, size_of
-from training.groups import Group, pack
+from training.data.groups import Group, pack
+from training.models.policy import SharedLayers, UpperLayers, completion_logprobs
 from training.planning.model_size import UnknownModelError, read_model
-from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
 
 GROUPS = [Group((1, 5, 9, 300), ((7, 8, 2), (11, 12))), Group((1, 40, 41, 42), ((200, 201), (204, 205, 2)))]
 

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.training.planning.model_configs import MISTRAL, SMOLLM2, size_of
 from training.config import TrainingConfig
-from training.device import autocast
-from training.groups import Group, pack
+from training.data.groups import Group, pack
+from training.models.device import autocast
+from training.models.policy import SharedLayers, UpperLayers, completion_logprobs
 from training.planning.hardware import CPU_EFFICIENCY, GPU_EFFICIENCY, Hardware
 from training.planning.model_size import read_model
 from training.planning.phases import (
@@ -25,7 +26,6 @@ from training.planning.phases import (
     sequences_at_once,
 )
 from training.planning.workload import Workload, assume
-from training.policy_model import SharedLayers, UpperLayers, completion_logprobs
 
 MACHINE = Hardware("a machine", bandwidth_gb_s=20.0, matmul_gflop_s=1000.0, memory_gib=16.0)
 GROUPS = [Group((1, 5, 9, 300), ((7, 8, 2), (11, 12, 2))), Group((1, 40, 41, 42), ((200, 201, 2), (204, 205, 2)))]

@@ -12,7 +12,7 @@ from google.protobuf.json_format import MessageToJson
 
 from alignd.v1.policy_manifest_pb2 import Evaluation, LogRange, PolicyManifest, TrainingLineage
 from training.config import PpoConfig, TrainingConfig
-from training.run_folder import RunFolder, SamplePair, Unranked
+from training.runs.folder import RunFolder, SamplePair, Unranked
 
 HOSTILE = "<script>alert('x')</script> & \"more\""
 RUN_ID = "20261124T101500-a1b2c3"

@@ -1,0 +1,60 @@
+"""The trainer does what operators ask between two steps, and ends when its place was taken."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from feedback.store.engine import open_engine
+from training.config import TrainingConfig
+from training.errors import RunAbortedError
+from training.loop import Desk
+from training.runs.lease import TrainerLease, request_abort, set_paused
+
+CONFIG = TrainingConfig(poll_seconds=0.01, lease_seconds=60.0)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    opened = open_engine(f"sqlite:///{tmp_path}/store.db")
+    yield opened
+    opened.dispose()
+
+
+@pytest.fixture
+def desk(engine: Engine) -> Desk:
+    lease = TrainerLease(engine, "host/1", CONFIG.lease_seconds)
+    assert lease.acquire()
+    return Desk(CONFIG, engine, lease)
+
+
+def test_a_paused_trainer_waits_until_it_may_go_on(desk: Desk, engine: Engine) -> None:
+    set_paused(engine, True)
+    step = threading.Thread(target=desk.between_rounds, args=("run",), daemon=True)
+    step.start()
+    step.join(0.5)
+    assert step.is_alive()
+    set_paused(engine, False)
+    step.join(30)
+    assert not step.is_alive()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_run_ends_that_was_asked_to_and_no_other(desk: Desk, engine: Engine, paused: bool) -> None:
+    request_abort(engine, "run")
+    assert desk.between_rounds("another") is None
+    assert desk.between_rounds("") is None  # between two runs
+    set_paused(engine, paused)
+    with pytest.raises(RunAbortedError, match="an operator asked"):
+        desk.between_rounds("run")
+
+
+def test_a_trainer_ends_whose_place_was_taken(engine: Engine) -> None:
+    late = TrainerLease(engine, "host/1", 60.0, clock=lambda: 1_700_000_000.0)
+    assert late.acquire()
+    assert TrainerLease(engine, "host/2", 60.0).acquire()  # by now it has expired
+    with pytest.raises(SystemExit) as ended:
+        Desk(CONFIG, engine, late).between_rounds("run")
+    assert ended.value.code == 1

@@ -1,0 +1,1 @@
+"""What a run learns from, and the statistics of what it measures."""

@@ -1,0 +1,35 @@
+"""Probes: token sequences with the trainer's own log-probabilities, by which a server proves what it serves.
+
+They are reckoned from the weights as saved, in bf16, not from the fp32 ones in the trainer's hands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from alignd.v1 import policy_manifest_pb2
+from training.models.logprobs import label_logprobs
+from training.models.policy import load_model
+
+MAX_PROBE_TOKENS = 64
+
+
+@torch.no_grad()
+def probes_of(policy_folder: Path, sequences: Sequence[Sequence[int]], most: int) -> list[policy_manifest_pb2.Probe]:
+    """Log-probability of each token but the first of each sequence, cut to MAX_PROBE_TOKENS, under the saved policy.
+
+    Of at most `most` sequences, the first that have two tokens or more.
+    """
+    probed = [sequence for sequence in sequences if len(sequence) > 1][:most]
+    model = load_model(policy_folder)
+    head_VD = model.get_output_embeddings().weight
+    probes = []
+    for sequence in probed:
+        token_ids = list(sequence[:MAX_PROBE_TOKENS])
+        hidden_TD = model.model(torch.tensor([token_ids], device=head_VD.device)).last_hidden_state[0]
+        logprobs_T = label_logprobs(hidden_TD[:-1], head_VD, torch.tensor(token_ids[1:], device=head_VD.device))
+        probes.append(policy_manifest_pb2.Probe(token_ids=token_ids, logprobs=logprobs_T.tolist()))
+    return probes

@@ -1,0 +1,269 @@
+"""A causal language model cut in two: lower layers that are frozen and shared, upper layers that are trained.
+
+The reference policy, the policy and the reward model stand on the same lower layers, so these are run once for all
+three, and the backward pass ends above them. With no frozen layers, all are trained. Token embeddings and output
+embedding always stay as they are.
+
+The lower layers are kept as they compute (training.models.device). What is trained is kept in fp32 and computes
+likewise by autocast: the upper layers whole, or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see
+training.data.groups. D is the width of the hidden state.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from policies.precision import compute_dtype
+from training.config import LoraConfig
+from training.data.groups import Group, PackedGroups, micro_batches, pack
+from training.errors import TrainingError
+from training.models.device import autocast, training_device
+from training.models.logprobs import label_logprobs, label_logprobs_and_entropy
+from training.models.parallel import ALONE, Ranks, shard, whole
+from training.models.tensor_file import save_tensors
+
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER = "default"
+SCORING_TOKENS = 8192
+"""Most tokens, padding included, in a forward pass without gradients."""
+
+
+class ModelMismatchError(TrainingError):
+    """Two models that should share their lower layers do not."""
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """Loads a model from a policy version's folder, frozen, without dropout, in the precision it will compute in."""
+    device = training_device()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        path, dtype=compute_dtype(device), attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+    )
+    model.requires_grad_(False)
+    model.eval()
+    on_device: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return on_device
+
+
+class UpperLayers(nn.Module):
+    """Layers `first` to `last` of a model and its final norm: what a policy has of its own."""
+
+    def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
+        super().__init__()
+        body: Any = model.model
+        self.first = first
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[first:last])
+        self.norm = copy.deepcopy(body.norm)
+        self.checkpointing = False
+
+    def forward(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """From the hidden states that enter the first of these layers to the normed ones that leave the last."""
+        hidden_GTD = run_layers(self.layers, hidden_GTD, packed, angles, checkpointing=self.checkpointing)
+        normed_GTD: Tensor = self.norm(hidden_GTD)
+        return normed_GTD
+
+    def trainable(self, lora: LoraConfig, ranks: Ranks = ALONE) -> UpperLayers:
+        """These layers, to be trained: all weights in fp32, or adapters on weights that stay as they are.
+
+        Several ranks divide them, and must draw the same adapters: at random, so seed them alike.
+        """
+        if lora.rank:
+            # Takes seconds to import, and full weights do without.
+            from peft import LoraConfig as PeftLoraConfig
+            from peft import inject_adapter_in_model
+
+            found = [name for name, module in self.layers.named_modules() if isinstance(module, nn.Linear)]
+            targets = sorted({name.rpartition(".")[2] for name in found})
+            adapters = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
+            inject_adapter_in_model(adapters, self, adapter_name=ADAPTER)
+            # peft makes them in the base's type; in bf16 most steps would be too small to change a weight.
+            for parameter in self.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        for layer in (*self.layers, self.norm):
+            if not lora.rank:
+                layer.float().requires_grad_(True)
+            # One after the other: in fp32, undivided, all of them may be more than a device holds.
+            shard(ranks, self if layer is self.norm else layer)
+        return self
+
+
+def run_layers(
+    layers: Any, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor], *, checkpointing: bool = False
+) -> Tensor:
+    """Runs decoder layers, in order. `checkpointing` keeps only what enters each, and computes the rest again."""
+    for layer in layers:
+        arguments: dict[str, Any] = {"attention_mask": packed.attends_GTT.unsqueeze(1), "position_embeddings": angles}
+        if checkpointing:
+            hidden_GTD = checkpoint(layer, hidden_GTD, use_reentrant=False, **arguments)
+        else:
+            hidden_GTD = layer(hidden_GTD, **arguments)
+    return hidden_GTD
+
+
+class SharedLayers:
+    """The reference policy's embeddings and layers, frozen: they run once, for all that stands on them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._body: Any = model.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.head_VD.device
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return len(self._body.layers)
+
+    def shard(self, ranks: Ranks) -> None:
+        """Divides the layers, not the embeddings, among the ranks; from then on each pass is a collective."""
+        shard(ranks, *self._body.layers)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The output embedding."""
+        head: Any = self.model.get_output_embeddings()
+        return head.weight  # type: ignore[no-any-return]
+
+    def angles(self, packed: PackedGroups) -> tuple[Tensor, Tensor]:
+        """The rotary position embedding, for every layer."""
+        angles: tuple[Tensor, Tensor] = self._body.rotary_emb(self.head_VD, packed.positions_GT)
+        return angles
+
+    @torch.no_grad()
+    def encode(self, packed: PackedGroups, levels: Sequence[int]) -> dict[int, Tensor]:
+        """Returns the hidden states that enter each layer of `levels`, [G, T, D] each."""
+        angles = self.angles(packed)
+        hidden_GTD, below, encoded = self._body.embed_tokens(packed.tokens_GT), 0, {}
+        for level in sorted(set(levels)):
+            hidden_GTD = run_layers(self._body.layers[below:level], hidden_GTD, packed, angles)
+            encoded[level], below = hidden_GTD, level
+        return encoded
+
+
+def completion_logprobs(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> Tensor:
+    """Log-probability of each completion token, [N, C], 0 beyond the ends. Gradients flow to the hidden states."""
+    hidden_MD, labels_M = _predicting(hidden_GTD, packed)
+    return _on_mask(packed.mask_NC, label_logprobs(hidden_MD, head_VD, labels_M))
+
+
+def completion_logprobs_and_entropy(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
+    """Returns the same, without gradients, and the entropy where each token was drawn, [N, C] too."""
+    hidden_MD, labels_M = _predicting(hidden_GTD, packed)
+    logprobs_M, entropy_M = label_logprobs_and_entropy(hidden_MD, head_VD, labels_M)
+    return _on_mask(packed.mask_NC, logprobs_M), _on_mask(packed.mask_NC, entropy_M)
+
+
+@torch.no_grad()
+def reference_logprobs(shared: SharedLayers, groups: Sequence[Group]) -> list[float]:
+    """Log-probability of each group's completions by the reference policy, in nats, one after the other."""
+    norm = UpperLayers(shared.model, shared.num_layers, shared.num_layers)
+    found: dict[int, list[float]] = {}
+    for batch in micro_batches([len(group) for group in groups], SCORING_TOKENS):
+        packed = pack([groups[index] for index in batch]).to(shared.device)
+        hidden_GTD = shared.encode(packed, [shared.num_layers])[shared.num_layers]
+        with autocast(shared.device):
+            normed_GTD = norm(hidden_GTD, packed, shared.angles(packed))
+        logprobs_NC = completion_logprobs(normed_GTD, shared.head_VD, packed)
+        found.update(zip(batch, (each.tolist() for each in logprobs_NC.sum(1).split(packed.group_sizes)), strict=True))
+    return [logprob for index in range(len(groups)) for logprob in found[index]]
+
+
+def _predicting(hidden_GTD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
+    """Hidden states [M, D] that predict the completions' tokens, and these [M]; no other position has logits."""
+    return hidden_GTD.flatten(0, 1)[packed.before_NC[packed.mask_NC]], packed.labels_NC[packed.mask_NC]
+
+
+def _on_mask(mask_NC: Tensor, values_M: Tensor) -> Tensor:
+    return torch.zeros(mask_NC.shape, device=values_M.device).masked_scatter(mask_NC, values_M)
+
+
+def upper_layers_of(
+    path: Path, shared: SharedLayers, first: int, lora: LoraConfig, ranks: Ranks = ALONE
+) -> UpperLayers:
+    """Loads the upper layers of the version at `path`, to be trained, and divided where there are several ranks.
+
+    Raises ModelMismatchError if what lies below differs from the reference's, since that could not be shared.
+    """
+    model = load_model(path)
+    upper = UpperLayers(model, first, shared.num_layers)
+    owned = {name for name, _ in tensors_of(upper)}
+    reference = shared.model.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in owned and not torch.equal(tensor, reference[name]):
+            raise ModelMismatchError(f"{path}: {name} is not the reference policy's; freeze fewer layers than {first}")
+    del model
+    return upper.trainable(lora, ranks)
+
+
+def tensors_of(upper: UpperLayers) -> Iterator[tuple[str, Tensor]]:
+    """The upper layers' tensors by the names that they have in the whole model, adapters merged into them."""
+    for name, tensor in upper.norm.named_parameters():
+        yield f"model.norm.{name}", tensor
+    for index, layer in enumerate(upper.layers, start=upper.first):
+        for name, tensor in _merged(layer):
+            yield f"model.layers.{index}.{name}", tensor
+
+
+def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    adapted: dict[str, Any] = {name: each for name, each in layer.named_modules() if hasattr(each, "get_delta_weight")}
+    for name, module in adapted.items():
+        yield f"{name}.weight", module.get_base_layer().weight.float() + module.get_delta_weight(ADAPTER)
+    for name, tensor in layer.named_parameters():
+        if not any(name.startswith(f"{each}.") for each in adapted):
+            yield name, tensor
+
+
+def merged_tensors(
+    shared: SharedLayers, upper: UpperLayers, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole policy by the names of its checkpoint, in bf16 as it is saved, or in `dtype` as an engine computes.
+
+    One tensor at a time, so that no device ever holds all of them. A collective if weights are in shards: every rank
+    gets all, and must take all.
+    """
+    trained = ("model.norm.", *(f"model.layers.{upper.first + index}." for index in range(len(upper.layers))))
+    tied = ("lm_head.",) if shared.model.config.tie_word_embeddings else ()
+    frozen = (each for each in shared.model.state_dict().items() if not each[0].startswith((*trained, *tied)))
+    for name, tensor in itertools.chain(frozen, tensors_of(upper)):
+        yield name, whole(tensor.detach().to(dtype))
+
+
+def merged_weights(shared: SharedLayers, upper: UpperLayers, *, kept: bool = True) -> dict[str, Tensor]:
+    """The same in bf16, on the host. A rank that does not keep it gets nothing, having taken part."""
+    return {name: tensor.cpu() for name, tensor in merged_tensors(shared, upper) if kept}
+
+
+def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:
+    """Writes the policy's weights, and copies from `source` all that a version holds besides."""
+    save_weights(folder, merged_weights(shared, upper), source)
+
+
+def save_weights(folder: Path, weights: Mapping[str, Tensor], source: Path) -> None:
+    """The same for weights that `merged_weights` has returned."""
+    copy_settings(source, folder)
+    save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+
+
+def copy_settings(source: Path, folder: Path) -> None:
+    """Copies what a version holds besides weights and manifest: tokenizer and configuration."""
+    for file in source.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != "manifest.json":
+            (folder / file.name).write_bytes(file.read_bytes())
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Loads a version's tensors."""
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}

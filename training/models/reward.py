@@ -1,0 +1,155 @@
+"""The reward model: an ensemble of scalar heads on the reference policy's lower layers, some of which it may own.
+
+It stands on the layers that policy and reference share, up to `first`; the layers from there to `level` are its own
+copies, and trained. With none of its own, scoring costs nothing beside what PPO computes anyway. The heads read a
+completion at its last real token and on average: [h_last, mean of h]. The score is the heads' mean, and where they
+differ the model is unsure. Shapes: see training.data.groups; F is the width of what a head reads, 2 D, and E counts
+heads.
+
+Scores are shifted and scaled so that completions of the reference policy have mean 0 (InstructGPT, section 3.5) and
+standard deviation 1, anew at every refresh, which gives kl_coef one meaning for all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training.config import RewardModelConfig
+from training.data.groups import Group, PackedGroups, micro_batches, pack
+from training.errors import TrainingError
+from training.models.device import autocast
+from training.models.policy import SCORING_TOKENS, SharedLayers, run_layers
+from training.models.tensor_file import save_tensors
+
+
+class RewardModel(nn.Module):
+    """Layers and heads, and how what the heads read is brought to unit variance."""
+
+    center_F: Tensor
+    spread_F: Tensor
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, shared: SharedLayers, config: RewardModelConfig) -> None:
+        super().__init__()
+        body: Any = shared.model.model
+        self.level = min(config.num_layers, shared.num_layers)
+        self.first = self.level - min(config.num_trained_layers, self.level)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[self.first : self.level])
+        # What leaves the topmost layer is read as the policy reads it.
+        self.norm = copy.deepcopy(body.norm) if self.level == shared.num_layers else nn.Identity()
+        self.norm.requires_grad_(False)
+        width = 2 * shared.head_VD.shape[1]
+        # Zero: before it has learned anything it prefers nothing.
+        self.heads_FE = nn.Parameter(torch.zeros(width, config.num_heads))
+        self.register_buffer("center_F", torch.zeros(width))
+        self.register_buffer("spread_F", torch.ones(width))
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        self.to(shared.device)
+
+    @property
+    def head_F(self) -> Tensor:
+        """The heads' mean, which scores."""
+        return self.heads_FE.mean(1)
+
+    def hidden(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """From the hidden states that enter layer `first` to those that the heads read."""
+        with autocast(hidden_GTD.device):
+            read_GTD: Tensor = self.norm(run_layers(self.layers, hidden_GTD, packed, angles))
+        return read_GTD
+
+    def score(self, features: Tensor) -> Tensor:
+        """Normalised scores of features [..., F]."""
+        return (self.standardized(features) @ self.head_F - self.shift) * self.scale
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """Features [..., F] with mean 0 and variance 1 over what the heads were fitted to."""
+        return (features - self.center_F) / self.spread_F
+
+
+def last_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
+    """What a head reads of whole completions, [N, F]."""
+    hidden = hidden_GTD.flatten(0, 1).float()
+    before_NCD = hidden[packed.before_NC] * packed.mask_NC[..., None]
+    last_ND = hidden[packed.last_N]
+    num_states_N = packed.mask_NC.sum(1) + 1
+    return torch.cat([last_ND, (before_NCD.sum(1) + last_ND) / num_states_N[:, None]], dim=-1)
+
+
+def running_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
+    """What a head would read were the completion to end before each of its tokens, [N, C, F]."""
+    before_NCD = hidden_GTD.flatten(0, 1).float()[packed.before_NC]
+    num_states_C = torch.arange(1, before_NCD.shape[1] + 1, device=before_NCD.device)
+    return torch.cat([before_NCD, before_NCD.cumsum(1) / num_states_C[:, None]], dim=-1)
+
+
+def features_of(model: RewardModel, shared: SharedLayers, packed: PackedGroups) -> Tensor:
+    """What the heads read of each completion, [N, F]. Gradients reach the model's own layers."""
+    hidden_GTD = shared.encode(packed, [model.first])[model.first]
+    return last_features(model.hidden(hidden_GTD, packed, shared.angles(packed)), packed)
+
+
+@torch.no_grad()
+def group_features(
+    model: RewardModel, shared: SharedLayers, groups: Sequence[Group], on_batch: Any = lambda done: None
+) -> list[Tensor]:
+    """What the heads read of each group's completions, [K, F] each. `on_batch` hears how many groups are done."""
+    found: dict[int, Tensor] = {}
+    for batch in micro_batches([len(group) for group in groups], SCORING_TOKENS):
+        packed = pack([groups[index] for index in batch]).to(shared.device)
+        features = features_of(model, shared, packed).split(packed.group_sizes)
+        found.update(zip(batch, features, strict=True))
+        on_batch(len(found))
+    return [found[index] for index in range(len(groups))]
+
+
+@torch.no_grad()
+def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Group]) -> list[Tensor]:
+    """Scores [K] of each group's completions, on the CPU."""
+    return [model.score(features).cpu() for features in group_features(model, shared, groups)]
+
+
+def normalise(model: RewardModel, scores: Tensor) -> float:
+    """Gives the reference policy's completions, whose `scores` these are, mean 0 and standard deviation 1.
+
+    Returns what the standard deviation was. Raises TrainingError if it is zero or not finite.
+    """
+    raw = scores / model.scale.cpu() + model.shift.cpu()
+    deviation = float(raw.std())
+    if not (math.isfinite(deviation) and deviation > 0):
+        raise TrainingError(f"reward model: its scores have standard deviation {deviation}")
+    model.shift.fill_(raw.mean())
+    model.scale.fill_(1 / raw.std())
+    return deviation
+
+
+def save(model: RewardModel, path: Path, reference_digest: str) -> str:
+    """Writes the weights, and returns the file's SHA-256. `reference_digest` names what they stand on."""
+    facts = {"first": model.first, "level": model.level, "reference": reference_digest}
+    save_tensors(path, model.state_dict(), {"reward_model": json.dumps(facts)})
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load(model: RewardModel, path: Path, reference_digest: str) -> bool:
+    """Loads what `save` wrote. False, and nothing is loaded, if it is of another shape or stands on other layers."""
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["reward_model"])
+    if facts != {"first": model.first, "level": model.level, "reference": reference_digest}:
+        return False
+    tensors = load_file(path)
+    if tensors["heads_FE"].shape != model.heads_FE.shape:
+        return False
+    model.load_state_dict(tensors)
+    return True

@@ -1,0 +1,1 @@
+"""PPO and PPO-ptx: rollouts, advantages, the update, and what stops it."""

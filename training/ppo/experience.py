@@ -1,0 +1,164 @@
+"""What one round of rollouts teaches: log-probabilities, scores and values as they were drawn, and their advantages.
+
+In the order of Huang et al. 2024, "The N+ Implementation Details": a rollout ends at its end token, is scored there,
+marked down if it has none, pays for its distance from the reference at every token, and is valued by GAE.
+Shapes: see training.data.groups.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from training.config import PpoConfig
+from training.data.groups import Group, PackedGroups, pack
+from training.models.device import autocast
+from training.models.parallel import ALONE, Ranks, gathered_tensor, micro_batches_in_step
+from training.models.policy import completion_logprobs, completion_logprobs_and_entropy
+from training.models.reward import last_features
+from training.ppo import ppo_math
+from training.ppo.learner import Learner
+from training.ppo.rollouts import Rollout
+
+Row = tuple[tuple[int, ...], list[Rollout]]
+"""A prompt and the rollouts drawn for it."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Rollouts of some prompts that fit into one forward pass, and all that was found out about them."""
+
+    packed: PackedGroups
+    angles: tuple[Tensor, Tensor]
+    policy_input_GTD: Tensor
+    value_input_GTD: Tensor
+    old_logprobs_NC: Tensor
+    old_values_NC: Tensor
+    ref_logprobs_NC: Tensor
+    entropy_NC: Tensor
+    sampler_logprobs_NC: Tensor
+    scores_N: Tensor
+    judge_scores_N: Tensor
+    finished_N: Tensor
+    advantages_NC: Tensor
+    returns_NC: Tensor
+
+
+Minibatch = list[Experience]
+
+
+def gather(learner: Learner, config: PpoConfig, rows: Sequence[Row], kl_coef: float, seed: int) -> list[Minibatch]:
+    """Turns a round's rollouts, those of all ranks, into minibatches, one for each optimizer step of a pass.
+
+    Rows are dealt at random; inside a minibatch they are sorted by length, divided among the ranks, and cut to what one
+    pass may hold. Returns this rank's part.
+    """
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    size = len(rows) // config.num_minibatches
+    minibatches = []
+    for start in range(0, len(rows), size):
+        dealt = [rows[index] for index in order[start : start + size]]
+        lengths = [len(prompt) + sum(len(each.token_ids) for each in drawn) for prompt, drawn in dealt]
+        parts = micro_batches_in_step(learner.ranks, lengths, config.micro_batch_tokens)
+        minibatches.append([_encode(learner, config, [dealt[index] for index in part]) for part in parts])
+    return _with_advantages(minibatches, config, kl_coef, learner.ranks)
+
+
+@torch.no_grad()
+def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experience:
+    shared, reward_model, judge = learner.shared, learner.reward_model, learner.judge
+    drawn = [rollout for _, rollouts in rows for rollout in rollouts]
+    packed = pack([Group(prompt, tuple(r.token_ids for r in rollouts)) for prompt, rollouts in rows])
+    packed = packed.to(shared.device)
+    angles = shared.angles(packed)
+    # 1. What all models share is run once.
+    encoded = shared.encode(packed, [learner.policy.first, reward_model.first, judge.first])
+    policy_input_GTD = encoded[learner.policy.first]
+    with autocast(shared.device):
+        # 2. Log-probabilities under the policy that drew them, by the trainer's own reckoning, and under the reference.
+        policy_hidden_GTD = learner.policy(policy_input_GTD, packed, angles)
+        reference_hidden_GTD = learner.reference(policy_input_GTD, packed, angles)
+    logprobs_NC, entropy_NC = completion_logprobs_and_entropy(policy_hidden_GTD, shared.head_VD, packed)
+    ref_logprobs_NC = completion_logprobs(reference_hidden_GTD, shared.head_VD, packed)
+    # 3. Score at the last real token, clipped; by the judge too, who has no say.
+    scores_N, judge_scores_N = (
+        model.score(last_features(model.hidden(encoded[model.first], packed, angles), packed))
+        for model in (reward_model, judge)
+    )
+    # 4. Values of the states before each token.
+    value_input_GTD = encoded[learner.value.first]
+    sampled = [torch.tensor(rollout.logprobs) for rollout in drawn]
+    sampler_NC = nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(shared.device)
+    blank_NC = torch.zeros_like(logprobs_NC)
+    return Experience(
+        packed=packed, angles=angles, policy_input_GTD=policy_input_GTD, value_input_GTD=value_input_GTD,
+        old_logprobs_NC=logprobs_NC, old_values_NC=learner.value(value_input_GTD, packed, angles),
+        ref_logprobs_NC=ref_logprobs_NC, entropy_NC=entropy_NC, sampler_logprobs_NC=sampler_NC,
+        scores_N=scores_N.clamp(-config.score_clip, config.score_clip), judge_scores_N=judge_scores_N,
+        finished_N=torch.tensor([rollout.finished for rollout in drawn], device=shared.device),
+        advantages_NC=blank_NC, returns_NC=blank_NC,
+    )  # fmt: skip
+
+
+def _with_advantages(
+    minibatches: list[Minibatch], config: PpoConfig, kl_coef: float, ranks: Ranks = ALONE
+) -> list[Minibatch]:
+    valued = [[_value(each, config, kl_coef) for each in minibatch] for minibatch in minibatches]
+    # 7. Whitening, over the whole round, comes last: the returns need the advantages as they are.
+    own = torch.cat([each.advantages_NC[each.packed.mask_NC] for minibatch in valued for each in minibatch])
+    every = gathered_tensor(ranks, own)
+    mean, deviation = every.mean(), every.std(unbiased=False)
+    return [
+        [
+            replace(each, advantages_NC=ppo_math.standardize(each.advantages_NC, each.packed.mask_NC, mean, deviation))
+            for each in minibatch
+        ]
+        for minibatch in valued
+    ]
+
+
+def _value(experience: Experience, config: PpoConfig, kl_coef: float) -> Experience:
+    mask_NC = experience.packed.mask_NC
+    # 5. Missing-end penalty, KL at each token, score at the last: the rewards.
+    scores_N = experience.scores_N - config.missing_eos_penalty * (~experience.finished_N).float()
+    rewards_NC = ppo_math.rewards(scores_N, experience.old_logprobs_NC, experience.ref_logprobs_NC, mask_NC, kl_coef)
+    # 6. GAE, and returns.
+    advantages_NC = ppo_math.advantages(rewards_NC, experience.old_values_NC, mask_NC, config.gamma, config.gae_lambda)
+    return replace(experience, advantages_NC=advantages_NC, returns_NC=advantages_NC + experience.old_values_NC)
+
+
+def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str, float]:
+    """What a round says of the policy that drew it: means over all ranks' rollouts, or tokens where it says so.
+
+    `objective/judge_error` is the standard error of the judge's mean score, with rollouts taken as independent; of a
+    single one it is infinite, so that nothing follows from it.
+    """
+    every = [each for minibatch in minibatches for each in minibatch]
+
+    def of_all(values: Iterable[Tensor]) -> Tensor:
+        return gathered_tensor(ranks, torch.cat(list(values)))
+
+    lengths_N = of_all(each.packed.mask_NC.sum(-1).float() for each in every)
+    kl_N = of_all((each.old_logprobs_NC - each.ref_logprobs_NC).sum(-1) for each in every)
+    scores_N, judge_N = of_all(each.scores_N for each in every), of_all(each.judge_scores_N for each in every)
+    gaps = sum(of_all((each.sampler_logprobs_NC - each.old_logprobs_NC).abs().sum()[None] for each in every))
+    values_M = of_all(each.old_values_NC[each.packed.mask_NC] for each in every)
+    returns_M = of_all(each.returns_NC[each.packed.mask_NC] for each in every)
+    entropies = sum(of_all(each.entropy_NC.sum()[None] for each in every))
+    tokens = lengths_N.sum()
+    return {
+        "objective/kl": float(kl_N.mean()),
+        "objective/score": float(scores_N.mean()),
+        "objective/judge_score": float(judge_N.mean()),
+        "objective/judge_error": float(judge_N.std() / len(judge_N) ** 0.5) if len(judge_N) > 1 else math.inf,
+        "objective/entropy": float(entropies / tokens),
+        "completion/length": float(lengths_N.mean()),
+        "completion/eos_rate": float(of_all(each.finished_N for each in every).float().mean()),
+        "rollout/sampler_gap": float(gaps / tokens),
+        "val/explained_variance": ppo_math.explained_variance(values_M, returns_M),
+    }

@@ -1,0 +1,307 @@
+"""PPO, and PPO-ptx, from the live policy with KL from the reference: rounds of rollouts and update.
+
+Each round draws rollouts from the policy as it is, finds out what they teach (training.ppo.experience), and takes one
+optimizer step a minibatch on the clipped losses, with the pretraining gradient added where there is one
+(training.ppo.ptx). All that is drawn at random depends on the seed and the round alone, so that a run resumed from a
+checkpoint goes on bit for bit. Several ranks divide a round's prompts and what is computed of them, and take the step
+that one would (training.models.parallel). Shapes: see training.data.groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from policies.precision import compute_dtype
+from training.config import PpoConfig
+from training.errors import TrainingError
+from training.models.device import autocast
+from training.models.parallel import gathered, led, summed, whole
+from training.models.policy import completion_logprobs, merged_tensors
+from training.ppo import ppo_math, ptx
+from training.ppo.experience import Experience, Minibatch, gather, observe
+from training.ppo.guards import is_good, stop_reason
+from training.ppo.learner import (
+    Learner,
+    Weights,
+    average,
+    learner_state,
+    placed_weights,
+    restore_learner,
+    set_weights,
+    trained_parameters,
+    trained_weights,
+)
+from training.ppo.rollouts import Rollout
+from training.runs.checkpoint import newest_checkpoint, save_checkpoint
+
+Prompt = tuple[int, ...]
+Log = Callable[[int, int, dict[str, Any]], None]
+
+ROUND_SEED, PROMPT_SEED = 1_009, 100_003
+
+
+@dataclass(frozen=True)
+class World:
+    """What a run acts on: where rollouts come from, where weights go, what it reads and whom it tells.
+
+    Every rank has its own; prompts, pretraining text and checkpoints are the same for all.
+    """
+
+    prompts: Sequence[Prompt]
+    sample: Callable[[Sequence[Prompt], int], list[list[Rollout]]]
+    """Draws rollouts of each prompt, the same for the same weights and seed."""
+    load_weights: Callable[[Iterable[tuple[str, Tensor]]], None]
+    """Gives the sampler the policy's weights."""
+    log: Log
+    """Called on each rank, with the same figures but for times."""
+    pretraining: Iterator[tuple[int, ...]] | None = None
+    """Sequences of tokens, without end; None for plain PPO."""
+    checkpoints: Path | None = None
+    between_rounds: Callable[[], None] = lambda: None
+    """Called between two rounds; may wait, or raise to end the run."""
+
+
+class _NotFiniteError(Exception):
+    """An update whose losses or gradients are not finite. The same on all ranks."""
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside the learner's own state."""
+
+    step: int
+    kl_coef: float
+    gamma: ptx.Gamma
+    good: Weights
+    """Weights of the last policy that was seen to be within bounds, as they were before the round `good_step`."""
+    averaged: Weights
+    good_step: int = 0
+    rounds: list[dict[str, float]] = field(default_factory=list)
+    num_sequences: int = 0
+    """Pretraining sequences used."""
+
+
+def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> str | None:
+    """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
+
+    Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
+    last good policy if the run stopped itself. Raises TrainingError if it stops before any policy of its own was seen
+    to be good, or if the ranks cannot divide an optimizer step's prompts.
+    """
+    steps = config.num_minibatches * learner.ranks.size
+    if config.prompts_per_step % steps:
+        raise TrainingError(
+            f"ppo.prompts_per_step: {config.prompts_per_step} is not a multiple of {steps}, "
+            f"num_minibatches times {learner.ranks.size} processes"
+        )
+    progress = _begin(learner, config, world)
+    turns = itertools.islice(_turns(world.prompts, config.prompts_per_step, seed), progress.step, None)
+    _draw_from(learner, world)
+    while progress.step < config.num_steps:
+        world.between_rounds()
+        try:
+            reason, metrics = _round(learner, config, world, progress, next(turns), seed)
+        except _NotFiniteError as error:
+            reason, metrics = str(error), dict(progress.rounds[-1])
+        if reason and progress.good_step == 0:
+            raise TrainingError(f"PPO stopped in round {progress.step + 1} with nothing better to keep: {reason}")
+        if reason:
+            set_weights(learner.policy, progress.good)
+            _draw_from(learner, world)
+            world.log(progress.step, config.num_steps, metrics | {"stopped/reason": reason})
+            return reason
+        world.log(progress.step, config.num_steps, metrics)
+        progress.step += 1
+        if world.checkpoints and progress.step % config.checkpoint_every == 0:
+            _save(learner, progress, world.checkpoints)
+    if config.ema_decay:
+        set_weights(learner.policy, progress.averaged)
+        _draw_from(learner, world)
+    return None
+
+
+def _draw_from(learner: Learner, world: World) -> None:
+    """Gives the sampler the policy as the trainer computes it.
+
+    Rounded to bf16 where that computes in fp32, small steps would be lost at first, and rollouts be the old policy's.
+    """
+    world.load_weights(merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
+
+
+def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
+    start = trained_weights(learner.policy)
+    averaged = {name: tensor.clone() for name, tensor in start.items()} if config.ema_decay else {}
+    progress = Progress(0, config.kl_coef, ptx.Gamma(config.ptx), start, averaged)
+    found = newest_checkpoint(world.checkpoints) if world.checkpoints else None
+    if found:
+        parts: dict[str, Weights] = {"learner": {}, "good": {}, "averaged": {}}
+        for name, tensor in found.tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        restore_learner(learner, parts["learner"])
+        progress.step, progress.good = found.step, placed_weights(learner.policy, parts["good"])
+        progress.averaged = placed_weights(learner.policy, parts["averaged"])
+        progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
+        progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
+        # Checkpoints of earlier versions do not have it.
+        progress.good_step = found.facts.get("good_step", found.step)
+    if world.pretraining:
+        next(itertools.islice(world.pretraining, progress.num_sequences, progress.num_sequences), None)
+    return progress
+
+
+def _save(learner: Learner, progress: Progress, folder: Path) -> None:
+    """Gathers everything, tensor by tensor, and has the first rank write it."""
+    parts = {"learner": learner_state(learner), "good": progress.good, "averaged": progress.averaged}
+    tensors: Weights = {}
+    for part, found in parts.items():
+        for name, tensor in found.items():
+            # One at a time: a device may not hold all of them, and the other ranks need not.
+            found_whole = whole(tensor)
+            if learner.ranks.leads:
+                tensors[f"{part}/{name}"] = found_whole.cpu()
+    facts = {
+        "kl_coef": progress.kl_coef,
+        "rounds": progress.rounds,
+        "gamma_asked": progress.gamma.asked,
+        "num_sequences": progress.num_sequences,
+        "good_step": progress.good_step,
+    }
+    led(learner.ranks, lambda: save_checkpoint(folder, progress.step, tensors, facts))
+
+
+def _round(
+    learner: Learner, config: PpoConfig, world: World, progress: Progress, prompts: Sequence[Prompt], seed: int
+) -> tuple[str | None, dict[str, Any]]:
+    """One round. Returns why it must not be gone on from, before any update then, and what was seen.
+
+    Raises _NotFiniteError in the middle of an update.
+    """
+    started = time.perf_counter()
+    round_seed = seed * PROMPT_SEED + progress.step * ROUND_SEED
+    own = learner.ranks.share(len(prompts))
+    # A prompt's seed is that of its place in the round, whichever rank draws its rollouts.
+    rollouts = world.sample(prompts[own.start : own.stop], round_seed + own.start * config.rollouts_per_prompt)
+    rows = list(zip(prompts, gathered(learner.ranks, rollouts), strict=True))
+    sampled = time.perf_counter()
+    minibatches = gather(learner, config, rows, progress.kl_coef, round_seed)
+    observed = observe(minibatches, learner.ranks)
+    # What follows from these figures must follow on all ranks, to the last bit.
+    seen = led(learner.ranks, lambda: observed)
+    progress.rounds.append(seen)
+    reason = stop_reason(progress.rounds, config)
+    if reason:
+        return reason, seen
+    if is_good(progress.rounds):
+        progress.good, progress.good_step = trained_weights(learner.policy), progress.step
+    scored = time.perf_counter()
+    metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
+    metrics |= _update(learner, config, world, progress, minibatches)
+    if config.ema_decay:
+        average(progress.averaged, learner.policy, config.ema_decay)
+    if config.target_kl is not None:
+        num_rollouts = config.prompts_per_step * config.rollouts_per_prompt
+        progress.kl_coef = ppo_math.adapted_kl_coef(
+            progress.kl_coef, seen["objective/kl"], config.target_kl, num_rollouts, config.kl_horizon
+        )
+    _draw_from(learner, world)
+    return None, metrics | {
+        "seconds/rollouts": sampled - started,
+        "seconds/scoring": scored - sampled,
+        "seconds/update": time.perf_counter() - scored,
+    }
+
+
+def _update(
+    learner: Learner, config: PpoConfig, world: World, progress: Progress, minibatches: Sequence[Minibatch]
+) -> dict[str, float]:
+    """Takes one optimizer step a minibatch, `num_epochs` times over; returns the means of what was seen."""
+    for group in learner.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * ppo_math.linear_warmup(progress.step, config.num_warmup_steps)
+    policy_parameters, value_parameters = (trained_parameters(each) for each in (learner.policy, learner.value))
+    steps: list[dict[str, float]] = []
+    for _ in range(config.num_epochs):
+        for minibatch in minibatches:
+            learner.optimizer.zero_grad()
+            metrics = _accumulate(learner, config, minibatch)
+            if world.pretraining:
+                num_episodes = sum(len(each.scores_N) for each in minibatch)
+                # As many for each rank.
+                count = learner.ranks.size * max(
+                    1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs)
+                )
+                drawn = list(itertools.islice(world.pretraining, count))
+                progress.num_sequences += count
+                metrics |= ptx.accumulate(
+                    policy_parameters, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens,
+                    learner.ranks,
+                )  # fmt: skip
+            norm = float(whole(nn.utils.clip_grad_norm_(policy_parameters, config.max_grad_norm)))
+            nn.utils.clip_grad_norm_(value_parameters, config.max_grad_norm)
+            if not (math.isfinite(metrics["policy/loss"] + metrics["val/loss"]) and math.isfinite(norm)):
+                raise _NotFiniteError(f"losses and gradients must be finite: norm {norm}, {metrics}")
+            learner.optimizer.step()
+            steps.append(metrics | {"policy/grad_norm": norm})
+    names = dict.fromkeys(name for metrics in steps for name in metrics)
+    return {name: _mean([metrics[name] for metrics in steps if name in metrics]) for name in names}
+
+
+def _accumulate(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> dict[str, float]:
+    """Adds the gradients of a minibatch, part by part, over all ranks; the same as if it were one."""
+    tokens = [int(each.packed.mask_NC.sum()) for each in minibatch]
+    num_tokens = summed(learner.ranks, {"tokens": sum(tokens)})["tokens"]
+    totals: dict[str, float] = {}
+    for experience, count in zip(minibatch, tokens, strict=True):
+        loss, metrics = _loss(learner, config, experience)
+        share = count / num_tokens
+        (loss * share).backward()
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + value * share
+    return summed(learner.ranks, totals)
+
+
+def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[Tensor, dict[str, float]]:
+    """The clipped policy loss, and the clipped value loss."""
+    packed, mask_NC = experience.packed, experience.packed.mask_NC
+    old_NC = experience.old_logprobs_NC
+    with autocast(mask_NC.device):
+        hidden_GTD = learner.policy(experience.policy_input_GTD, packed, experience.angles)
+    logprobs_NC = completion_logprobs(hidden_GTD, learner.shared.head_VD, packed)
+    weights_NC = ppo_math.importance_weights(old_NC, experience.sampler_logprobs_NC, mask_NC, config.importance_cap)
+    policy = ppo_math.policy_loss(logprobs_NC, old_NC, experience.advantages_NC, mask_NC, config.clip_range, weights_NC)
+    values_NC = learner.value(experience.value_input_GTD, packed, experience.angles)
+    value = ppo_math.value_loss(
+        values_NC, experience.old_values_NC, experience.returns_NC, mask_NC, config.value_clip_range
+    )
+    log_ratio_NC = (logprobs_NC - old_NC).detach()
+    return policy.value + config.value_coef * value.value, {
+        "policy/loss": policy.value.item(),
+        "policy/clipfrac": policy.clipped_share,
+        "policy/approx_kl": float(0.5 * ppo_math.masked_mean(log_ratio_NC**2, mask_NC)),
+        "val/loss": value.value.item(),
+        "val/clipfrac": value.clipped_share,
+    }
+
+
+def _turns(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
+    """Prompts for each round, all of them once in random order before any comes again."""
+    drawn = random.Random(seed)
+    waiting: list[Prompt] = []
+    while True:
+        while len(waiting) < size:
+            waiting += drawn.sample(list(prompts), len(prompts))
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

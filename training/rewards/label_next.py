@@ -1,0 +1,66 @@
+"""What to label next: of the samples that nobody ranked, those on whose order the reward model's heads differ most.
+
+The heads were fitted to the same rankings with random weights, so where they differ more rankings would teach most.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from feedback.store.reader import StoredSample
+from policies.rendering import prompt_token_ids
+from training.data.dataset import completion_token_ids_of, text_of
+from training.data.groups import Group
+from training.models.policy import SharedLayers
+from training.models.reward import RewardModel, group_features
+from training.runs.folder import Unranked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def label_next(
+    model: RewardModel,
+    shared: SharedLayers,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[StoredSample],
+    *,
+    max_prompt_tokens: int,
+    max_group_tokens: int,
+) -> list[Unranked]:
+    """The samples, the least sure first, but for those with an empty completion, or too long to be learned from."""
+    groups = [(sample, _group(tokenizer, sample)) for sample in samples]
+    readable = [
+        (sample, group)
+        for sample, group in groups
+        if group and len(group) <= max_group_tokens and len(group.prompt) <= max_prompt_tokens
+    ]
+    features = group_features(model, shared, [group for _, group in readable])
+    found = [
+        Unranked(
+            sample.sample_id,
+            uncertainty(model.standardized(features_KF) @ model.heads_FE),
+            text_of(sample.prompt),
+            tuple(each.text for each in sample.completions),
+        )
+        for (sample, _), features_KF in zip(readable, features, strict=True)
+    ]
+    return sorted(found, key=lambda sample: -sample.uncertainty)
+
+
+def uncertainty(scores_KE: Tensor) -> float:
+    """Mean, over pairs of completions, of the standard deviation over heads of the difference of their scores."""
+    pairs = list(itertools.combinations(range(len(scores_KE)), 2))
+    differences_ME = torch.stack([scores_KE[one] - scores_KE[other] for one, other in pairs])
+    return float(differences_ME.std(1).mean())
+
+
+def _group(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> Group | None:
+    completions = [completion_token_ids_of(tokenizer, each.text, ended=each.ended) for each in sample.completions]
+    return Group(tuple(prompt_token_ids(tokenizer, sample.prompt)), tuple(completions)) if all(completions) else None

@@ -1,0 +1,62 @@
+"""Checkpoints of a run: tensors and a few facts, written whole or not at all, and only the newest kept.
+
+Tensors are safetensors and facts are JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from feedback.durable import fsync, replace_file
+from training.models.tensor_file import save_tensors
+
+PREFIX = "step-"
+DRAFT = "draft"
+TENSORS, FACTS = "tensors.safetensors", "facts.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes a checkpoint, and removes the ones before it. Raises OSError, such as for a full disk."""
+    draft = folder / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_tensors(draft / TENSORS, tensors, {})
+    replace_file(draft / FACTS, json.dumps(facts))
+    fsync(draft)
+    target = folder / f"{PREFIX}{step}"
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+    fsync(folder)
+    for old in _steps(folder):
+        if old < step:
+            shutil.rmtree(folder / f"{PREFIX}{old}")
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Loads the newest checkpoint; None if there is none."""
+    steps = _steps(folder)
+    if not steps:
+        return None
+    found = folder / f"{PREFIX}{max(steps)}"
+    return Checkpoint(max(steps), load_file(found / TENSORS), json.loads((found / FACTS).read_text()))
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*")]
