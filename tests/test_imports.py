@@ -24,7 +24,7 @@ HEAVY = ("torch", "vllm", "transformers", "trl", "matplotlib")
 PINS_OF = {"cpu": ("cpu", "dev"), "gpu": ("gpu", "dev")}
 
 
-@pytest.mark.parametrize("module", [*CONFIGS, "deploy.cli"])
+@pytest.mark.parametrize("module", [*CONFIGS, "deploy.cli.main"])
 def test_configuration_imports_nothing_heavy(module: str) -> None:
     """`alignd --help` and a bad setting's error must come at once, not after seconds of importing torch."""
     script = f"import sys, {module}; print(*set({HEAVY}) & set(sys.modules))"

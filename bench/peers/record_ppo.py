@@ -1,7 +1,8 @@
 """Records what enters and leaves TRL 1.12's PPOTrainer in one update of tiny models, for tests that ours does the same.
 
     python -m bench.peers.environment
-    var/bench/venv-trl-1.12/bin/python -I bench/peers/record_ppo.py tests/training/ppo/recordings/trl_1_12_ppo.safetensors
+    var/bench/venv-trl-1.12/bin/python -I bench/peers/record_ppo.py \
+        tests/training/ppo/recordings/trl_1_12_ppo.safetensors
 
 TRL's code runs as it is. Three functions that its `train` calls are wrapped, and copy the local variables of its frame
 before they do what they did: `masked_whiten`, once the batch is complete, `backward`, in each optimizer step, and

@@ -112,7 +112,7 @@ def test_waits_grow_to_the_longest_and_no_failure_is_one_too_many() -> None:
 
 
 def test_it_goes_on_where_it_cannot_write_down_who_runs(tmp_path: Path) -> None:
-    (tmp_path / "up.tmp").mkdir()
+    (tmp_path / "up.json.tmp").mkdir()
     process = start(tmp_path, "relay")
     log = tmp_path / "logs" / "relay.log"
     wait_until(log.exists, "the relay's start")

@@ -10,7 +10,7 @@ import pytest
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.store.engine import open_engine
 from policies.artifact import ArtifactError, write_artifact
-from tests.feedback.test_artifact import make_manifest, make_writer
+from tests.policies.test_artifact import make_manifest, make_writer
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.config import TrainingConfig
 from training.errors import TrainingError

@@ -11,7 +11,7 @@ from click.testing import Result
 from sqlalchemy import Engine
 from typer.testing import CliRunner
 
-from deploy import cli
+from deploy.cli import main as cli
 from feedback.store.engine import open_engine
 from training.config import PpoConfig, TrainingConfig
 from training.runs.folder import Origin, RunFolder

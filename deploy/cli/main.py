@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy import policies_cli, runs_cli
+from deploy.cli import policies, runs
 from deploy.client import CallError
 from deploy.config import AligndConfig, ConfigError, load_config, resolved
 from deploy.models import ModelError
@@ -23,8 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(policies_cli.app, name="policies")
-app.add_typer(runs_cli.app, name="runs")
+app.add_typer(policies.app, name="policies")
+app.add_typer(runs.app, name="runs")
 
 Recipe = Annotated[
     str, typer.Option(help="Values of `training`: a recipe's name, such as smollm2, or the path of a .toml file.")
@@ -116,7 +116,7 @@ def train(
             serving_address=config.server_address,
         )
     else:
-        from deploy.train_plan import print_plan
+        from deploy.cli.train_plan import print_plan
 
         # On standard error, so that standard output remains a configuration file.
         print_plan(load_config(), console=Console(stderr=True, highlight=False))
@@ -165,7 +165,7 @@ def fail(message: str) -> typer.Exit:
 @app.command()
 def status() -> None:
     """Say what runs, what is live and how far the loop is."""
-    from deploy.status import print_status
+    from deploy.cli.status import print_status
 
     if not print_status(load_config()):
         raise typer.Exit(EXIT_FAILED)
@@ -224,7 +224,3 @@ def main(run: Callable[[], None] = app) -> None:
     except (CallError, ModelError) as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.kafka_broker import free_port
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 PROCESSES = ("up", "serve", "relay", "ingest", "train")
 VERBS = {
     (): "up",

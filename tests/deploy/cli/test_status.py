@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from deploy.cli.status import print_rankings, print_training
 from deploy.config import AligndConfig
-from deploy.status import print_rankings, print_training
 from feedback.store.engine import open_engine
 from feedback.store.ledger import Ledger
 from tests.feedback.events import ranking, sample

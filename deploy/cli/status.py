@@ -11,9 +11,9 @@ from grpc_health.v1 import health_pb2
 from rich.console import Console
 
 from alignd.v1 import policy_service_pb2 as pb
+from deploy.cli.runs import run_folders, view_run, with_control
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
-from deploy.runs_cli import run_folders, view_run, with_control
 from feedback.bus.topics import DEAD_LETTERS
 
 if TYPE_CHECKING:

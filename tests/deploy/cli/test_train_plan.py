@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from deploy import train_plan
+from deploy.cli import train_plan
+from deploy.cli.train_plan import FoundModel, amount, bar, duration, find_model, print_plan, size
 from deploy.config import AligndConfig
 from deploy.models import make_tiny_llama
-from deploy.train_plan import FoundModel, amount, bar, duration, find_model, print_plan, size
 from serving.config import ServingConfig
 from tests.kafka_broker import free_port
 from training.config import TrainingConfig

@@ -1,0 +1,1 @@
+"""The `alignd` command: a module for each group of verbs."""
