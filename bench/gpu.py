@@ -47,7 +47,7 @@ NO_LIMIT = 1e9
 # No rollout ends by itself: that few of the policy's tokens are this one.
 EOS, FIRST_TOKEN = 2, 16
 TINY_REWARD_MODEL = {"num_layers": 3, "num_trained_layers": 1, "max_rankings": 8}
-TINY_PPO = {"max_tokens": 32, "max_prompt_tokens": 32, "prompts_per_step": 4}
+TINY_PPO = {"max_tokens": 32, "max_prompt_tokens": 32, "prompts_per_round": 4}
 TINY_PTX = {"examples_per_episode": 1.0, "sequence_tokens": 32}
 TINY_CACHE_MIB = 64
 
@@ -82,8 +82,8 @@ def recipe(quick: bool) -> TrainingConfig:
     values = load_recipe(RECIPE).model_dump()
     values["reward_model"] |= {"max_rankings": NUM_RANKINGS, "held_out_share": 0.0}
     values["ppo"] |= {
-        "num_steps": NUM_ROUNDS, "prompts_per_step": NUM_PROMPTS, "num_minibatches": 1,
-        "max_kl": NO_LIMIT, "max_sampler_gap": NO_LIMIT, "max_judge_drop": NO_LIMIT,
+        "num_rounds": NUM_ROUNDS, "prompts_per_round": NUM_PROMPTS, "num_minibatches": 1,
+        "max_kl": NO_LIMIT, "max_sampler_gap": NO_LIMIT, "max_held_out_drop": NO_LIMIT,
     }  # fmt: skip
     if quick:
         values["reward_model"] |= TINY_REWARD_MODEL
@@ -126,12 +126,12 @@ def run(config: TrainingConfig, model: Path) -> Found:
         shared = SharedLayers(load_model(model))
         tokens = token_source(drawn, shared.head_VD.shape[0])
         rewards, found.fit_seconds = fitted(shared, config, tokens)
-    judge = RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": 0}))
+    held_out_model = RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": 0}))
     with watched(found, "start of PPO"):
         policy = upper_layers_of(model, shared, config.ppo.num_frozen_layers, config.ppo.lora)
-    learner = make_learner(shared, policy, rewards, judge, config.ppo)
-    world = ppo.World(
-        prompts=[tokens(config.ppo.max_prompt_tokens) for _ in range(config.ppo.prompts_per_step)],
+    learner = make_learner(shared, policy, rewards, held_out_model, config.ppo)
+    hooks = ppo.PpoHooks(
+        prompts=[tokens(config.ppo.max_prompt_tokens) for _ in range(config.ppo.prompts_per_round)],
         sample=lambda prompts, seed: engine.sample(
             prompts,
             num_completions=config.ppo.rollouts_per_prompt,
@@ -140,11 +140,11 @@ def run(config: TrainingConfig, model: Path) -> Found:
             eos_token_id=EOS,
         ),
         load_weights=engine.load_weights,
-        log=lambda step, num_steps, metrics: found.rounds.append(metrics),
+        log=lambda index, count, metrics: found.rounds.append(metrics),
         pretraining=(tokens(config.ppo.ptx.sequence_tokens) for _ in itertools.count()),
     )
     with watched(found, "update"):
-        ppo.train(learner, config.ppo, world, seed=0)
+        ppo.train(learner, config.ppo, hooks, seed=0)
     return found
 
 
@@ -188,7 +188,7 @@ def fitted(
 
 
 def figures(found: Found, plan: Plan, hardware: Hardware) -> list[Figure]:
-    """The roofs; then memory and seconds, each with what was foretold; then shares of the roofs."""
+    """The roofs; then memory and seconds, each with what was predicted; then shares of the roofs."""
     name = short_name(compute_dtype(training_device()))
     rows = [
         Figure(f"{hardware.name}: memory read", hardware.bandwidth_gb_s, "GB/s"),
@@ -197,10 +197,10 @@ def figures(found: Found, plan: Plan, hardware: Hardware) -> list[Figure]:
     for moment in MOMENTS:
         if moment in found.peaks:
             rows.append(Figure(f"memory, {moment}", found.peaks[moment] / GIB, "GiB"))
-            rows.append(Figure(f"memory, {moment}: foretold", plan.memory.total(moment) / GIB, "GiB"))
+            rows.append(Figure(f"memory, {moment}: predicted", plan.memory.total(moment) / GIB, "GiB"))
     rows.append(Figure("engine: seconds to start", found.engine_seconds, "s"))
-    foretold = {phase.name: phase.seconds for phase in (*plan.round, *plan.once)}
-    foretold["update"] += foretold.pop("pretraining mix")
+    predicted = {phase.name: phase.seconds for phase in (*plan.round, *plan.once)}
+    predicted["update"] += predicted.pop("pretraining mix")
     measured: dict[str, Sequence[float]] = {
         each: [metrics[f"seconds/{each}"] for metrics in found.rounds[1:]] for each in ("rollouts", "scoring", "update")
     }
@@ -208,9 +208,9 @@ def figures(found: Found, plan: Plan, hardware: Hardware) -> list[Figure]:
     planned = hardware.efficiency
     efficiency = {"rollouts": planned.decode, "update": planned.update, "reward model": planned.reward_model}
     for phase, seconds in measured.items():
-        share = efficiency.get(phase, planned.scoring) * foretold[phase] / statistics.median(seconds)
+        share = efficiency.get(phase, planned.scoring) * predicted[phase] / statistics.median(seconds)
         rows.append(spread(f"{phase}: seconds", "s", seconds))
-        rows.append(Figure(f"{phase}: foretold", foretold[phase], "s"))
+        rows.append(Figure(f"{phase}: predicted", predicted[phase], "s"))
         rows.append(Figure(f"{phase}: share of the roof", share, ""))
     gaps = [metrics["rollout/sampler_gap"] for metrics in found.rounds]
     return [*rows, spread("sampler against trainer", "nats a token", gaps)]

@@ -76,14 +76,14 @@ QUICK_AXES: Axes = {"completions of a prompt (K)": ("k", (1, 2))}
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a round's scoring and update, those that were foretold, and the share of the roof that was reached."""
+    """Seconds of a round's scoring and update, measured and predicted, and the share of the roof that was reached."""
 
     axis: str
     x: float
     label: str
     scoring: tuple[float, ...]
     update: tuple[float, ...]
-    foretold: float
+    predicted: float
     scoring_share: float
     update_share: float
 
@@ -148,7 +148,7 @@ def measure(axis: str, x: float, point: Point, shape: Sequence[int], hardware: H
         scoring_share=hardware.efficiency.scoring * phases["scoring"] / statistics.median(scoring),
         update_share=hardware.efficiency.update * phases["update"] / statistics.median(update),
     )  # fmt: skip
-    print(f"{axis}: {label}: {statistics.median(found.seconds):.1f} s, foretold {found.foretold:.1f} s", flush=True)
+    print(f"{axis}: {label}: {statistics.median(found.seconds):.1f} s, predicted {found.predicted:.1f} s", flush=True)
     return found
 
 
@@ -158,9 +158,9 @@ def training_config(point: Point, num_layers: int) -> TrainingConfig:
     return TrainingConfig(
         reward_model=RewardModelConfig(num_layers=frozen, num_trained_layers=0),
         ppo=PpoConfig(
-            num_steps=NUM_ROUNDS, prompts_per_step=point.num_prompts, rollouts_per_prompt=point.k,
+            num_rounds=NUM_ROUNDS, prompts_per_round=point.num_prompts, rollouts_per_prompt=point.k,
             max_tokens=point.completion_tokens, max_prompt_tokens=point.prompt_tokens, num_minibatches=1,
-            num_frozen_layers=frozen, max_kl=NO_LIMIT, max_sampler_gap=NO_LIMIT, max_judge_drop=NO_LIMIT,
+            num_frozen_layers=frozen, max_kl=NO_LIMIT, max_sampler_gap=NO_LIMIT, max_held_out_drop=NO_LIMIT,
         ),
     )  # fmt: skip
 
@@ -181,23 +181,23 @@ def run_rounds(model: Any, recipe: TrainingConfig, point: Point) -> list[dict[st
         return [[Rollout(tokens(count), (0.0,) * count, False) for _ in range(point.k)] for _ in prompts]
 
     rounds: list[dict[str, Any]] = []
-    world = ppo.World(
+    hooks = ppo.PpoHooks(
         prompts=[tokens(point.prompt_tokens) for _ in range(point.num_prompts)],
         sample=sample,
         load_weights=lambda weights: None,
-        log=lambda step, num_steps, metrics: rounds.append(metrics),
+        log=lambda index, count, metrics: rounds.append(metrics),
     )
-    ppo.train(learner, config, world, seed=0)
+    ppo.train(learner, config, hooks, seed=0)
     return rounds
 
 
 def figures(found: Sequence[Measured]) -> list[Figure]:
-    """Seconds of each point, what was foretold of it as a share, and the shares of the roof that phases reach."""
+    """Seconds of each point, what was predicted of it as a share, and the shares of the roof that phases reach."""
     rows = []
     for each in found:
         seconds, name = each.seconds, f"{each.axis}: {each.label}"
         rows.append(Figure(name, statistics.median(seconds), "s", min(seconds), max(seconds)))
-        rows.append(Figure(f"{name}: foretold", each.foretold, "s"))
+        rows.append(Figure(f"{name}: predicted", each.predicted, "s"))
     for phase in ("scoring", "update"):
         shares = [getattr(each, f"{phase}_share") for each in found]
         rows.append(Figure(f"{phase}: share of the roof", statistics.median(shares), "", min(shares), max(shares)))
@@ -220,14 +220,14 @@ def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> 
 
 
 def draw(found: Sequence[Measured], path: Path) -> None:
-    """A panel an axis: measured seconds, and foretold ones dashed."""
+    """A panel an axis: measured seconds, and predicted ones dashed."""
     axes_names = list(dict.fromkeys(each.axis for each in found))
     canvas = Canvas(figsize=(3.2 * len(axes_names), 3.2))
     for panel, axis in zip(canvas.subplots(1, len(axes_names), sharey=True), axes_names, strict=True):
         points = [each for each in found if each.axis == axis]
         xs = [each.x for each in points]
         panel.plot(xs, [statistics.median(each.seconds) for each in points], "o-", color="#4c72b0", label="measured")
-        panel.plot(xs, [each.foretold for each in points], "--", color="#777777", label="foretold")
+        panel.plot(xs, [each.predicted for each in points], "--", color="#777777", label="predicted")
         panel.set_xlabel(axis)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)

@@ -36,9 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NUM_COMPLETIONS = 4
 MAX_TOKENS = 64
 CONCURRENCY = 8
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_SECONDS = 300.0
 # Requests served while training and swapping may not fail; a swap may hold new ones up for this long.
-SWAP_GOAL_S = 2.0
+SWAP_GOAL_SECONDS = 2.0
 OVERHEAD_GOAL = 0.03
 
 
@@ -75,7 +75,7 @@ def demo_figures(quick: bool) -> list[Figure]:
             120.0 if quick else 900.0, Figure("demo after set-up", sum(s["seconds"] for s in found["stages"]), "s")
         ),
         *(Figure(f"stage: {stage['name']}", stage["seconds"], "s") for stage in found["stages"]),
-        at_most(SWAP_GOAL_S, Figure("swap: nothing admitted", found["swap"]["pause_seconds"], "s")),
+        at_most(SWAP_GOAL_SECONDS, Figure("swap: nothing admitted", found["swap"]["pause_seconds"], "s")),
         Figure("swap: old requests finish first", found["swap"]["drain_seconds"], "s"),
         at_most(0.0, Figure("requests failed", found["traffic"]["failed"], "requests")),
         Figure("samples served", found["traffic"]["samples_served"], "requests"),
@@ -161,7 +161,7 @@ async def ask_server(stub: Any, prompt: str, seed: int) -> int:
         num_completions=NUM_COMPLETIONS,
         sampling=types_pb2.SamplingParams(max_tokens=MAX_TOKENS, seed=seed),
     )
-    response = await stub.Sample(request, timeout=START_TIMEOUT_S)
+    response = await stub.Sample(request, timeout=START_TIMEOUT_SECONDS)
     return sum(completion.num_tokens for completion in response.completions)
 
 
@@ -190,7 +190,7 @@ def start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes]
 
 async def until_serving(channel: grpc.aio.Channel) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
-    async with asyncio.timeout(START_TIMEOUT_S):
+    async with asyncio.timeout(START_TIMEOUT_SECONDS):
         async for response in health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
             if response.status == health_pb2.HealthCheckResponse.SERVING:
                 return

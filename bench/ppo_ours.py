@@ -53,7 +53,7 @@ def main() -> None:
     eos = AutoTokenizer.from_pretrained(job["model"]).eos_token_id
     updates, clock = itertools.count(1), Stopwatch()
 
-    def log(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
+    def log(index: int, count: int, metrics: dict[str, Any]) -> None:
         line = {
             "update": next(updates),
             "seconds": clock.lap(),
@@ -68,7 +68,7 @@ def main() -> None:
         with updates_path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    world = ppo.World(
+    hooks = ppo.PpoHooks(
         prompts=[tuple(prompt) for prompt in job["prompts"]],
         sample=lambda prompts, seed: engine.sample(
             prompts, num_completions=1, max_tokens=job["response_tokens"], seed=seed, eos_token_id=eos
@@ -78,7 +78,7 @@ def main() -> None:
     )
     updates_path.unlink(missing_ok=True)
     clock.lap()
-    ppo.train(learner, config, world, seed=job["seed"])
+    ppo.train(learner, config, hooks, seed=job["seed"])
 
 
 class Stopwatch:
@@ -97,8 +97,8 @@ class Stopwatch:
 def ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
     """The job in our words. The peer clips no gradients and no scores, and never stops itself."""
     return PpoConfig(
-        num_steps=job["num_updates"],
-        prompts_per_step=job["batch"],
+        num_rounds=job["num_updates"],
+        prompts_per_round=job["batch"],
         rollouts_per_prompt=1,
         max_tokens=job["response_tokens"],
         num_epochs=job["num_ppo_epochs"],
@@ -106,7 +106,7 @@ def ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
         num_frozen_layers=shared_layers,
         learning_rate=job["learning_rate"],
         value_learning_rate=job["learning_rate"],
-        num_warmup_steps=0,
+        num_warmup_rounds=0,
         kl_coef=job["kl_coef"],
         missing_eos_penalty=job["missing_eos_penalty"] or 0.0,
         score_clip=NO_LIMIT,
@@ -118,7 +118,7 @@ def ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
         max_grad_norm=NO_LIMIT,
         max_kl=NO_LIMIT,
         max_sampler_gap=NO_LIMIT,
-        max_judge_drop=NO_LIMIT,
+        max_held_out_drop=NO_LIMIT,
     )
 
 

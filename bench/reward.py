@@ -144,7 +144,7 @@ def run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
     ended = []
     fit(
         RewardModel(shared, config), shared, examples, config, seed=SEED, warm=True,
-        log=lambda step, num_steps, metrics: ended.append(time.perf_counter()),
+        log=lambda step, num_rounds, metrics: ended.append(time.perf_counter()),
     )  # fmt: skip
     return [after - before for before, after in itertools.pairwise(ended)]
 

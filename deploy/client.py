@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from alignd.v1 import policy_service_pb2_grpc
 
-TIMEOUT_S = 60.0
+TIMEOUT_SECONDS = 60.0
 
 
 class CallError(Exception):

@@ -7,8 +7,9 @@ bad is refused by name.
 import json
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
@@ -19,6 +20,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+import feedback.config
+import serving.config
+import training.config
 from deploy.simulation.config import SimulationConfig
 from feedback.config import FeedbackConfig
 from serving.config import ServingConfig
@@ -28,6 +32,11 @@ PREFIX = "ALIGND_"
 DEFAULT_FILE = Path("alignd.toml")
 # Variables with our prefix that are not settings: where the settings are, and what the tests look for.
 OTHER_VARIABLES = ("ALIGND_CONFIG", "ALIGND_TEST_")
+RENAMED = {
+    "serving": serving.config.RENAMED,
+    "feedback": feedback.config.RENAMED,
+    "training": training.config.RENAMED,
+}
 
 
 class ConfigError(Exception):
@@ -128,10 +137,17 @@ def load_config() -> AligndConfig:
     try:
         return AligndConfig()
     except ValidationError as error:
-        lines = [f"{'.'.join(str(step) for step in each['loc'])}: {each['msg']}" for each in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError("\n".join(_line(each) for each in error.errors())) from error
     except (SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{configured_file() or 'environment'}: {error}") from error
+
+
+def _line(error: Mapping[str, Any]) -> str:
+    """Returns the field at fault and what is wrong with it, or what it is called now."""
+    name = ".".join(str(part) for part in error["loc"])
+    section, _, field = name.partition(".")
+    new_name = RENAMED.get(section, {}).get(field) if error["type"] == "extra_forbidden" else None
+    return f"{name}: is called {section}.{new_name} now" if new_name else f"{name}: {error['msg']}"
 
 
 def refuse_unknown_variables() -> None:

@@ -19,13 +19,13 @@ from feedback.durable import write_json
 log = logging.getLogger(__name__)
 
 VERBS = ("serve", "relay", "ingest", "train")
-FIRST_RESTART_S = 0.5
-LONGEST_RESTART_S = 30.0
+FIRST_RESTART_SECONDS = 0.5
+LONGEST_RESTART_SECONDS = 30.0
 MOST_DOUBLINGS = 10
 MOST_BYTES_READ = 8192
-HEALTHY_AFTER_S = 60.0
-STOP_S = 45.0
-POLL_S = 0.2
+HEALTHY_AFTER_SECONDS = 60.0
+STOP_SECONDS = 45.0
+POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1
 
 
@@ -58,7 +58,7 @@ class Supervisor:
             while not self.stopping:
                 for service in self.services:
                     self._look_after(service)
-                time.sleep(POLL_S)
+                time.sleep(POLL_SECONDS)
         finally:
             self._end_all()
 
@@ -72,8 +72,8 @@ class Supervisor:
             return
         if process is not None:
             lived = now - service.started_at
-            service.failures = 1 if lived > HEALTHY_AFTER_S else service.failures + 1
-            service.restart_at = now + restart_wait_s(service.failures)
+            service.failures = 1 if lived > HEALTHY_AFTER_SECONDS else service.failures + 1
+            service.restart_at = now + restart_wait_seconds(service.failures)
             service.process = None
             said = last_line(self._log_of(service))
             log.warning("%s ended with %s; starting it again. %s", service.verb, process.returncode, said)
@@ -112,7 +112,7 @@ class Supervisor:
         for service in reversed(self.services):
             if service.process and service.process.poll() is None:
                 service.process.terminate()
-        deadline = time.monotonic() + STOP_S
+        deadline = time.monotonic() + STOP_SECONDS
         for service in self.services:
             if service.process is None:
                 continue
@@ -135,9 +135,9 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if any(map(str.isalpha, line))), "It said nothing")
 
 
-def restart_wait_s(failures: int) -> float:
+def restart_wait_seconds(failures: int) -> float:
     """Returns how long to wait after so many early ends in a row, one at least: twice as long after each."""
-    return min(LONGEST_RESTART_S, FIRST_RESTART_S * 2.0 ** min(failures - 1, MOST_DOUBLINGS))
+    return min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** min(failures - 1, MOST_DOUBLINGS))
 
 
 def die_with_parent() -> None:

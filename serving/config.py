@@ -22,12 +22,14 @@ class ServingConfig(BaseModel):
     max_inflight_completions: int = Field(
         64, ge=16, description="Completions generated at a time; a request beyond them is refused with a retry delay."
     )
-    max_message_bytes: int = Field(1 << 20, ge=1 << 16, description="Longest request taken, in bytes.")
-    stream_interval_ms: int = Field(20, ge=0, description="StreamSample sends new text at most this often.")
-    drain_timeout_s: float = Field(
+    max_message_mib: int = Field(1, ge=1, description="Longest request taken, in MiB.")
+    stream_interval_seconds: float = Field(
+        0.02, ge=0, description="StreamSample sends new text at most this often, in seconds."
+    )
+    drain_timeout_seconds: float = Field(
         20.0, ge=0, description="How long a swap waits for requests in flight before it goes on with them marked."
     )
-    shutdown_grace_s: float = Field(30.0, ge=0, description="How long a stop waits for requests in flight.")
+    shutdown_grace_seconds: float = Field(30.0, ge=0, description="How long a stop waits for requests in flight.")
     probe_tolerance: float = Field(
         0.1,
         gt=0,
@@ -39,8 +41,18 @@ class ServingConfig(BaseModel):
         description="Precision of the engine. auto: bfloat16, or float32 on a CPU that has no instructions for it.",
     )
     compile: bool = Field(False, description="Let vLLM compile the model: slower to start, faster on a GPU.")
-    kv_cache_gib: int = Field(1, ge=1, description="Memory for the key-value cache on a CPU, in GiB.")
+    kv_cache_mib: int = Field(1024, ge=16, description="Memory for the key-value cache on a CPU, in MiB.")
     gpu_memory_utilization: float = Field(
         0.4, gt=0, le=1, description="Share of a GPU's memory that the engine takes; the trainer may need the rest."
     )
     num_threads: int | None = Field(None, ge=1, description="Threads of the engine on a CPU. Default: all cores.")
+
+
+# What settings were called in earlier releases: the old name is refused with the new one.
+RENAMED = {
+    "max_message_bytes": "max_message_mib",
+    "stream_interval_ms": "stream_interval_seconds",
+    "drain_timeout_s": "drain_timeout_seconds",
+    "shutdown_grace_s": "shutdown_grace_seconds",
+    "kv_cache_gib": "kv_cache_mib",
+}

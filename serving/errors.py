@@ -38,7 +38,7 @@ class Refusal(Exception):  # noqa: N818 (a refusal is an answer, not a fault)
         *,
         violations: Sequence[Violation] = (),
         metadata: Mapping[str, str] | None = None,
-        retry_after_s: float | None = None,
+        retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -46,7 +46,7 @@ class Refusal(Exception):  # noqa: N818 (a refusal is an answer, not a fault)
         self.message = message
         self.violations = tuple(violations)
         self.metadata = dict(metadata or {})
-        self.retry_after_s = retry_after_s
+        self.retry_after_seconds = retry_after_seconds
 
 
 def bad_field(field: str, description: str) -> Refusal:
@@ -81,14 +81,14 @@ def not_permitted(reason: str, field: str, description: str) -> Refusal:
     )
 
 
-def unavailable(reason: str, message: str, retry_after_s: float = 1.0) -> Refusal:
+def unavailable(reason: str, message: str, retry_after_seconds: float = 1.0) -> Refusal:
     """Returns UNAVAILABLE: safe to retry."""
-    return Refusal(grpc.StatusCode.UNAVAILABLE, reason, message, retry_after_s=retry_after_s)
+    return Refusal(grpc.StatusCode.UNAVAILABLE, reason, message, retry_after_seconds=retry_after_seconds)
 
 
-def exhausted(reason: str, message: str, retry_after_s: float = 1.0) -> Refusal:
+def exhausted(reason: str, message: str, retry_after_seconds: float = 1.0) -> Refusal:
     """Returns RESOURCE_EXHAUSTED: safe to retry after the delay."""
-    return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, retry_after_s=retry_after_s)
+    return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, retry_after_seconds=retry_after_seconds)
 
 
 def to_status(refusal: Refusal) -> grpc.Status:
@@ -107,9 +107,9 @@ def to_status(refusal: Refusal) -> grpc.Status:
                 ]
             )
         )
-    if refusal.retry_after_s is not None:
+    if refusal.retry_after_seconds is not None:
         delay = duration_pb2.Duration(nanos=0)
-        delay.FromMilliseconds(round(refusal.retry_after_s * 1000))
+        delay.FromMilliseconds(round(refusal.retry_after_seconds * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     status = status_pb2.Status(code=code_pb2.Code.Value(refusal.code.name), message=refusal.message)
     for detail in details:

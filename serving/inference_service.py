@@ -36,19 +36,19 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     """The handlers of both RPCs, which differ only in what they send before the end."""
 
     def __init__(
-        self, serving: Serving, outbox: Outbox, keyring: Keyring, config: ServingConfig, token_ttl_s: float
+        self, serving: Serving, outbox: Outbox, keyring: Keyring, config: ServingConfig, token_ttl_seconds: float
     ) -> None:
         self.serving = serving
         self.outbox = outbox
         self.keyring = keyring
         self.config = config
-        self.token_ttl_s = token_ttl_s
+        self.token_ttl_seconds = token_ttl_seconds
 
     async def Sample(
         self, request: inference_service_pb2.SampleRequest, context: Any
     ) -> inference_service_pb2.SampleResponse:
         """Draws completions and returns them all."""
-        async for event in self._draw(request, interval_s=None):
+        async for event in self._draw(request, interval_seconds=None):
             if event.WhichOneof("event") == "finished":
                 return event.finished
         raise AssertionError("a draw ends with `finished`")
@@ -57,11 +57,11 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self, request: inference_service_pb2.StreamSampleRequest, context: Any
     ) -> AsyncIterator[inference_service_pb2.StreamSampleResponse]:
         """Draws completions and streams their text."""
-        async for event in self._draw(request, interval_s=self.config.stream_interval_ms / 1000):
+        async for event in self._draw(request, interval_seconds=self.config.stream_interval_seconds):
             yield event
 
     async def _draw(
-        self, request: Request, interval_s: float | None
+        self, request: Request, interval_seconds: float | None
     ) -> AsyncIterator[inference_service_pb2.StreamSampleResponse]:
         engine = self.serving.engine
         if engine is None or not self.serving.accepting:
@@ -76,14 +76,14 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                     started=inference_service_pb2.SampleStarted(sample_id=sample_id)
                 )
                 drafts = [Draft() for _ in range(request.num_completions)]
-                async for deltas in sampler.write(engine, planned, sample_id, hold, drafts, interval_s):
+                async for deltas in sampler.write(engine, planned, sample_id, hold, drafts, interval_seconds):
                     yield inference_service_pb2.StreamSampleResponse(deltas=deltas)
                 completions = sampler.as_completions(sample_id, hold, drafts)
         except EngineError as error:
             raise unavailable("ENGINE_FAILED", "the engine failed; it is being restarted", 10.0) from error
         finally:
             self.serving.quota.give_back(request.num_completions)
-        token, expires = sampler.sign(self.keyring, sample_id, request.user_id, completions, self.token_ttl_s)
+        token, expires = sampler.sign(self.keyring, sample_id, request.user_id, completions, self.token_ttl_seconds)
         await self._record(request, sample_id, completions)
         yield inference_service_pb2.StreamSampleResponse(
             finished=inference_service_pb2.SampleResponse(

@@ -21,8 +21,8 @@ from serving.errors import unavailable
 
 log = logging.getLogger(__name__)
 
-READ_BACK_TIMEOUT_S = 15.0
-POLL_S = 1.0
+READ_BACK_TIMEOUT_SECONDS = 15.0
+POLL_SECONDS = 1.0
 
 
 class PolicyLog:
@@ -71,7 +71,7 @@ class PolicyLog:
         record = Record(POLICIES, event.event_id.encode(), event.SerializeToString(), event.event_id)
         try:
             await asyncio.to_thread(self.bus.publish, [record])
-            async with asyncio.timeout(READ_BACK_TIMEOUT_S):
+            async with asyncio.timeout(READ_BACK_TIMEOUT_SECONDS):
                 while event.event_id not in self._outcomes:
                     await self.changed()
         except (BusError, TimeoutError) as error:
@@ -105,7 +105,7 @@ class PolicyLog:
                 return self.bus.end_offsets(POLICIES)
             except BusError as error:
                 log.warning("the event bus does not answer (%s); trying again", error)
-                self._stop.wait(POLL_S)
+                self._stop.wait(POLL_SECONDS)
         return {}
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -114,12 +114,12 @@ class PolicyLog:
             try:
                 consumer = self.bus.consume([POLICIES], {})
                 while not self._stop.is_set():
-                    for delivered in consumer.poll(POLL_S):
+                    for delivered in consumer.poll(POLL_SECONDS):
                         loop.call_soon_threadsafe(self._read, delivered)
                 consumer.close()
             except BusError as error:
                 log.warning("cannot read the policies topic (%s); trying again", error)
-                time.sleep(POLL_S)
+                time.sleep(POLL_SECONDS)
 
     def _read(self, delivered: Delivered) -> None:
         position = delivered.position

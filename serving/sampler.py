@@ -103,24 +103,24 @@ def render(prompt: types_pb2.Prompt, engine: Engine) -> list[int]:
 
 
 async def write(
-    engine: Engine, planned: Plan, sample_id: str, hold: Hold, drafts: list[Draft], interval_s: float | None
+    engine: Engine, planned: Plan, sample_id: str, hold: Hold, drafts: list[Draft], interval_seconds: float | None
 ) -> AsyncIterator[inference_service_pb2.CompletionDeltas]:
-    """Fills `drafts`, and yields their new text at most every `interval_s`; never, if that is None."""
+    """Fills `drafts`, and yields their new text at most every `interval_seconds`; never, if that is None."""
     unsent: dict[int, types_pb2.FinishReason] = {}
     texts: dict[int, str] = {}
     sent_at = 0.0
     generation = engine.generate(
-        sample_id, planned.token_ids, planned.draw, hold.policy.weight_digest, stream=interval_s is not None
+        sample_id, planned.token_ids, planned.draw, hold.policy.weight_digest, stream=interval_seconds is not None
     )
     async for deltas in generation:
         for delta in deltas:
             append(drafts[delta.index], delta)
             texts[delta.index] = texts.get(delta.index, "") + delta.text
             unsent[delta.index] = delta.finish_reason
-        if interval_s is not None and time.monotonic() - sent_at >= interval_s:
+        if interval_seconds is not None and time.monotonic() - sent_at >= interval_seconds:
             yield as_deltas(texts, unsent)
             texts, unsent, sent_at = {}, {}, time.monotonic()
-    if interval_s is not None and unsent:
+    if interval_seconds is not None and unsent:
         yield as_deltas(texts, unsent)
 
 
@@ -156,12 +156,12 @@ def as_completions(sample_id: str, hold: Hold, drafts: list[Draft]) -> list[type
 
 
 def sign(
-    keyring: token.Keyring, sample_id: str, user_id: str, completions: list[types_pb2.Completion], ttl_s: float
+    keyring: token.Keyring, sample_id: str, user_id: str, completions: list[types_pb2.Completion], ttl_seconds: float
 ) -> tuple[str, Timestamp]:
     """Returns the feedback token of a sample, and when it expires."""
     issued, expires = Timestamp(), Timestamp()
     issued.GetCurrentTime()
-    expires.FromNanoseconds(issued.ToNanoseconds() + int(ttl_s * 1e9))
+    expires.FromNanoseconds(issued.ToNanoseconds() + int(ttl_seconds * 1e9))
     claims = feedback_token_pb2.FeedbackClaims(
         key_id=keyring.current, sample_id=sample_id, user_id=user_id, issue_time=issued, expire_time=expires
     )

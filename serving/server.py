@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 
 ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
 POLICY_SERVICE, FEEDBACK_SERVICE = "alignd.v1.PolicyService", "alignd.v1.FeedbackService"
-HEALTH_CHECK_S = 2.0
-KILL_AGAIN_S = 0.2
+HEALTH_CHECK_SECONDS = 2.0
+KILL_AGAIN_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ async def serve(
     """
     bus = await asyncio.to_thread(open_bus, places.bus_url)
     await asyncio.to_thread(bus.create_topics, TOPICS)
-    outbox = await asyncio.to_thread(Outbox, places.outbox, feedback.outbox_max_bytes)
+    outbox = await asyncio.to_thread(Outbox, places.outbox, feedback.outbox_max_mib << 20)
     policies = PolicyLog(bus)
     serving = Serving(Slot(), policies, Quota(config.max_inflight_completions))
     keyring = load_keyring(places.keyring)
     server = grpc.aio.server(
         interceptors=[Boundary()],
-        options=[("grpc.max_receive_message_length", config.max_message_bytes), ("grpc.so_reuseport", 0)],
+        options=[("grpc.max_receive_message_length", config.max_message_mib << 20), ("grpc.so_reuseport", 0)],
     )
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-        InferenceService(serving, outbox, keyring, config, feedback.token_ttl_s), server
+        InferenceService(serving, outbox, keyring, config, feedback.token_ttl_seconds), server
     )
     feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(outbox, keyring), server)
     policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies), server)
@@ -101,7 +101,7 @@ async def serve(
         serving.slot.shut()
         await health.enter_graceful_shutdown()
         policies.end_watches()
-        await server.stop(config.shutdown_grace_s)
+        await server.stop(config.shutdown_grace_seconds)
         if serving.engine:
             serving.engine.shutdown()
         await policies.stop()
@@ -160,7 +160,7 @@ async def run_engine(
         serving.slot,
         serving.policies,
         replica_id=config.replica_id,
-        drain_timeout_s=config.drain_timeout_s,
+        drain_timeout_seconds=config.drain_timeout_seconds,
         tolerance=config.probe_tolerance,
     )
     record = await begin(swapper, record, config, places)
@@ -202,7 +202,7 @@ async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:
             # The start fails as soon as the process in which vLLM runs is gone.
             for process in multiprocessing.active_children():
                 process.kill()
-            await asyncio.wait({starting}, timeout=KILL_AGAIN_S)
+            await asyncio.wait({starting}, timeout=KILL_AGAIN_SECONDS)
         if starting.exception() is None:
             starting.result().shutdown()
         raise
@@ -211,5 +211,5 @@ async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:
 async def watch_engine(engine: Engine) -> None:
     """Raises EngineError when the engine dies, so that the process ends and is started afresh."""
     while True:
-        await asyncio.sleep(HEALTH_CHECK_S)
+        await asyncio.sleep(HEALTH_CHECK_SECONDS)
         await engine.check_health()

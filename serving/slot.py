@@ -64,12 +64,12 @@ class Slot:
             if not self._holds:
                 self._empty.set()
 
-    async def close(self, timeout_s: float) -> Exchange:
-        """Admits nobody from here on, and returns when those inside are gone, or marked after `timeout_s`."""
+    async def close(self, timeout_seconds: float) -> Exchange:
+        """Admits nobody from here on, and returns when those inside are gone, or marked after `timeout_seconds`."""
         started = time.monotonic()
         self._open.clear()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_seconds):
                 await self._empty.wait()
         except TimeoutError:
             for hold in self._holds:

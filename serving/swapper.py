@@ -23,7 +23,7 @@ from serving.vllm_engine import Engine, EngineError
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 5.0
+RETRY_SECONDS = 5.0
 WARM_UP_TOKENS = (0, 1)
 
 
@@ -84,14 +84,14 @@ class Swapper:
         policies: PolicyLog,
         *,
         replica_id: str,
-        drain_timeout_s: float,
+        drain_timeout_seconds: float,
         tolerance: float,
     ) -> None:
         self.engine = engine
         self.slot = slot
         self.policies = policies
         self.replica_id = replica_id
-        self.drain_timeout_s = drain_timeout_s
+        self.drain_timeout_seconds = drain_timeout_seconds
         self.tolerance = tolerance
         self.served: PolicyRecord | None = None
 
@@ -131,7 +131,7 @@ class Swapper:
         except ArtifactError as error:
             await self._reject(record, f"its files cannot be used: {error}")
             return
-        exchange = await self.slot.close(self.drain_timeout_s)
+        exchange = await self.slot.close(self.drain_timeout_seconds)
         try:
             before = await self._before(record)
             await self.engine.load_weights(path)
@@ -203,7 +203,7 @@ class Swapper:
                 await self.policies.propose(event)
             except Refusal as refusal:
                 log.warning("%s; trying again", refusal)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_SECONDS)
             else:
                 return
 

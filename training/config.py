@@ -91,8 +91,8 @@ class PpoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_steps: int = Field(10, ge=1, description="Rounds of rollouts and update.")
-    prompts_per_step: int = Field(16, ge=1, description="Prompts that rollouts are drawn for in one round.")
+    num_rounds: int = Field(10, ge=1, description="Rounds of rollouts and update.")
+    prompts_per_round: int = Field(16, ge=1, description="Prompts that rollouts are drawn for in one round.")
     rollouts_per_prompt: int = Field(4, ge=1, description="Rollouts of each of these prompts.")
     max_tokens: int = Field(64, ge=1, description="Most tokens in one rollout.")
     max_prompt_tokens: int = Field(256, ge=1, description="Prompts longer than this are left out.")
@@ -108,7 +108,7 @@ class PpoConfig(BaseModel):
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of full weights.")
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate of the policy after warm-up.")
     value_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value model after warm-up.")
-    num_warmup_steps: int = Field(1, ge=0, description="Rounds over which both learning rates rise linearly.")
+    num_warmup_rounds: int = Field(1, ge=0, description="Rounds over which both learning rates rise linearly.")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="Decay of the average of weights that is kept as the result; 0 keeps the last."
     )
@@ -137,19 +137,21 @@ class PpoConfig(BaseModel):
     max_sampler_gap: float = Field(
         0.3, gt=0, description="Mean difference of sampler's and trainer's log-probabilities, in nats, that stops PPO."
     )
-    max_judge_drop: float = Field(
+    max_held_out_drop: float = Field(
         3.0,
         gt=0,
-        description="PPO stops when the judge, fitted to held-out labelers, has come down from its best by this many "
-        "standard errors while the reward model's score stands above where it was then.",
+        description="PPO stops when the score by the held-out reward model, fitted to held-out labelers, is this many "
+        "standard errors below its best while the score by the reward model is above what it was then.",
     )
-    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints that a killed run resumes from.")
+    checkpoint_every_rounds: int = Field(
+        1, ge=1, description="Rounds between checkpoints that a killed run resumes from."
+    )
     ptx: PtxConfig = Field(default_factory=PtxConfig, description="The pretraining mix.")
 
     @model_validator(mode="after")
     def _minibatches_are_whole(self) -> Self:
-        if self.prompts_per_step % self.num_minibatches:
-            raise ValueError("prompts_per_step must be a multiple of num_minibatches")
+        if self.prompts_per_round % self.num_minibatches:
+            raise ValueError("prompts_per_round must be a multiple of num_minibatches")
         return self
 
     @model_validator(mode="after")
@@ -197,7 +199,9 @@ class TrainingConfig(BaseModel):
         description="Win rate over the reference, by the reward model, "
         "that the lower end of the interval must pass before a version is promoted.",
     )
-    num_evaluation_prompts: int = Field(64, ge=2, description="Most held-out prompts that a new policy is judged on.")
+    num_evaluation_prompts: int = Field(
+        64, ge=2, description="Most held-out prompts that a new policy is evaluated on."
+    )
     num_probes: int = Field(4, ge=1, le=64, description="Probes in the manifest.")
     num_processes: int = Field(
         1, ge=1, description="Processes, one a GPU, that share the models being trained and the rollouts (FSDP)."
@@ -210,9 +214,19 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _processes_have_equal_shares(self) -> Self:
-        if self.ppo.prompts_per_step % (self.ppo.num_minibatches * self.num_processes):
+        if self.ppo.prompts_per_round % (self.ppo.num_minibatches * self.num_processes):
             raise ValueError(
-                f"ppo.prompts_per_step ({self.ppo.prompts_per_step}) must be a multiple of ppo.num_minibatches "
+                f"ppo.prompts_per_round ({self.ppo.prompts_per_round}) must be a multiple of ppo.num_minibatches "
                 f"({self.ppo.num_minibatches}) times num_processes ({self.num_processes})"
             )
         return self
+
+
+# What settings were called in earlier releases: the old name is refused with the new one.
+RENAMED = {
+    "ppo.num_steps": "ppo.num_rounds",
+    "ppo.prompts_per_step": "ppo.prompts_per_round",
+    "ppo.num_warmup_steps": "ppo.num_warmup_rounds",
+    "ppo.max_judge_drop": "ppo.max_held_out_drop",
+    "ppo.checkpoint_every": "ppo.checkpoint_every_rounds",
+}

@@ -23,7 +23,7 @@ import grpc
 
 from feedback.durable import replace_file
 from policies.artifact import ArtifactError
-from training.attempts import RETRY_SECONDS, end, passes, patiently, run_once, told
+from training.attempts import RETRY_SECONDS, describe, end, is_transient, retry_until_done, run_once
 from training.config import TrainingConfig
 from training.errors import RunAbortedError, TrainingError
 from training.runs.folder import SFT, SFT_SUFFIX, Origin, RunFolder
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from feedback.store.reader import Store
+    from training.context import TrainerContext
     from training.models.parallel import Ranks
     from training.runs.lease import TrainerLease
-    from training.workplace import Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,9 @@ def run_trainer(
     """
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
+    from training.context import open_context
     from training.models.parallel import join
     from training.runs.lease import TrainerLease
-    from training.workplace import open_workplace
 
     ranks = join(config.num_processes)
     if not ranks.leads:
@@ -64,30 +64,32 @@ def run_trainer(
     engine = open_engine(store_url)
     lease = TrainerLease(engine, _holder(), config.lease_seconds)
     with PolicyClient(serving_address) as client:
-        patiently(lambda: _acquire(lease, config))
+        retry_until_done(lambda: _acquire(lease, config))
         with lease.held():
             RunFolder.sweep(runs_dir)
-            desk = Desk(config, engine, lease)
+            control = OperatorControl(config, engine, lease)
             roomy, store = _roomy(config, RunFolder.unfinished(runs_dir)), Store(store_url)
-            place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ranks)
+            place = open_context(roomy, store, client, policies_dir, control.between_rounds, ranks)
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
-                folder = patiently(lambda: RunFolder.unfinished(runs_dir) or _begin_run(desk, place, runs_dir, cursor))
+                folder = retry_until_done(
+                    lambda: RunFolder.unfinished(runs_dir) or _begin_run(control, place, runs_dir, cursor)
+                )
                 if run_once(place, folder):
-                    patiently(partial(cursor.write, folder.origin().last_ranking_seq))
-                    patiently(partial(end, engine, folder))
+                    retry_until_done(partial(cursor.write, folder.origin().last_ranking_seq))
+                    retry_until_done(partial(end, engine, folder))
                 else:
                     time.sleep(RETRY_SECONDS)
 
 
 def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Path, serving_address: str) -> NoReturn:
     """What all ranks but the first do: take part in each run that it begins."""
+    from training.context import open_context
     from training.models.parallel import led
     from training.run import run
-    from training.workplace import open_workplace
 
     with PolicyClient(serving_address) as client:
-        place = open_workplace(config, store, client, policies_dir, lambda run_id: None, ranks)
+        place = open_context(config, store, client, policies_dir, lambda run_id: None, ranks)
         while True:
             folder = RunFolder(led(ranks, Path))
             try:
@@ -106,10 +108,10 @@ def run_sft_once(
     """
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
+    from training.context import open_context
     from training.models.parallel import ALONE
     from training.runs.lease import TrainerLease, read_control
     from training.sft_run import run_sft
-    from training.workplace import open_workplace
 
     engine = open_engine(store_url)
     lease = TrainerLease(engine, _holder() + SFT_SUFFIX, config.lease_seconds)
@@ -120,9 +122,9 @@ def run_sft_once(
         )
     with PolicyClient(serving_address) as client, lease.held():
         RunFolder.sweep(runs_dir)
-        desk, begun = Desk(config, engine, lease), RunFolder.unfinished(runs_dir, SFT)
+        control, begun = OperatorControl(config, engine, lease), RunFolder.unfinished(runs_dir, SFT)
         roomy, store = _roomy(config, begun), Store(store_url)
-        place = open_workplace(roomy, store, client, policies_dir, desk.between_rounds, ALONE)
+        place = open_context(roomy, store, client, policies_dir, control.between_rounds, ALONE)
         if begun:
             run_id = begun.path.name
             logger.info("going on with %s and its recipe; `alignd runs abort %s` ends it instead", run_id, run_id)
@@ -131,11 +133,11 @@ def run_sft_once(
         try:
             version = run_sft(place, folder).version
         except (TrainingError, ArtifactError, grpc.RpcError) as error:
-            if isinstance(error, grpc.RpcError) and passes(error):
-                raise TrainingError(f"{told(error)}; `alignd sft` goes on with {folder.path.name}") from error
-            folder.log("stopped", 0, 1, {"reason": told(error)})
+            if isinstance(error, grpc.RpcError) and is_transient(error):
+                raise TrainingError(f"{describe(error)}; `alignd sft` goes on with {folder.path.name}") from error
+            folder.log("stopped", 0, 1, {"reason": describe(error)})
             end(engine, folder)
-            raise TrainingError(told(error)) from error
+            raise TrainingError(describe(error)) from error
         folder.log("done", 0, 1, {"version": version})
         end(engine, folder)
     return version
@@ -171,7 +173,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Desk:
+class OperatorControl:
     """Where operators' wishes arrive, and where it is told that the place was lost."""
 
     config: TrainingConfig
@@ -229,11 +231,11 @@ def _roomy(config: TrainingConfig, folder: RunFolder | None) -> TrainingConfig:
     return config.model_copy(update={"ppo": present.model_copy(update=lengths)})
 
 
-def _begin_run(desk: Desk, place: Workplace, runs_dir: Path, cursor: Cursor) -> RunFolder:
+def _begin_run(control: OperatorControl, place: TrainerContext, runs_dir: Path, cursor: Cursor) -> RunFolder:
     """Waits until a run is due, and makes its folder."""
-    from training.workplace import find_parents
+    from training.context import find_parents
 
-    config, store, seen = desk.config, place.store, cursor.read()
+    config, store, seen = control.config, place.store, cursor.read()
     while not is_due(
         config,
         num_new=store.num_rankings(seen),
@@ -241,9 +243,9 @@ def _begin_run(desk: Desk, place: Workplace, runs_dir: Path, cursor: Cursor) -> 
         last_began=last_began(runs_dir),
         now=time.time(),
     ):
-        desk.between_rounds("")
+        control.between_rounds("")
         time.sleep(config.poll_seconds)
-    desk.between_rounds("")
+    control.between_rounds("")
     parents = find_parents(place.client, START_SECONDS)
     origin = Origin(parents.live.version, parents.reference.version, store.last_seq(), store.last_sample_seq())
     return RunFolder.create(runs_dir, _new_run_id(), config, origin)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from alignd.v1 import policy_service_pb2
+from training.context import Parents, Rewards, Run, TrainerContext
 from training.data.dataset import MAX_STORED_PROMPTS, TokenizedPrompt, is_held_out, make_dataset, text_of
 from training.data.groups import Group
 from training.data.intervals import Verdict, mean, win_rate
@@ -39,11 +40,10 @@ from training.ppo import rounds as ppo
 from training.ppo.learner import Weights, make_learner
 from training.ppo.rollouts import Rollout
 from training.rewards.label_next import label_next
-from training.rewards.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_judge, refresh
+from training.rewards.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_held_out_model, refresh
 from training.runs.checkpoint import newest_checkpoint, save_checkpoint
 from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
 from training.runs.policy_client import registered_by, written_by
-from training.workplace import Parents, Rewards, Run, Workplace
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ MAX_UNRANKED, NUM_LABEL_NEXT = 64, 20
 LEAST_HELD_OUT = 2  # of one score there is no deviation
 
 
-def run(place: Workplace, folder: RunFolder) -> int:
+def run(place: TrainerContext, folder: RunFolder) -> int:
     """Trains from the store's rankings and registers the result, or goes on with that. Returns its version.
 
     Raises TrainingError where something is not finite or there is too little to learn from; nothing is registered then.
@@ -65,14 +65,14 @@ def run(place: Workplace, folder: RunFolder) -> int:
     rewards = _rewards(started)
     place.between_rounds(folder.path.name)
     led(ranks, lambda: _name_what_to_label(started, rewards.model))
-    judged = _judged(started)
+    prompts = _evaluation_prompts(started)
     weights = _optimise(started, rewards)
     place.between_rounds(folder.path.name)
     # A prompt's seed is the first and its place: these begin where those of the reference's answers end.
-    after = led(ranks, lambda: _sample(started, judged, started.config.seed + len(judged)))
-    verdict = _judge(started, rewards, judged, after)
+    after = led(ranks, lambda: _sample(started, prompts, started.config.seed + len(prompts)))
+    verdict = _evaluate(started, rewards, prompts, after)
     place.between_rounds(folder.path.name)
-    written = led(ranks, lambda: write(started, rewards, weights, verdict, judged))
+    written = led(ranks, lambda: write(started, rewards, weights, verdict, prompts))
     return led(ranks, lambda: go_live(started, register(started, written)))
 
 
@@ -85,7 +85,7 @@ def _registered(run: Run) -> policy_service_pb2.Policy | None:
     return register(run, written) if written else None
 
 
-def _open(place: Workplace, folder: RunFolder) -> Run:
+def _open(place: TrainerContext, folder: RunFolder) -> Run:
     config, origin = folder.config(), folder.origin()
     torch.manual_seed(config.seed)
     # An index's backward pass adds in whatever order threads come, unless told otherwise.
@@ -114,7 +114,7 @@ def _open(place: Workplace, folder: RunFolder) -> Run:
     return Run(place, folder, config, parents, SharedLayers(load_model(parents.reference_folder)), data)
 
 
-def _judged(run: Run) -> tuple[TokenizedPrompt, ...]:
+def _evaluation_prompts(run: Run) -> tuple[TokenizedPrompt, ...]:
     return run.data.held_out_prompts[: run.config.num_evaluation_prompts]
 
 
@@ -124,11 +124,11 @@ def _rewards(run: Run) -> Rewards:
     led(run.place.ranks, lambda: _make_rewards(run))
     found = newest_checkpoint(folder.state / "rewards")
     assert found
-    model, judge = RewardModel(shared, config), RewardModel(shared, config.model_copy(update=HEADS_ALONE))
-    for each, prefix in ((model, "model."), (judge, "judge.")):
+    model, held_out_model = RewardModel(shared, config), RewardModel(shared, config.model_copy(update=HEADS_ALONE))
+    for each, prefix in ((model, "model."), (held_out_model, "held_out_model.")):
         each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
     before = [Rollout(tuple(each[0]), tuple(each[1]), each[2]) for each in found.facts["before"]]
-    return Rewards(model, judge, Fitted.of_json(found.facts["fitted"]), before)
+    return Rewards(model, held_out_model, Fitted.of_json(found.facts["fitted"]), before)
 
 
 def _make_rewards(run: Run) -> None:
@@ -140,7 +140,7 @@ def _make_rewards(run: Run) -> None:
     folder.rewind("reward_model", 0)
     rewards = _fit(run)
     tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
-    tensors |= {f"judge.{name}": tensor for name, tensor in rewards.judge.state_dict().items()}
+    tensors |= {f"held_out_model.{name}": tensor for name, tensor in rewards.held_out_model.state_dict().items()}
     drawn = [[list(each.token_ids), list(each.logprobs), each.finished] for each in rewards.before]
     save_checkpoint(folder.state / "rewards", 0, tensors, {"before": drawn, "fitted": asdict(rewards.fitted)})
     accept(folder.path.parent, rewards.fitted)
@@ -155,18 +155,20 @@ def _fit(run: Run) -> Rewards:
     model, fitted = refresh(
         config.reward_model, shared, run.data, folder.path, digest, seed=config.seed, log=folder.log
     )
-    judge = fit_judge(config.reward_model, shared, run.data.held_out or run.data.training, seed=config.seed)
+    held_out_model = fit_held_out_model(
+        config.reward_model, shared, run.data.held_out or run.data.training, seed=config.seed
+    )
     run.place.engine.load_weights(load_weights(run.parents.reference_folder).items())
-    judged = _judged(run)
-    before = _sample(run, judged, config.seed)
-    references = _groups(judged, before)
+    prompts = _evaluation_prompts(run)
+    before = _sample(run, prompts, config.seed)
+    references = _groups(prompts, before)
     deviation = normalise(model, torch.cat(score_groups(model, shared, references)))
     if fitted.run_id == folder.path.name:
         # Again, normalised: whoever loads it from here, such as SFT, gets the scores that this run gets.
         fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
-    normalise(judge, torch.cat(score_groups(judge, shared, references)))
+    normalise(held_out_model, torch.cat(score_groups(held_out_model, shared, references)))
     folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
-    return Rewards(model, judge, fitted, before)
+    return Rewards(model, held_out_model, fitted, before)
 
 
 def _name_what_to_label(run: Run, model: RewardModel) -> None:
@@ -213,29 +215,29 @@ def _optimise(run: Run, rewards: Rewards) -> Weights:
     # Adapters start at random: alike on all ranks, whichever fitted the reward model, and in every attempt.
     torch.manual_seed(run.config.seed)
     policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora, ranks)
-    learner = make_learner(shared, policy, rewards.model, rewards.judge, config, ranks)
+    learner = make_learner(shared, policy, rewards.model, rewards.held_out_model, config, ranks)
     checkpoints = folder.state / "ppo"
     found = newest_checkpoint(checkpoints)
-    led(ranks, lambda: folder.rewind("ppo", found.step if found else 0))
-    world = ppo.World(
+    led(ranks, lambda: folder.rewind("ppo", found.round if found else 0))
+    hooks = ppo.PpoHooks(
         prompts=[prompt.token_ids for prompt in run.data.training_prompts],
         sample=lambda prompts, seed: _draw(run, prompts, config.rollouts_per_prompt, seed),
         load_weights=run.place.engine.load_weights,
-        log=lambda step, num_steps, metrics: led(ranks, lambda: _log_round(folder, step, num_steps, metrics)),
+        log=lambda index, count, metrics: led(ranks, lambda: _log_round(folder, index, count, metrics)),
         pretraining=_pretraining(run),
         checkpoints=checkpoints,
         between_rounds=lambda: run.place.between_rounds(folder.path.name),
     )
-    ppo.train(learner, config, world, seed=run.config.seed)
-    # What is judged is what will be served.
+    ppo.train(learner, config, hooks, seed=run.config.seed)
+    # What is evaluated is what will be served.
     run.place.engine.load_weights(merged_tensors(shared, policy))
     return merged_weights(shared, policy, kept=ranks.leads)
 
 
-def _log_round(folder: RunFolder, step: int, num_steps: int, metrics: dict[str, Any]) -> None:
-    folder.log("ppo", step, num_steps, metrics)
+def _log_round(folder: RunFolder, index: int, count: int, metrics: dict[str, Any]) -> None:
+    folder.log("ppo", index, count, metrics)
     logger.info(
-        "round %d of %d: score %.2f  kl %.2f  len %.0f  clipfrac %.3f", step + 1, num_steps,
+        "round %d of %d: score %.2f  kl %.2f  len %.0f  clipfrac %.3f", index + 1, count,
         metrics["objective/score"], metrics["objective/kl"], metrics["completion/length"],
         metrics.get("policy/clipfrac", 0.0),
     )  # fmt: skip
@@ -249,7 +251,7 @@ def _pretraining(run: Run) -> Iterator[tuple[int, ...]] | None:
     return ptx.sequences(texts, run.place.tokenizer, config.sequence_tokens)
 
 
-def _judge(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout]) -> Verdict:
+def _evaluate(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], after: Sequence[Rollout]) -> Verdict:
     """The new policy against the reference on held-out prompts, by the reward model; writes samples of both."""
     groups = _groups(prompts, after)
     scores, reference_scores = (

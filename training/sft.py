@@ -60,7 +60,7 @@ class Epoch:
     """Mean score, by the reward model, of completions of the validation prompts."""
 
 
-Judge = Callable[[dict[str, Tensor]], float]
+Scorer = Callable[[dict[str, Tensor]], float]
 """Mean score of what a policy of these weights writes to the validation prompts."""
 
 
@@ -68,14 +68,14 @@ def fine_tune(
     model_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     demonstrations: Sequence[Demonstration],
-    judge: Judge,
+    score_of: Scorer,
     config: SftConfig,
     scratch: Path,
     *,
     seed: int,
     log: Callable[[Epoch], None],
 ) -> tuple[dict[str, Tensor], list[Epoch]]:
-    """Returns the weights of the epoch that `judge` liked best, in bf16 by the checkpoint's names, and all epochs.
+    """Returns the weights of the epoch that `score_of` liked best, in bf16 by the checkpoint's names, and all epochs.
 
     Goes on after the last epoch that is whole in `scratch`, with the same bits on a CPU as if it had never been killed.
     Raises TrainingError if there are too few demonstrations, or if the loss is not finite.
@@ -94,7 +94,7 @@ def fine_tune(
         args=_arguments(config, scratch, seed),
         train_dataset=_rows(short, seed),
         processing_class=tokenizer,
-        callbacks=[_Judged(judge, log, scratch)],
+        callbacks=[_Scored(score_of, log, scratch)],
     )
     trainer.train(resume_from_checkpoint=_newest_checkpoint(scratch))
     epochs = _epochs(trainer.state)
@@ -149,14 +149,14 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
     return arguments
 
 
-class _Judged(TrainerCallback):
+class _Scored(TrainerCallback):
     """Judges each epoch as it ends, and keeps the weights of the best in `scratch`.
 
     The score goes into the trainer's own log, which its checkpoints hold.
     """
 
-    def __init__(self, judge: Judge, log: Callable[[Epoch], None], scratch: Path) -> None:
-        self.judge, self.log_epoch, self.scratch = judge, log, scratch
+    def __init__(self, score_of: Scorer, log: Callable[[Epoch], None], scratch: Path) -> None:
+        self.score_of, self.log_epoch, self.scratch = score_of, log, scratch
 
     def on_log(
         self,
@@ -171,7 +171,7 @@ class _Judged(TrainerCallback):
         if "loss" not in (logs or {}):
             return
         weights = checkpoint_weights(model)
-        state.log_history[-1][SCORE] = self.judge(weights)
+        state.log_history[-1][SCORE] = self.score_of(weights)
         *_, epoch = epochs = _epochs(state)
         if epoch is best_of(epochs):
             save_tensors(_weights_file(self.scratch, epoch), weights, {})
@@ -186,8 +186,8 @@ class _Judged(TrainerCallback):
 
 
 def _epochs(state: TrainerState) -> list[Epoch]:
-    judged = [each for each in state.log_history if SCORE in each]
-    return [Epoch(index, float(each["loss"]), float(each[SCORE])) for index, each in enumerate(judged)]
+    scored = [each for each in state.log_history if SCORE in each]
+    return [Epoch(index, float(each["loss"]), float(each[SCORE])) for index, each in enumerate(scored)]
 
 
 def _weights_file(scratch: Path, epoch: Epoch) -> Path:

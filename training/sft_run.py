@@ -25,6 +25,7 @@ from policies.artifact import MANIFEST, read_manifest, write_artifact
 from policies.location import artifact_folder
 from policies.rendering import prompt_token_ids
 from training.config import TrainingConfig
+from training.context import TrainerContext, find_parents
 from training.data.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
 from training.data.groups import Group
 from training.errors import TrainingError
@@ -34,8 +35,7 @@ from training.models.reward import RewardModel, load, score_groups
 from training.rewards.refresh import REWARD_MODEL_FILE, current
 from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
 from training.runs.policy_client import START_SECONDS, next_version, registered_by, written_by
-from training.sft import Demonstration, Epoch, Judge, best_of, fine_tune
-from training.workplace import Workplace, find_parents
+from training.sft import Demonstration, Epoch, Scorer, best_of, fine_tune
 
 if TYPE_CHECKING:
     from feedback.store.reader import StoredDemonstration
@@ -69,7 +69,7 @@ class Beginning:
 FORM = TypeAdapter(Beginning)
 
 
-def run_sft(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
+def run_sft(place: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
     """Fine-tunes the reference policy and registers the result as a candidate, or goes on with that; returns it.
 
     Raises TrainingError if there are too few demonstrations, or no reward model yet to choose the epoch by.
@@ -84,7 +84,7 @@ def run_sft(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
     return registered
 
 
-def _make(place: Workplace, folder: RunFolder) -> Path:
+def _make(place: TrainerContext, folder: RunFolder) -> Path:
     """Fine-tunes and writes the version; returns its folder."""
     config, kept, checkpoints = folder.config(), folder.state / BEGINNING, folder.state / "trl"
     if not kept.exists():
@@ -92,10 +92,10 @@ def _make(place: Workplace, folder: RunFolder) -> Path:
     beginning = FORM.validate_json(kept.read_bytes())
     reference = place.client.get(f"v{beginning.reference_version}", START_SECONDS)
     base = artifact_folder(reference.artifact_uri)
-    judge = _judge(place, folder, beginning, reference)
+    score_of = _scorer(place, folder, beginning, reference)
     if not any(checkpoints.glob("*")):
         folder.rewind("sft_reference", 0)
-        folder.log("sft_reference", 0, 1, {"sft/score": judge(load_weights(base))})
+        folder.log("sft_reference", 0, 1, {"sft/score": score_of(load_weights(base))})
 
     def log(epoch: Epoch) -> None:
         folder.rewind("sft", epoch.index)
@@ -109,7 +109,7 @@ def _make(place: Workplace, folder: RunFolder) -> Path:
         base,
         place.tokenizer,
         beginning.demonstrations,
-        judge,
+        score_of,
         config.sft,
         checkpoints,
         seed=config.seed,
@@ -122,7 +122,7 @@ def _make(place: Workplace, folder: RunFolder) -> Path:
     return _write(place, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
 
 
-def _begin(place: Workplace, folder: RunFolder) -> Beginning:
+def _begin(place: TrainerContext, folder: RunFolder) -> Beginning:
     """Chooses what the run works with."""
     config, fitted = folder.config(), current(folder.path.parent)
     if fitted is None:
@@ -141,7 +141,9 @@ def _begin(place: Workplace, folder: RunFolder) -> Beginning:
     )
 
 
-def _judge(place: Workplace, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy) -> Judge:
+def _scorer(
+    place: TrainerContext, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy
+) -> Scorer:
     """Scores what weights answer to the validation prompts."""
     config, runs_dir = folder.config(), folder.path.parent
     shared = SharedLayers(load_model(artifact_folder(reference.artifact_uri)))
@@ -149,17 +151,17 @@ def _judge(place: Workplace, folder: RunFolder, beginning: Beginning, reference:
     if not load(rewards, runs_dir / beginning.reward_run_id / REWARD_MODEL_FILE, reference.manifest.weight_digest):
         raise TrainingError(NO_REWARDS)
 
-    def judge(weights: Mapping[str, Tensor]) -> float:
+    def score_of(weights: Mapping[str, Tensor]) -> float:
         place.between_rounds(folder.path.name)
         answers = _answers(place, config, beginning.asked, weights)
         groups = [Group(prompt, (answer,)) for (prompt, _), answer in zip(beginning.asked, answers, strict=True)]
         return float(torch.cat(score_groups(rewards, shared, groups)).mean())
 
-    return judge
+    return score_of
 
 
 def _answers(
-    place: Workplace, config: TrainingConfig, asked: Asked, weights: Mapping[str, Tensor]
+    place: TrainerContext, config: TrainingConfig, asked: Asked, weights: Mapping[str, Tensor]
 ) -> list[tuple[int, ...]]:
     """What a policy of these weights writes to these prompts, the same each time."""
     place.engine.load_weights(weights.items())
@@ -174,7 +176,7 @@ def _answers(
 
 
 def _write_samples(
-    place: Workplace,
+    place: TrainerContext,
     folder: RunFolder,
     beginning: Beginning,
     before: Mapping[str, Tensor],
@@ -192,7 +194,7 @@ def _write_samples(
 
 
 def _validation_prompts(
-    place: Workplace, config: TrainingConfig, validating: Sequence[StoredDemonstration]
+    place: TrainerContext, config: TrainingConfig, validating: Sequence[StoredDemonstration]
 ) -> dict[tuple[int, ...], str]:
     """In tokens, and as text. Those that the engine has no room for are left out."""
     asked = {_prompt(place, each): text_of(each.prompt) for each in validating}
@@ -205,21 +207,21 @@ def _validation_prompts(
     return short
 
 
-def _prompt(place: Workplace, each: StoredDemonstration) -> tuple[int, ...]:
+def _prompt(place: TrainerContext, each: StoredDemonstration) -> tuple[int, ...]:
     return tuple(prompt_token_ids(place.tokenizer, each.prompt))
 
 
-def _decode(place: Workplace, token_ids: tuple[int, ...]) -> str:
+def _decode(place: TrainerContext, token_ids: tuple[int, ...]) -> str:
     return str(place.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _tokens(place: Workplace, each: StoredDemonstration) -> Demonstration:
+def _tokens(place: TrainerContext, each: StoredDemonstration) -> Demonstration:
     # A demonstration is whole: it has its end.
     return Demonstration(_prompt(place, each), completion_token_ids_of(place.tokenizer, each.text, ended=True))
 
 
 def _write(
-    place: Workplace,
+    place: TrainerContext,
     folder: RunFolder,
     reference: policy_service_pb2.Policy,
     weights: dict[str, Tensor],
@@ -248,7 +250,7 @@ def _write(
     return written
 
 
-def _register(place: Workplace, folder: RunFolder, written: Path) -> policy_service_pb2.Policy:
+def _register(place: TrainerContext, folder: RunFolder, written: Path) -> policy_service_pb2.Policy:
     manifest = read_manifest(written)
     shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
     (score,) = manifest.evaluations

@@ -71,19 +71,19 @@ def right(margins: Iterable[float]) -> tuple[float, ...]:
 
 
 def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> BagOfWordsBaseline:
-    """Fits the bag of words to `train` and judges `held_out`, which neither words, weights nor L2 weight come from.
+    """Fits the bag of words to `train` and measures it on `held_out`, which nothing of it comes from.
 
     The L2 weight is the one that does best on a validation part of `train`, split by prompt; with it the model is then
     fitted to all of `train`. Raises ValueError if there is nothing to validate on.
     """
     fitting, validating = split(train, VALIDATION_SHARE, salt="validation")
     validation = {
-        weight: statistics.fmean(judged(model, validating)) for weight, model in fit(fitting, L2_WEIGHTS).items()
+        weight: statistics.fmean(credits_of(model, validating)) for weight, model in fit(fitting, L2_WEIGHTS).items()
     }
     # Of equals, the one that keeps weights smaller.
     best = max(L2_WEIGHTS, key=lambda weight: (validation[weight], weight))
     model = fit(train, [best])[best]
-    return BagOfWordsBaseline(judged(model, held_out), best, validation, len(model.vocabulary))
+    return BagOfWordsBaseline(credits_of(model, held_out), best, validation, len(model.vocabulary))
 
 
 def fit(comparisons: Sequence[Comparison], l2_weights: Sequence[float]) -> dict[float, BagOfWords]:
@@ -112,7 +112,7 @@ def logistic_weights(difference_NV: Tensor, l2_weight: float) -> Tensor:
     return weights_VI.detach()[:, 0]
 
 
-def judged(model: BagOfWords, comparisons: Sequence[Comparison]) -> tuple[float, ...]:
+def credits_of(model: BagOfWords, comparisons: Sequence[Comparison]) -> tuple[float, ...]:
     """Where the chosen completion scores higher, as `right` says. Raises ValueError if there are no comparisons."""
     if not comparisons:
         raise ValueError("judging needs at least one comparison")

@@ -45,7 +45,7 @@ def one_split(
     features: Sequence[Tensor],
     seed: int,
 ) -> dict[str, Any]:
-    """Fits and judges on the split of this seed."""
+    """Fits and evaluates on the split of this seed."""
     begins = [beginning(each.prompt[0].text) for each in drawn]
     is_out = [is_held_out(text, salt=str(seed)) for text in begins]
     train, held_out = ([index for index, out in enumerate(is_out) if out == side] for side in (False, True))

@@ -1,7 +1,7 @@
-"""InstructGPT in miniature: base, few-shot, SFT, PPO and PPO-ptx, judged by the labelers' true utility.
+"""InstructGPT in miniature: base, few-shot, SFT, PPO and PPO-ptx, evaluated by the labelers' true utility.
 
 Every stage leaves its result in a folder and is skipped where it is there, so that an experiment of hours can be gone
-on with. The policies are judged on held-out prompts that nothing was learned from, one completion each.
+on with. The policies are evaluated on held-out prompts that nothing was learned from, one completion each.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TAX_WINDOW = 512
 VARIANTS = ("ppo", "ppo-ptx", "online")
 # Of a round's metrics, what is worth keeping in the repository.
 SAVED_METRICS = (
-    "objective/score", "objective/judge_score", "objective/kl", "objective/entropy", "completion/length",
+    "objective/score", "objective/held_out_score", "objective/kl", "objective/entropy", "completion/length",
     "completion/eos_rate", "policy/clipfrac", "policy/kl_coef", "rollout/sampler_gap", "val/explained_variance",
     "ptx/loss", "ptx/gamma",
 )  # fmt: skip
@@ -65,27 +65,27 @@ class Size:
     ks: range
     num_demonstrations: int
     best_of: int
-    num_steps: int
+    num_rounds: int
     num_held_out: int
     tax_tokens: int
     tax_items: int
     refreshes: int = 2
     """Refreshes of the reward model during PPO where it is online; rankings and rounds are split evenly."""
-    prompts_per_step: int = PpoConfig().prompts_per_step
+    prompts_per_round: int = PpoConfig().prompts_per_round
 
 
-QUICK = Size(36, range(4, 7), 16, 4, 3, 32, 2 * TAX_WINDOW, 12, prompts_per_step=4)
+QUICK = Size(36, range(4, 7), 16, 4, 3, 32, 2 * TAX_WINDOW, 12, prompts_per_round=4)
 FULL = Size(160, range(4, 10), 64, 4, 12, 300, 8 * TAX_WINDOW, 100)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
-def ppo_config(size: Size, num_steps: int, text: Path | None) -> PpoConfig:
+def ppo_config(size: Size, num_rounds: int, text: Path | None) -> PpoConfig:
     """The recipe as shipped, but for its size and passes over a round's rollouts; with text, the pretraining mix.
 
     Two passes: a dozen rounds are few, and drawing rollouts is most of what a round costs on a CPU.
     """
     mix = PtxConfig(data=str(text)) if text else PtxConfig()
-    return PpoConfig(num_steps=num_steps, prompts_per_step=size.prompts_per_step, num_epochs=2, ptx=mix)
+    return PpoConfig(num_rounds=num_rounds, prompts_per_round=size.prompts_per_round, num_epochs=2, ptx=mix)
 
 
 @dataclass(frozen=True)
@@ -102,31 +102,31 @@ class Experiment:
 
 
 def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
-    """Runs all stages and returns what they found, by name. Each policy is judged as soon as it is there."""
+    """Runs all stages and returns what they found, by name. Each policy is evaluated as soon as it is there."""
     lab, size, folder = experiment.lab, experiment.size, experiment.folder
     train = lab.ask(train_prompts(size.num_rankings))
     held_out = held_out_prompts(size.num_held_out)
     measures_tax = "ppo" in variants
     begin(folder, how(size))
     found = {"sft": experiment.once("sft", lambda: make_sft(experiment, train))}
-    found |= judge(experiment, "base", lab.base, held_out, measures_tax)
-    found |= judge(experiment, "few-shot", lab.base, held_out, False, few_shot_prefix())
-    found |= judge(experiment, "sft", folder / "sft", held_out, measures_tax)
+    found |= evaluate(experiment, "base", lab.base, held_out, measures_tax)
+    found |= evaluate(experiment, "few-shot", lab.base, held_out, False, few_shot_prefix())
+    found |= evaluate(experiment, "sft", folder / "sft", held_out, measures_tax)
     found["rewards"] = experiment.once("rewards", lambda: make_rewards(experiment, train))
     for name in variants:
         variant = optimise_online if name == "online" else optimise
         found[name] = experiment.once(name, lambda: variant(experiment, train, name))  # noqa: B023
-        found |= judge(experiment, name, folder / name, held_out, measures_tax and name != "online")
+        found |= evaluate(experiment, name, folder / name, held_out, measures_tax and name != "online")
     return found
 
 
 def how(size: Size) -> str:
     """The size and the settings of the recipe, on which every stage depends besides the code, the name and the seed."""
     computes_in = short_name(compute_dtype(training_device()))
-    return "\n".join(map(repr, (size, ppo_config(size, size.num_steps, None), SFT, REWARD_MODEL, computes_in)))
+    return "\n".join(map(repr, (size, ppo_config(size, size.num_rounds, None), SFT, REWARD_MODEL, computes_in)))
 
 
-def judge(
+def evaluate(
     experiment: Experiment,
     name: str,
     policy: Path,
@@ -176,14 +176,14 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     rewards = fit_one(shared, rankings, len(rankings.examples), lab.seed)
     validation = train[-32:]
 
-    def judge(weights: dict[str, torch.Tensor]) -> float:
+    def score_of(weights: dict[str, torch.Tensor]) -> float:
         lab.engine.load_weights(weights.items())
         drawn = [each[0] for each in lab.draw(validation, 1, salt=300)]
         return float(torch.cat(score_groups(rewards, shared, as_groups(validation, drawn))).mean())
 
     scratch = experiment.folder / "scratch"
     weights, epochs = fine_tune(
-        lab.base, lab.tokenizer, demonstrations, judge, SFT, scratch, seed=lab.seed, log=lambda epoch: None
+        lab.base, lab.tokenizer, demonstrations, score_of, SFT, scratch, seed=lab.seed, log=lambda epoch: None
     )
     shutil.rmtree(scratch, ignore_errors=True)
     target = experiment.folder / "sft"
@@ -215,7 +215,7 @@ def optimise(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[
     shared = SharedLayers(load_model(sft))
     rewards = load_rewards(shared, folder / "rewards.safetensors", None)
     text = write_pretraining_text(folder / "wikitext.txt") if name == "ppo-ptx" else None
-    config = ppo_config(experiment.size, experiment.size.num_steps, text)
+    config = ppo_config(experiment.size, experiment.size.num_rounds, text)
     experiment.lab.load(sft)
     rounds, reason = run_ppo(experiment, train, config, shared, sft, rewards, name)
     return {"rounds": rounds, "stopped": reason}
@@ -225,7 +225,7 @@ def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -
     """PPO whose rankings come in parts, each of the policy of then; rewards are fitted anew each time, to all."""
     lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
     parts = size.refreshes + 1
-    config = ppo_config(size, size.num_steps // parts, None)
+    config = ppo_config(size, size.num_rounds // parts, None)
     shared, start, rankings = SharedLayers(load_model(sft)), sft, Rankings()
     lab.load(sft)
     labelers = lab.labelers(train[:32])
@@ -259,7 +259,7 @@ def run_ppo(
     """
     lab = experiment.lab
     policy = upper_layers_of(start, shared, min(config.num_frozen_layers, shared.num_layers - 1), LoraConfig())
-    learner = make_learner(shared, policy, rewards.model, rewards.judge, config)
+    learner = make_learner(shared, policy, rewards.model, rewards.held_out_model, config)
     by_tokens = {each.token_ids: each for each in train}
     utilities: list[float] = []
     rounds: list[dict[str, Any]] = []
@@ -270,19 +270,19 @@ def run_ppo(
         utilities.append(sum(map(sum, worth)) / sum(map(len, worth)))
         return drawn
 
-    def log(step: int, num_steps: int, metrics: dict[str, Any]) -> None:
+    def log(index: int, count: int, metrics: dict[str, Any]) -> None:
         told = {name: round(metrics[name], SAVED_DIGITS) for name in SAVED_METRICS if name in metrics}
         rounds.append({**told, "part": part, "utility": utilities[-1]})
         print(
-            f"{experiment.folder.name}: {name}: round {step + 1} of {num_steps}: utility {utilities[-1]:.3f}, "
+            f"{experiment.folder.name}: {name}: round {index + 1} of {count}: utility {utilities[-1]:.3f}, "
             f"score {metrics['objective/score']:.2f}, KL {metrics['objective/kl']:.2f}",
             flush=True,
         )
 
-    world = ppo.World(list(by_tokens), sample, lab.engine.load_weights, log, pretraining(lab, config.ptx))
+    hooks = ppo.PpoHooks(list(by_tokens), sample, lab.engine.load_weights, log, pretraining(lab, config.ptx))
     target = experiment.folder / name
     try:
-        reason = ppo.train(learner, config, world, seed=lab.seed * 101 + part)
+        reason = ppo.train(learner, config, hooks, seed=lab.seed * 101 + part)
     except TrainingError as error:
         if not rounds:
             raise

@@ -42,10 +42,10 @@ class Rankings:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The reward model, the judge of held-out labelers, and how right the one is on the rankings of the other."""
+    """The reward model, the one of held-out labelers, and how right the first is on the rankings of the second."""
 
     model: RewardModel
-    judge: RewardModel
+    held_out_model: RewardModel
     accuracy: dict[str, Any] | None
 
 
@@ -65,15 +65,15 @@ def add_rankings(
 
 
 def fit_rewards(shared: SharedLayers, rankings: Rankings, num_of_reference: int, seed: int) -> Rewards:
-    """Fits the reward model to most labelers' rankings, and the judge to the others'.
+    """Fits the reward model to most labelers' rankings, and the held-out reward model to the others'.
 
     The first `num_of_reference` rankings are of what the reference policy wrote.
     """
     known = rankings.only(lambda example: example.labeler not in HELD_OUT_LABELERS)
     unknown = rankings.only(lambda example: example.labeler in HELD_OUT_LABELERS)
-    model, judge = (fit_one(shared, each, num_of_reference, seed) for each in (known, unknown))
-    judged = evaluate_rewards(model, shared, unknown.examples, unknown.features)
-    return Rewards(model, judge, dataclasses.asdict(judged) if judged else None)
+    model, held_out_model = (fit_one(shared, each, num_of_reference, seed) for each in (known, unknown))
+    evaluated = evaluate_rewards(model, shared, unknown.examples, unknown.features)
+    return Rewards(model, held_out_model, dataclasses.asdict(evaluated) if evaluated else None)
 
 
 def fit_one(shared: SharedLayers, rankings: Rankings, num_of_reference: int, seed: int) -> RewardModel:
@@ -92,13 +92,17 @@ def fit_one(shared: SharedLayers, rankings: Rankings, num_of_reference: int, see
 def save_rewards(rewards: Rewards, path: Path) -> None:
     """Writes both models."""
     tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
-    tensors |= {f"judge.{name}": tensor for name, tensor in rewards.judge.state_dict().items()}
+    tensors |= {f"held_out_model.{name}": tensor for name, tensor in rewards.held_out_model.state_dict().items()}
     save_file(tensors, path)
 
 
 def load_rewards(shared: SharedLayers, path: Path, accuracy: dict[str, Any] | None) -> Rewards:
     """Reads what `save_rewards` wrote."""
-    tensors, model, judge = load_file(path), RewardModel(shared, REWARD_MODEL), RewardModel(shared, REWARD_MODEL)
-    for each, prefix in ((model, "model."), (judge, "judge.")):
+    tensors, model, held_out_model = (
+        load_file(path),
+        RewardModel(shared, REWARD_MODEL),
+        RewardModel(shared, REWARD_MODEL),
+    )
+    for each, prefix in ((model, "model."), (held_out_model, "held_out_model.")):
         each.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-    return Rewards(model, judge, accuracy)
+    return Rewards(model, held_out_model, accuracy)

@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from alignd.v1 import policy_service_pb2 as pb
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
-from deploy.client import TIMEOUT_S, Operator, connect
+from deploy.client import TIMEOUT_SECONDS, Operator, connect
 from deploy.config import load_config
 
 app = typer.Typer(help="List, show, promote and roll back policy versions.", no_args_is_help=True)
@@ -80,7 +80,7 @@ def promote(version: Version, reason: Reason = "", dry_run: DryRun = False) -> N
         if announced(f"v{policy.version} would become LIVE", dry_run):
             return
         request = pb.PromoteRequest(version=policy.version, actor=actor(), reason=reason)
-        operator.policies.Promote(request, timeout=TIMEOUT_S)
+        operator.policies.Promote(request, timeout=TIMEOUT_SECONDS)
     console.print(f"v{policy.version} is live. Replicas swap now: `alignd policies list` shows what each serves.")
 
 
@@ -98,7 +98,7 @@ def rollback(
         request = pb.RollbackRequest(
             version=target, actor=actor(), reason=reason, expected_live_version=get(operator, "live").version
         )
-        policy = operator.policies.Rollback(request, timeout=TIMEOUT_S).policy
+        policy = operator.policies.Rollback(request, timeout=TIMEOUT_SECONDS).policy
     console.print(f"v{policy.version} is live again. Replicas swap now: `alignd policies list` shows what each serves.")
 
 
@@ -140,7 +140,7 @@ def all_policies(operator: Operator) -> tuple[list[Any], Any]:
     response = pb.ListPoliciesResponse(next_page_token="")
     while True:
         request = pb.ListPoliciesRequest(page_token=response.next_page_token)
-        response = operator.policies.ListPolicies(request, timeout=TIMEOUT_S)
+        response = operator.policies.ListPolicies(request, timeout=TIMEOUT_SECONDS)
         policies += response.policies
         if not response.next_page_token:
             return policies, response
@@ -149,7 +149,7 @@ def all_policies(operator: Operator) -> tuple[list[Any], Any]:
 def get(operator: Operator, version: str) -> Any:
     """Returns one version."""
     name = f"v{version}" if version.isdigit() else version
-    return operator.policies.GetPolicy(pb.GetPolicyRequest(policy=name), timeout=TIMEOUT_S).policy
+    return operator.policies.GetPolicy(pb.GetPolicyRequest(policy=name), timeout=TIMEOUT_SECONDS).policy
 
 
 def announced(what: str, dry_run: bool) -> bool:

@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RECIPE, METRICS, REPORT = "recipe.json", "metrics.jsonl", "REPORT.html"
 ENDS = ("done", "stopped")
-NO_FIGURES = ("time", "phase", "step", "num_steps", "reason")
+NO_FIGURES = ("time", "phase", "index", "count", "reason")
 EXIT_FAILED = 1
 
 
@@ -47,8 +47,8 @@ class RunView:
     """Why it stopped or waits, or what it made."""
     phase: str
     """The last phase that it came to, before its end."""
-    steps_done: int
-    num_steps: int
+    num_done: int
+    count: int
     """Of this phase."""
     score: float | None
     kl: float | None
@@ -70,9 +70,9 @@ def list_runs(as_json: Json = False) -> None:
     if not views:
         console.print("No run yet: the trainer begins one when there are enough rankings; see `alignd status`.")
         return
-    table = Table(Column("run", no_wrap=True), "state", "phase", "step", "score", "kl", Column("", overflow="fold"))
+    table = Table(Column("run", no_wrap=True), "state", "phase", "done", "score", "kl", Column("", overflow="fold"))
     for view in views:
-        step = f"{view.steps_done} of {view.num_steps}" if view.phase else "-"
+        step = f"{view.num_done} of {view.count}" if view.phase else "-"
         figures = ("-" if each is None else f"{each:z.2f}" for each in (view.score, view.kl))
         table.add_row(view.run, view.state, view.phase or "-", step, *figures, view.reason)
     console.print(table, soft_wrap=False)
@@ -92,7 +92,7 @@ def show(run: RunId, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(whole | {"metrics": metrics}, indent=2))
         return
-    step = f"{view.phase}, step {view.steps_done} of {view.num_steps}" if view.phase else None
+    step = f"{view.phase}, {view.num_done} of {view.count}" if view.phase else None
     updated = view.updated and datetime.fromtimestamp(view.updated, UTC).isoformat(" ", "seconds")
     console.print(f"{view.run} {view.state}")
     for name, text in (whole | {"phase": step, "updated": updated}).items():
@@ -181,7 +181,7 @@ def view_run(folder: Path) -> RunView:
     """Returns how a run stands, by its folder alone."""
     records = read_records(folder)
     working = [record for record in records if record["phase"] not in ENDS]
-    last: Mapping[str, Any] = working[-1] if working else {"phase": "", "step": -1, "num_steps": 0}
+    last: Mapping[str, Any] = working[-1] if working else {"phase": "", "index": -1, "count": 0}
     ppo = [record for record in working if record["phase"] == "ppo"]
     state, reason = state_of(folder, records)
     return RunView(
@@ -189,8 +189,8 @@ def view_run(folder: Path) -> RunView:
         state=state,
         reason=reason,
         phase=last["phase"],
-        steps_done=last["step"] + 1,
-        num_steps=last["num_steps"],
+        num_done=last["index"] + 1,
+        count=last["count"],
         score=finite(ppo[-1].get("objective/score")) if ppo else None,
         kl=finite(ppo[-1].get("objective/kl")) if ppo else None,
         updated=records[-1]["time"] if records else None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from training.runs.lease import Control
 
 console = Console(highlight=False)
-TIMEOUT_S = 5.0
+TIMEOUT_SECONDS = 5.0
 
 
 def print_status(config: AligndConfig) -> bool:
@@ -35,8 +35,8 @@ def print_status(config: AligndConfig) -> bool:
 def print_server(config: AligndConfig) -> bool:
     try:
         with connect(config.server_address) as operator:
-            health = operator.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status
-            policies = operator.policies.ListPolicies(pb.ListPoliciesRequest(), timeout=TIMEOUT_S)
+            health = operator.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS).status
+            policies = operator.policies.ListPolicies(pb.ListPoliciesRequest(), timeout=TIMEOUT_SECONDS)
     except CallError as error:
         console.print(f"server    {error}", markup=False, soft_wrap=True)
         return False
@@ -109,6 +109,6 @@ def print_training(config: AligndConfig, control: Control | None) -> None:
     view = view_run(folders[0])
     if control:
         (view,) = with_control([view], control)
-    at = f", {view.phase} {view.steps_done} of {view.num_steps}" if view.state == "running" and view.phase else ""
+    at = f", {view.phase} {view.num_done} of {view.count}" if view.state == "running" and view.phase else ""
     why = f": {view.reason}" if view.reason else ""
     console.print(f"training  {view.run}: {view.state}{at}{why}", markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from training.planning.model_size import CONFIG_FILE, UnknownModelError, read_mo
 from training.planning.phases import Phase
 from training.planning.plan import Plan, make_plan
 
-TIMEOUT_S = 5.0
+TIMEOUT_SECONDS = 5.0
 BAR_WIDTH = 24
 # Parts below this share of the fullest moment are shown as one.
 SMALL_SHARE = 0.01
@@ -83,7 +83,7 @@ def find_model(config: AligndConfig) -> FoundModel | None:
 def _live(address: str) -> FoundModel | None:
     try:
         with connect(address) as operator:
-            policy = operator.policies.GetPolicy(pb.GetPolicyRequest(policy="live"), timeout=TIMEOUT_S).policy
+            policy = operator.policies.GetPolicy(pb.GetPolicyRequest(policy="live"), timeout=TIMEOUT_SECONDS).policy
     except CallError:
         return None
     folder = artifact_folder(policy.artifact_uri)
@@ -128,7 +128,7 @@ def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
     )
     table.add_row(
         "round",
-        f"{ppo.prompts_per_step} prompts × {ppo.rollouts_per_prompt} rollouts, "
+        f"{ppo.prompts_per_round} prompts × {ppo.rollouts_per_prompt} rollouts, "
         f"{ppo.num_epochs} × {ppo.num_minibatches} optimizer steps",
     )
     table.add_row(

@@ -37,7 +37,7 @@ class RunView:
     @property
     def last(self) -> Mapping[str, Any]:
         """The newest record."""
-        return self.records[-1] if self.records else {"phase": "waiting", "step": 0, "num_steps": 1}
+        return self.records[-1] if self.records else {"phase": "waiting", "index": 0, "count": 1}
 
     def detail(self) -> str:
         """The newest figures, in a few words."""

@@ -61,7 +61,7 @@ def _score_by_kl(steps: Steps) -> Plot:
     return Plot(
         f"Score went from {before:z.2f} to {after:z.2f} for {kl:z.1f} nats of KL",
         to_svg(figure, "score-by-kl"),
-        f"n = {len(steps)} PPO steps; later steps are drawn larger. KL is summed over a completion's tokens. A score "
+        f"n = {len(steps)} PPO rounds; later steps are drawn larger. KL is summed over a completion's tokens. A score "
         "that rises while users gain nothing would be over-optimisation (Gao et al. 2022).",
     )
 
@@ -72,10 +72,10 @@ def _score_and_kl(steps: Steps) -> Plot:
     upper.plot(x, [step["objective/score"] for step in steps], color=POLICY)
     lower.plot(x, [step["objective/kl"] for step in steps], color=POLICY)
     upper.set_ylabel("score")
-    lower.set(ylabel="KL (nats)", xlabel="PPO step")
+    lower.set(ylabel="KL (nats)", xlabel="PPO round")
     _, kl = first_and_last(steps, "objective/kl")
     title = f"The new policy ends {kl:z.1f} nats from the reference policy"
-    caption = f"n = {len(steps)} PPO steps, means over the rollouts of each. KL is summed over a completion's tokens."
+    caption = f"n = {len(steps)} PPO rounds, means over the rollouts of each. KL is summed over a completion's tokens."
     return Plot(title, to_svg(figure, "score-and-kl"), caption)
 
 
@@ -85,13 +85,13 @@ def _lengths(steps: Steps) -> Plot:
     upper.plot(x, [step["completion/length"] for step in steps], color=POLICY)
     lower.plot(x, [100 * step["completion/eos_rate"] for step in steps], color=POLICY)
     upper.set(ylabel="length (tokens)", ylim=(0, None))
-    lower.set(ylabel="ended by itself (%)", xlabel="PPO step", ylim=(-4, 104))
+    lower.set(ylabel="ended by itself (%)", xlabel="PPO round", ylim=(-4, 104))
     (short, long), (first, last) = (
         first_and_last(steps, "completion/eos_rate"),
         first_and_last(steps, "completion/length"),
     )
     title = f"Completions that end by themselves: {short:.0%} → {long:.0%}; tokens: {first:.0f} → {last:.0f}"
-    caption = f"n = {len(steps)} PPO steps, means over the rollouts of each."
+    caption = f"n = {len(steps)} PPO rounds, means over the rollouts of each."
     return Plot(title, to_svg(figure, "lengths"), caption)
 
 

@@ -61,7 +61,7 @@ def _figures(result: DemoResult) -> RenderableType:
     if result.ppo_steps:
         before, after = first_and_last(result.ppo_steps, "objective/score")
         _, kl = first_and_last(result.ppo_steps, "objective/kl")
-        cost = f"for {kl:z.1f} nats of KL, in {len(result.ppo_steps)} PPO steps"
+        cost = f"for {kl:z.1f} nats of KL, in {len(result.ppo_steps)} PPO rounds"
         table.add_row("score", f"{before:z.2f} → {after:z.2f}", cost)
     model = result.reward_model
     held_out = f"of {model.comparisons} held-out comparisons; two users agree on {model.labeler_agreement:.1%}"

@@ -36,11 +36,11 @@ from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
 from feedback.durable import write_json
 
-START_TIMEOUT_S = 300.0
-TRAINING_TIMEOUT_S = 3600.0
-AFTER_SWAP_S = 3.0
-POLL_S = 0.5
-CALL_TIMEOUT_S = 30.0
+START_TIMEOUT_SECONDS = 300.0
+TRAINING_TIMEOUT_SECONDS = 3600.0
+AFTER_SWAP_SECONDS = 3.0
+POLL_SECONDS = 0.5
+CALL_TIMEOUT_SECONDS = 30.0
 
 
 class DemoError(Exception):
@@ -141,7 +141,7 @@ async def tell(
         reference = asyncio.create_task(ask_reference(config, held_out, tally))
         run, replica, policy = await until_swapped(config, supervisor, traffic, bar)
         before = await reference
-        await asyncio.sleep(AFTER_SWAP_S)
+        await asyncio.sleep(AFTER_SWAP_SECONDS)
         traffic.stop()
         await asking
     stages.split(phase_seconds(run, began_training))
@@ -156,15 +156,15 @@ async def until_serving(address: str, supervisor: subprocess.Popen[bytes], bar: 
     started = time.monotonic()
     async with grpc.aio.insecure_channel(address) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() - started < START_TIMEOUT_S:
+        while time.monotonic() - started < START_TIMEOUT_SECONDS:
             check_alive(supervisor)
             with contextlib.suppress(grpc.aio.AioRpcError):
-                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_S)
+                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_SECONDS)
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             bar.update(time.monotonic() - started, None, "loading vLLM")
-            await asyncio.sleep(POLL_S)
-    raise DemoError(f"the server was not ready in {START_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(POLL_SECONDS)
+    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s")
 
 
 async def ask_reference(config: AligndConfig, held_out: Sequence[str], tally: Tally) -> list[SampleResponse]:
@@ -173,7 +173,7 @@ async def ask_reference(config: AligndConfig, held_out: Sequence[str], tally: Ta
     A run reads the prompts of the store when it begins, and would otherwise draw rollouts of these as well.
     """
     while not read_run(config.runs_dir).records:
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(POLL_SECONDS)
     responses = await answers(config.server_address, held_out, config.simulation, tally, lambda done: None)
     if len({response.completions[0].policy.version for response in responses}) != 1:
         raise DemoError("the new policy went live before the reference had answered the held-out prompts")
@@ -207,23 +207,25 @@ async def until_swapped(
     started = time.monotonic()
     async with grpc.aio.insecure_channel(config.server_address) as channel:
         policies = policy_service_pb2_grpc.PolicyServiceStub(channel)
-        while time.monotonic() - started < TRAINING_TIMEOUT_S:
+        while time.monotonic() - started < TRAINING_TIMEOUT_SECONDS:
             check_alive(supervisor)
             run = read_run(config.runs_dir)
             last = run.last
             traffic.busy = last["phase"] in ("evaluate", "register", "done")
-            bar.update(last["step"] + 1, last["num_steps"], f"{last['phase']}  {run.detail()}")
+            bar.update(last["index"] + 1, last["count"], f"{last['phase']}  {run.detail()}")
             for record in run.of("register"):
                 if not record["promoted"]:
                     raise RunError(f"the new policy did not pass: {run.of('evaluate')}")
-                response = await policies.ListPolicies(policy_pb.ListPoliciesRequest(), timeout=CALL_TIMEOUT_S)
+                response = await policies.ListPolicies(policy_pb.ListPoliciesRequest(), timeout=CALL_TIMEOUT_SECONDS)
                 replica = swapped(response, record["version"])
                 if replica:
                     name = f"v{record['version']}"
-                    found = await policies.GetPolicy(policy_pb.GetPolicyRequest(policy=name), timeout=CALL_TIMEOUT_S)
+                    found = await policies.GetPolicy(
+                        policy_pb.GetPolicyRequest(policy=name), timeout=CALL_TIMEOUT_SECONDS
+                    )
                     return run, replica, found.policy
-            await asyncio.sleep(POLL_S)
-    raise DemoError(f"no new policy in {TRAINING_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(POLL_SECONDS)
+    raise DemoError(f"no new policy in {TRAINING_TIMEOUT_SECONDS:.0f} s")
 
 
 def check_alive(supervisor: subprocess.Popen[bytes]) -> None:
@@ -279,6 +281,6 @@ QUICK = {
     "ALIGND_SIMULATION__MAX_TOKENS": "24",
     "ALIGND_TRAINING__MIN_NEW_RANKINGS": "48",
     "ALIGND_TRAINING__MIN_WIN_RATE": "0",
-    "ALIGND_TRAINING__PPO__NUM_STEPS": "4",
+    "ALIGND_TRAINING__PPO__NUM_ROUNDS": "4",
     "ALIGND_TRAINING__PPO__MAX_TOKENS": "24",
 }

@@ -15,7 +15,7 @@ from deploy.simulation.user import Turn, as_prompt, run_users
 
 # While the trainer works, one user asks this often: enough to show that serving goes on, little enough to leave it
 # the processor. Around the swap many ask at once.
-GENTLE_PAUSE_S = 4.0
+GENTLE_PAUSE_SECONDS = 4.0
 BUSY_USERS = 4
 
 
@@ -65,7 +65,7 @@ class Traffic:
 
     async def _pause(self) -> None:
         try:
-            await asyncio.wait_for(self._stop.wait(), GENTLE_PAUSE_S)
+            await asyncio.wait_for(self._stop.wait(), GENTLE_PAUSE_SECONDS)
         except TimeoutError:
             return
 
@@ -91,7 +91,7 @@ async def answers(
                 sampling=types_pb2.SamplingParams(max_tokens=config.max_tokens),
             )
             async with in_flight:
-                response: pb.SampleResponse = await stub.Sample(request, timeout=config.deadline_s)
+                response: pb.SampleResponse = await stub.Sample(request, timeout=config.deadline_seconds)
             tally.samples += 1
             on_answer(next(done))
             return response

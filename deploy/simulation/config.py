@@ -36,4 +36,6 @@ class SimulationConfig(BaseModel):
     held_out_prompts: int = Field(
         128, ge=1, le=200, description="Prompts kept from users and trainer, on which policies are compared."
     )
-    deadline_s: float = Field(120.0, gt=0, description="Seconds a user waits for completions, or for a ranking's OK.")
+    deadline_seconds: float = Field(
+        120.0, gt=0, description="Seconds a user waits for completions, or for a ranking's OK."
+    )

@@ -27,7 +27,7 @@ from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
 from deploy.simulation.utility import Utility, load_utility, measure
 
-PAUSE_AFTER_FAILURE_S = 1.0  # a server that is down gets one try a second from each user, not thousands
+PAUSE_AFTER_FAILURE_SECONDS = 1.0  # a server that is down gets one try a second from each user, not thousands
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class _Application:
             sampling=types_pb2.SamplingParams(max_tokens=self.config.max_tokens),
         )
         sample: inference_service_pb2.SampleResponse = await self.inference.Sample(
-            request, timeout=self.config.deadline_s
+            request, timeout=self.config.deadline_seconds
         )
         return sample
 
@@ -94,7 +94,7 @@ class _Application:
             groups=[types_pb2.RankingGroup(completion_ids=[ids[i] for i in group]) for group in groups],
             shown_completion_ids=random.Random(f"{labeler.seed} {prompt}").sample(ids, len(ids)),
         )
-        await self.feedback.SubmitRanking(request, timeout=self.config.deadline_s)
+        await self.feedback.SubmitRanking(request, timeout=self.config.deadline_seconds)
 
     async def turn(self, labeler: Labeler, prompt: str) -> Turn:
         started = time.monotonic()
@@ -145,7 +145,7 @@ async def run_users(
             if on_turn is not None:
                 on_turn(turn)
             if turn.error is not None:
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+                await asyncio.sleep(PAUSE_AFTER_FAILURE_SECONDS)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         async with grpc.aio.insecure_channel(address) as channel:

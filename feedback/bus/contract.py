@@ -57,7 +57,7 @@ class Delivered:
 class Consumer(Protocol):
     """Reads the partitions of some topics from where it was started. Belongs to one thread."""
 
-    def poll(self, timeout_s: float) -> list[Delivered]:
+    def poll(self, timeout_seconds: float) -> list[Delivered]:
         """Returns the next records, in order within a partition; empty if none came in time. Raises BusError."""
         ...
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 EVENT_ID_HEADER = "event_id"
 REQUEST_TIMEOUT_MS = 10_000
 DELIVERY_TIMEOUT_MS = 20_000
-CONNECT_TIMEOUT_S = 3.0
+CONNECT_TIMEOUT_SECONDS = 3.0
 METADATA_TIMEOUT_MS = 5_000
 # What Kafka adds to a record: headers, lengths, checksums.
 OVERHEAD_BYTES = 64 * 1024
@@ -85,10 +85,10 @@ class KafkaBus:
                     )
                     for record in records
                 ]
-                self._producer.flush(timeout=_DELIVERY_WAIT_S)
+                self._producer.flush(timeout=_DELIVERY_WAIT_SECONDS)
                 # flush() says nothing about batches that expired or were refused; the futures do.
                 for future in futures:
-                    future.get(timeout=_DELIVERY_WAIT_S)
+                    future.get(timeout=_DELIVERY_WAIT_SECONDS)
             except (KafkaError, ValueError, OSError) as error:
                 # After a failed batch an idempotent producer may be out of sequence for good.
                 self._close_producer()
@@ -150,7 +150,7 @@ class KafkaBus:
         producer, self._producer = self._producer, None
         if producer is not None:
             try:
-                producer.close(timeout=_DELIVERY_WAIT_S)
+                producer.close(timeout=_DELIVERY_WAIT_SECONDS)
             except KafkaError as error:
                 raise BusError(f"cannot close the producer: {error!r}") from error
 
@@ -187,12 +187,12 @@ class KafkaLogConsumer:
             self.close()
             raise BusError(f"cannot consume: {error!r}") from error
 
-    def poll(self, timeout_s: float) -> list[Delivered]:
+    def poll(self, timeout_seconds: float) -> list[Delivered]:
         """See feedback.bus.Consumer."""
         if self._consumer is None:
             raise BusError("the consumer is closed")
         try:
-            batches = self._consumer.poll(timeout_ms=round(timeout_s * 1000))
+            batches = self._consumer.poll(timeout_ms=round(timeout_seconds * 1000))
         except KafkaError as error:
             raise BusError(f"cannot poll: {error!r}") from error
         return [_delivered(record, self._prefix) for batch in batches.values() for record in batch]
@@ -204,7 +204,7 @@ class KafkaLogConsumer:
             self._consumer = None
 
 
-_DELIVERY_WAIT_S = DELIVERY_TIMEOUT_MS / 1000 + 5
+_DELIVERY_WAIT_SECONDS = DELIVERY_TIMEOUT_MS / 1000 + 5
 
 
 def _check_reachable(servers: Sequence[str]) -> None:
@@ -215,7 +215,7 @@ def _check_reachable(servers: Sequence[str]) -> None:
     for index, server in enumerate(servers):
         host, _, port = server.strip().rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
         except OSError:
             if index == len(servers) - 1:
                 raise

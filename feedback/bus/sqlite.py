@@ -14,7 +14,7 @@ from typing import Literal
 from feedback.bus.contract import BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
 from feedback.sqlite_file import SqliteFile, open_sqlite
 
-POLL_INTERVAL_S = 0.02
+POLL_INTERVAL_SECONDS = 0.02
 MAX_POLL_RECORDS = 500
 
 SCHEMA = """
@@ -120,9 +120,9 @@ class SqliteConsumer:
         except (sqlite3.Error, OSError) as error:
             raise BusError(f"{path}: {error}") from error
 
-    def poll(self, timeout_s: float) -> list[Delivered]:
+    def poll(self, timeout_seconds: float) -> list[Delivered]:
         """See feedback.bus.Consumer."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_seconds
         try:
             while True:
                 # Read before the rows: what is written in between is then found at the next look.
@@ -130,10 +130,10 @@ class SqliteConsumer:
                 delivered = self._read() if version != self._seen_version else []
                 if len(delivered) < MAX_POLL_RECORDS:
                     self._seen_version = version
-                remaining_s = deadline - time.monotonic()
-                if delivered or remaining_s <= 0:
+                remaining_seconds = deadline - time.monotonic()
+                if delivered or remaining_seconds <= 0:
                     return delivered
-                time.sleep(min(POLL_INTERVAL_S, remaining_s))
+                time.sleep(min(POLL_INTERVAL_SECONDS, remaining_seconds))
         except sqlite3.Error as error:
             raise BusError(f"{self._path}: {error}") from error
 

@@ -131,12 +131,12 @@ class OutboxFile:
                 "UPDATE events SET published_time_us = NULL WHERE published_time_us IS NOT NULL"
             ).rowcount
 
-    def prune(self, retention_s: float) -> int:
+    def prune(self, retention_seconds: float) -> int:
         """Removes published events older than this; and the oldest, while more than half of the room is taken.
 
         Returns how many, at most PRUNE_ROWS: it is to be called until it returns fewer.
         """
-        before_us = int((time.time() - retention_s) * 1e6)
+        before_us = int((time.time() - retention_seconds) * 1e6)
         with self._transaction() as connection:
             if _used_bytes(connection) > self._max_bytes / 2:
                 before_us = time.time_ns() // 1000

@@ -22,7 +22,7 @@ def run_relay(outbox_path: Path, bus_url: str, stop: threading.Event, config: Fe
 
     def work(is_up: Callable[[], None]) -> None:
         with ExitStack() as stack:
-            outbox = stack.enter_context(closing(OutboxFile(outbox_path, config.outbox_max_bytes)))
+            outbox = stack.enter_context(closing(OutboxFile(outbox_path, config.outbox_max_mib << 20)))
             bus = stack.enter_context(closing(open_bus(bus_url)))
             bus.create_topics(TOPICS)
             logger.info("relay: the bus is up")
@@ -30,7 +30,7 @@ def run_relay(outbox_path: Path, bus_url: str, stop: threading.Event, config: Fe
             _relay(outbox, bus, stop, config)
 
     passing = (BusError, OutboxError)
-    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_s, report=_report)
+    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_seconds, report=_report)
 
 
 def _report(error: Exception) -> None:
@@ -43,15 +43,15 @@ def _relay(outbox: OutboxFile, bus: Bus, stop: threading.Event, config: Feedback
     while not stop.is_set():
         if time.monotonic() >= next_check:
             _check(outbox, bus)
-            while outbox.prune(config.outbox_retention_s) == PRUNE_ROWS:
+            while outbox.prune(config.outbox_retention_seconds) == PRUNE_ROWS:
                 pass
-            next_check = time.monotonic() + config.bus_check_s
+            next_check = time.monotonic() + config.bus_check_seconds
         batch = outbox.pending(config.relay_batch_size)
         if batch:
             bus.publish([record for _, record in batch])
             outbox.mark_published([seq for seq, _ in batch])
         else:
-            stop.wait(config.relay_idle_s)
+            stop.wait(config.relay_idle_seconds)
 
 
 def _check(outbox: OutboxFile, bus: Bus) -> None:

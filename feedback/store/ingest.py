@@ -18,7 +18,7 @@ from feedback.store.ledger import Ledger, Offset, Partition, StaleError
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2
+POLL_SECONDS = 0.2
 DEAD_LETTER_BATCH = 100
 
 
@@ -37,17 +37,17 @@ def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: Feed
             logger.info("ingest: the bus and the store are up")
             is_up()
             while not stop.is_set():
-                _follow(bus, ledger, stop, config.bus_check_s)
+                _follow(bus, ledger, stop, config.bus_check_seconds)
 
     passing = (BusError, SQLAlchemyError, OSError)
-    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_s, report=_report)
+    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_seconds, report=_report)
 
 
 def _report(error: Exception) -> None:
     logger.warning("ingest: the bus or the store is down: %s", error)
 
 
-def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> None:
+def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_seconds: float) -> None:
     """Reads on from the offsets in the store, until stopped or overtaken by another ingest."""
     log_ids = {topic: bus.log_id(topic) for topic in FEEDBACK_TOPICS}
     partitions = {topic: bus.end_offsets(topic).keys() for topic in FEEDBACK_TOPICS}
@@ -57,16 +57,16 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_s: float) -> 
     }
     start = {partition: offset.next_offset for partition, offset in reached.items()}
     with closing(bus.consume(FEEDBACK_TOPICS, start)) as consumer:
-        next_check = time.monotonic() + check_s
+        next_check = time.monotonic() + check_seconds
         while not stop.is_set():
-            batch = consumer.poll(POLL_S)
+            batch = consumer.poll(POLL_SECONDS)
             is_due = time.monotonic() >= next_check
             if batch or is_due:
                 # Asked after the poll: what was read is then surely of this log, and not of one created anew.
                 _check_logs(bus, log_ids)
             if is_due:
                 _check_partitions(bus, partitions)
-                next_check = time.monotonic() + check_s
+                next_check = time.monotonic() + check_seconds
             if batch:
                 after = _after(batch, log_ids)
                 try:

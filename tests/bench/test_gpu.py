@@ -1,4 +1,4 @@
-"""The benchmark of the GPU recipe on a tiny model and a CPU: all phases run, and stand beside what was foretold."""
+"""The benchmark of the GPU recipe on a tiny model and a CPU: all phases run, and stand beside what was predicted."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ def test_every_phase_is_measured_beside_its_plan(tmp_path: Path) -> None:
     figures = {figure.name: figure for figure in gpu.figures(found, plan, MACHINE)}
     assert len(found.rounds) == gpu.NUM_ROUNDS
     for phase in ("rollouts", "scoring", "update", "reward model"):
-        seconds, foretold = figures[f"{phase}: seconds"], figures[f"{phase}: foretold"]
-        assert seconds.value > 0 < foretold.value
+        seconds, predicted = figures[f"{phase}: seconds"], figures[f"{phase}: predicted"]
+        assert seconds.value > 0 < predicted.value
         assert figures[f"{phase}: share of the roof"].value < 1
     # Nearly as long as may be, which the plan is told: one token of this small vocabulary's 512 ends a rollout.
     assert min(metrics["completion/length"] for metrics in found.rounds) > 0.85 * config.ppo.max_tokens

@@ -1,4 +1,4 @@
-"""The benchmark of growth on tiny models: every point is measured, and told beside what the plan foretold."""
+"""The benchmark of growth on tiny models: every point is measured, and told beside what the plan predicted."""
 
 from pathlib import Path
 
@@ -16,9 +16,9 @@ def test_every_axis_and_every_model_is_measured_beside_its_plan(tmp_path: Path) 
     assert found[2].x < found[3].x
     for each in found:
         assert len(each.scoring) == len(each.update) == growth.NUM_ROUNDS - 1
-        assert min(*each.seconds, each.foretold, each.scoring_share, each.update_share) > 0
-    assert found[1].foretold > found[0].foretold
+        assert min(*each.seconds, each.predicted, each.scoring_share, each.update_share) > 0
+    assert found[1].predicted > found[0].predicted
     growth.write_page(found, bench_result("growth", growth.figures(found)), tmp_path)
     page = (tmp_path / "growth.md").read_text()
-    assert page.count(": foretold |") == 4
+    assert page.count(": predicted |") == 4
     assert (tmp_path / "growth.svg").stat().st_size > 5000

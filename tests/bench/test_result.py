@@ -1,4 +1,4 @@
-"""How benchmarks report: exact JSON keys, the same figures in the table, goals judged from their side."""
+"""How benchmarks report: exact JSON keys, the same figures in the table, goals held against from their side."""
 
 import argparse
 import io

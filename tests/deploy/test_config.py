@@ -3,6 +3,7 @@
 import math
 import os
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from deploy.config import AligndConfig, ConfigError, load_config, resolved
+from deploy.config import RENAMED, AligndConfig, ConfigError, load_config, resolved
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +49,11 @@ def test_the_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch) -> 
     write('bus = "kafka://file:9092"\n[serving]\nport = 1\nmax_model_len = 64\n[training.ppo]\nkl_coef = 0.5\n')
     monkeypatch.setenv("ALIGND_BUS", "kafka://environment:9092")
     monkeypatch.setenv("ALIGND_SERVING__PORT", "2")
-    monkeypatch.setenv("ALIGND_TRAINING__PPO__NUM_STEPS", "3")
+    monkeypatch.setenv("ALIGND_TRAINING__PPO__NUM_ROUNDS", "3")
     config = load_config()
     assert config.bus_url == "kafka://environment:9092"
     assert (config.serving.port, config.serving.max_model_len) == (2, 64)
-    assert (config.training.ppo.kl_coef, config.training.ppo.num_steps) == (0.5, 3)
+    assert (config.training.ppo.kl_coef, config.training.ppo.num_rounds) == (0.5, 3)
     assert config.server_address == "127.0.0.1:2"
 
 
@@ -79,6 +80,35 @@ def test_what_is_for_the_tests_is_no_setting(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
+    ("variable", "new_name"),
+    [
+        ("ALIGND_SERVING__KV_CACHE_GIB", "serving.kv_cache_mib"),
+        ("ALIGND_FEEDBACK__TOKEN_TTL_S", "feedback.token_ttl_seconds"),
+        ("ALIGND_TRAINING__PPO__NUM_STEPS", "training.ppo.num_rounds"),
+    ],
+)
+def test_a_setting_that_was_renamed_is_refused_with_its_new_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, new_name: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ConfigError, match=f"is called {new_name} now"):
+        load_config()
+
+
+def test_every_new_name_is_a_setting_and_no_old_one_is() -> None:
+    names = set(dotted_names(AligndConfig()))
+    for section, renamed in RENAMED.items():
+        assert {f"{section}.{new}" for new in renamed.values()} <= names
+        assert not {f"{section}.{old}" for old in renamed} & names
+
+
+def dotted_names(model: BaseModel) -> Iterator[str]:
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        yield from (f"{name}.{each}" for each in dotted_names(value)) if isinstance(value, BaseModel) else (name,)
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "field"),
     [
         ("ALIGND_SERVING__PRT", "1", "serving.prt"),
@@ -89,7 +119,7 @@ def test_what_is_for_the_tests_is_no_setting(monkeypatch: pytest.MonkeyPatch) ->
         ("ALIGND_SERVING", '{"prt": 1}', "serving.prt"),
         ("ALIGND_TRAINING__PPO__CLIP", "1", "training.ppo.clip"),
         ("ALIGND_TRAINING__PPO__GAE_LAMBDA", "2", "training.ppo.gae_lambda"),
-        ("ALIGND_FEEDBACK__OUTBOX_RETENTION_S", "1", "feedback"),
+        ("ALIGND_FEEDBACK__OUTBOX_RETENTION_SECONDS", "1", "feedback"),
         ("ALIGND_SIMULATION__AGREEMENT", "0.2", "simulation.agreement"),
         ("ALIGND_BUS", "amqp://host", "bus"),
         ("ALIGND_BUS", "kafka://one:9092,two", "bus"),
@@ -166,12 +196,12 @@ def test_what_is_printed_is_toml_that_reads_back_the_same(text: str, number: flo
     config = AligndConfig(
         data_dir=Path(text),
         address=text,
-        serving={"drain_timeout_s": number, "port": port, "compile": compiled},  # type: ignore[arg-type]
+        serving={"drain_timeout_seconds": number, "port": port, "compile": compiled},  # type: ignore[arg-type]
     )
     printed = resolved(config)
     read = tomllib.loads(printed)
     assert read["serving"]["port"] == port
-    assert math.isclose(read["serving"]["drain_timeout_s"], number)
+    assert math.isclose(read["serving"]["drain_timeout_seconds"], number)
     write(printed)
     assert load_config() == config
 

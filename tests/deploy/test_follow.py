@@ -16,7 +16,7 @@ def write(path: Path, *records: dict) -> None:
 
 
 def record(phase: str, time: float, **metrics: float | str) -> dict:
-    return {"phase": phase, "time": time, "step": 0, "num_steps": 2, **metrics}
+    return {"phase": phase, "time": time, "index": 0, "count": 2, **metrics}
 
 
 def test_no_run_yet(tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ from deploy.demo.result import (
 HOSTILE = "<script>alert('x')</script> [bold]& \"more\""
 
 
-def make_result(num_steps: int = 40) -> DemoResult:
+def make_result(num_rounds: int = 40) -> DemoResult:
     """A made-up run that reads like a real one."""
-    wave = [math.sin(0.9 * i) for i in range(num_steps)]
+    wave = [math.sin(0.9 * i) for i in range(num_rounds)]
     steps = [
         {
-            "objective/kl": 0.02 + 9.0 * (i / max(1, num_steps)) ** 1.4 + 0.2 * abs(w),
+            "objective/kl": 0.02 + 9.0 * (i / max(1, num_rounds)) ** 1.4 + 0.2 * abs(w),
             "objective/score": 1.9 * (1 - math.exp(-i / 14)) + 0.08 * w,
             "completion/length": 60 - 0.6 * i + 1.5 * w,
             "completion/eos_rate": min(1.0, 0.12 + 0.02 * i + 0.03 * w),
@@ -143,7 +143,7 @@ def test_titles_state_the_finding() -> None:
 
 
 def test_a_run_of_one_step_and_one_of_none_are_told_too() -> None:
-    one = make_result(num_steps=1)
+    one = make_result(num_rounds=1)
     assert len(draw_plots(one)) == 6
     assert len(draw_plots(replace(one, ppo_steps=[]))) == 3
     assert "Where version 2 comes from" in render_html(replace(one, ppo_steps=[], seconds_to_first_ranking=None))

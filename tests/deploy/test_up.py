@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from deploy.config import load_config
-from deploy.up import FIRST_RESTART_S, LONGEST_RESTART_S, Service, child_environment, restart_wait_s
+from deploy.up import FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS, Service, child_environment, restart_wait_seconds
 
 REPOSITORY = Path(__file__).parents[2]
 SUPERVISE = """
@@ -28,8 +28,8 @@ Supervisor(Path(sys.argv[1]), dict(os.environ), [Service(verb) for verb in sys.a
 """
 
 
-def wait_until(is_done: Callable[[], bool], what: str, timeout_s: float = 40) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_until(is_done: Callable[[], bool], what: str, timeout_seconds: float = 40) -> None:
+    deadline = time.monotonic() + timeout_seconds
     while not is_done():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
@@ -81,7 +81,7 @@ def test_who_dies_is_started_again_and_the_others_are_left_alone(
     os.kill(before["relay"], signal.SIGKILL)
     killed_at = time.monotonic()
     wait_until(lambda: pids(tmp_path)["relay"] != before["relay"], "relay again")
-    assert time.monotonic() - killed_at >= FIRST_RESTART_S
+    assert time.monotonic() - killed_at >= FIRST_RESTART_SECONDS
     after = pids(tmp_path)
     assert is_alive(after["relay"])
     assert after["ingest"] == before["ingest"]
@@ -101,14 +101,14 @@ def test_kill_9_of_the_supervisor_ends_the_others_too(supervisor: subprocess.Pop
     children = [pid for verb, pid in pids(tmp_path).items() if verb != "supervisor"]
     assert children and all(is_alive(pid) for pid in children)
     supervisor.kill()
-    wait_until(lambda: not any(is_alive(pid) for pid in children), "the end of the children", timeout_s=15)
+    wait_until(lambda: not any(is_alive(pid) for pid in children), "the end of the children", timeout_seconds=15)
 
 
 def test_waits_grow_to_the_longest_and_no_failure_is_one_too_many() -> None:
-    waits = [restart_wait_s(failures) for failures in range(1, 5_000)]
-    assert waits[:4] == [FIRST_RESTART_S * factor for factor in (1, 2, 4, 8)]
+    waits = [restart_wait_seconds(failures) for failures in range(1, 5_000)]
+    assert waits[:4] == [FIRST_RESTART_SECONDS * factor for factor in (1, 2, 4, 8)]
     assert waits == sorted(waits)
-    assert waits[-1] == LONGEST_RESTART_S
+    assert waits[-1] == LONGEST_RESTART_SECONDS
 
 
 def test_it_goes_on_where_it_cannot_write_down_who_runs(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from alignd.v1 import events_pb2, types_pb2
 from feedback.bus.contract import Delivered, Position, Record
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
 
-TIME_S = 1_700_000_000
+TIME_SECONDS = 1_700_000_000
 TOPIC_OF = {
     events_pb2.SampleEvent: SAMPLES,
     events_pb2.RankingEvent: RANKINGS,
@@ -34,7 +34,7 @@ def sample(
     ]
     return events_pb2.SampleEvent(
         event_id=sample_id,
-        event_time=Timestamp(seconds=TIME_S),
+        event_time=Timestamp(seconds=TIME_SECONDS),
         user_id=user_id,
         prompt=types_pb2.Prompt(text=text),
         completions=completions,
@@ -42,13 +42,13 @@ def sample(
 
 
 def ranking(
-    ranking_id: str, sample_id: str = "s1", order: Sequence[Sequence[int]] = ((0,), (1,), (2,)), time_s: int = 0
+    ranking_id: str, sample_id: str = "s1", order: Sequence[Sequence[int]] = ((0,), (1,), (2,)), time_seconds: int = 0
 ) -> Message:
     """A ranking of a sample's completions, best first, as groups of their indices."""
     groups = [types_pb2.RankingGroup(completion_ids=[f"{sample_id}-{index}" for index in group]) for group in order]
     return events_pb2.RankingEvent(
         event_id=ranking_id,
-        event_time=Timestamp(seconds=TIME_S + time_s),
+        event_time=Timestamp(seconds=TIME_SECONDS + time_seconds),
         user_id="u",
         sample_id=sample_id,
         groups=groups,
@@ -59,7 +59,7 @@ def demonstration(demonstration_id: str, sample_id: str = "s1", text: str = "Tha
     """A demonstration for a sample's prompt."""
     return events_pb2.DemonstrationEvent(
         event_id=demonstration_id,
-        event_time=Timestamp(seconds=TIME_S),
+        event_time=Timestamp(seconds=TIME_SECONDS),
         user_id="u",
         sample_id=sample_id,
         text=text,

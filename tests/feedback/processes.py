@@ -16,7 +16,7 @@ from feedback.outbox.door import Outbox
 from feedback.outbox.relay import run_relay
 
 REPOSITORY = Path(__file__).parents[2]
-QUICK = FeedbackConfig(relay_batch_size=20, bus_check_s=0.2, retry_max_s=0.5)
+QUICK = FeedbackConfig(relay_batch_size=20, bus_check_seconds=0.2, retry_max_seconds=0.5)
 
 
 def start(*name_and_arguments: object) -> subprocess.Popen[str]:

@@ -10,13 +10,13 @@ from feedback.config import FeedbackConfig
 
 
 def test_an_unknown_setting_is_refused_by_name() -> None:
-    with pytest.raises(ValidationError, match="tokn_ttl_s"):
-        FeedbackConfig.model_validate({"tokn_ttl_s": 5})
+    with pytest.raises(ValidationError, match="tokn_ttl_seconds"):
+        FeedbackConfig.model_validate({"tokn_ttl_seconds": 5})
 
 
 def test_a_retry_must_be_recognised_as_long_as_its_token_is_taken() -> None:
-    with pytest.raises(ValidationError, match="outbox_retention_s must be at least token_ttl_s"):
-        FeedbackConfig(token_ttl_s=100, outbox_retention_s=99)
+    with pytest.raises(ValidationError, match="outbox_retention_seconds must be at least token_ttl_seconds"):
+        FeedbackConfig(token_ttl_seconds=100, outbox_retention_seconds=99)
 
 
 def test_each_setting_is_described() -> None:

@@ -57,8 +57,8 @@ def running(commands: Sequence[tuple[object, ...]]) -> Iterator[list[subprocess.
             process.communicate()
 
 
-def wait_until(is_done: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_until(is_done: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    deadline = time.monotonic() + timeout_seconds
     while not is_done():
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.05)

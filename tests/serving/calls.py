@@ -19,7 +19,7 @@ from alignd.v1 import (
     types_pb2,
 )
 
-TIMEOUT_S = 60.0
+TIMEOUT_SECONDS = 60.0
 
 
 class Stubs:
@@ -59,7 +59,7 @@ def long_request(**fields: Any) -> inference_service_pb2.StreamSampleRequest:
 
 def draw(stubs: Stubs, **fields: Any) -> inference_service_pb2.SampleResponse:
     """What Sample returns."""
-    return stubs.inference.Sample(sample_request(**fields), timeout=TIMEOUT_S)  # type: ignore[no-any-return]
+    return stubs.inference.Sample(sample_request(**fields), timeout=TIMEOUT_SECONDS)  # type: ignore[no-any-return]
 
 
 def texts(sample: inference_service_pb2.SampleResponse) -> list[str]:
@@ -90,7 +90,7 @@ def groups(*ids: Sequence[str]) -> list[types_pb2.RankingGroup]:
 def refused(method: Any, request: Message | bytes, code: grpc.StatusCode, field: str = "") -> Any:
     """Calls, and returns the error, which must be of this code and, if one is given, name this field and no other."""
     with pytest.raises(grpc.RpcError) as raised:
-        answer = method(request, timeout=TIMEOUT_S)
+        answer = method(request, timeout=TIMEOUT_SECONDS)
         list(answer if hasattr(answer, "__next__") else ())
     error: Any = raised.value
     assert error.code() is code, f"{error.code()}: {error.details()}"

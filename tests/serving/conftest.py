@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from alignd.v1.policy_service_pb2 import RollbackRequest
-from tests.serving.calls import TIMEOUT_S, Stubs
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs
 from tests.serving.processes import Server, running_server
 from tests.serving.rollout import live_version, wait_served
 
@@ -44,5 +44,5 @@ def version_1_again(stubs: Stubs) -> Iterator[None]:
     yield
     # A swap under way is not yet in the replica's report, which would then still tell of version 1.
     wait_served(stubs, live_version(stubs))
-    stubs.policies.Rollback(RollbackRequest(version=1, actor="test"), timeout=TIMEOUT_S)
+    stubs.policies.Rollback(RollbackRequest(version=1, actor="test"), timeout=TIMEOUT_SECONDS)
     wait_served(stubs, 1)

@@ -21,7 +21,7 @@ from tests.kafka_broker import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 # vLLM starts in 25 s on an idle machine, and in several times that on a busy one.
-START_S = 240.0
+START_SECONDS = 240.0
 MAX_MODEL_LEN = 512
 
 
@@ -72,11 +72,11 @@ def log_of(verb: str, settings: Mapping[str, str]) -> Path:
     return Path(settings["ALIGND_DATA_DIR"]).parent / f"{verb}.log"
 
 
-def wait_until(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:
+def wait_until(is_done: Callable[[], bool], timeout_seconds: float, what: str) -> None:
     """Returns when `is_done`. Raises AssertionError, which says what did not come about."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_seconds
     while not is_done():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds:.0f} s"
         time.sleep(0.05)
 
 
@@ -98,7 +98,7 @@ def wait_serving(process: subprocess.Popen[bytes], settings: Mapping[str, str]) 
         assert process.poll() is None, log_of("serve", settings).read_text(errors="replace")[-4000:]
         return is_serving(address_of(settings))
 
-    wait_until(serves, START_S, "health SERVING")
+    wait_until(serves, START_SECONDS, "health SERVING")
 
 
 def engine_processes(pid: int) -> list[int]:
@@ -143,16 +143,16 @@ def running_server(folder: Path) -> Iterator[Server]:
             codes = {verb: end(process) for verb, process in processes.items()}
             lasted = time.monotonic() - began
             watch.cancel()
-    assert lasted < ServingConfig().shutdown_grace_s
+    assert lasted < ServingConfig().shutdown_grace_seconds
     assert codes == {"serve": 0, "relay": 0, "ingest": 0}
     assert engines
     assert [pid for pid in engines if is_alive(pid)] == []
 
 
-def end(process: subprocess.Popen[bytes], timeout_s: float = 60.0) -> int:
+def end(process: subprocess.Popen[bytes], timeout_seconds: float = 60.0) -> int:
     """The exit code of a process that was asked to end; it is killed if it does not."""
     try:
-        return process.wait(timeout_s)
+        return process.wait(timeout_seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()

@@ -20,29 +20,29 @@ from alignd.v1.policy_service_pb2 import (
     ReplicaStatus,
 )
 from tests.serving import versions
-from tests.serving.calls import TIMEOUT_S, Stubs, chat, draw, sampling
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs, chat, draw, sampling
 from tests.serving.processes import Server, wait_until
 from tests.serving.versions import write_version
 
-SWAP_S = 60.0
+SWAP_SECONDS = 60.0
 QUESTIONS = ("Why is the sky blue?", "How do I cook?", "Tell me of the garden.", "What is the time?", "Who sleeps?")
 
 
 def get(stubs: Stubs, version: int) -> Policy:
-    return stubs.policies.GetPolicy(GetPolicyRequest(policy=f"v{version}"), timeout=TIMEOUT_S).policy  # type: ignore[no-any-return]
+    return stubs.policies.GetPolicy(GetPolicyRequest(policy=f"v{version}"), timeout=TIMEOUT_SECONDS).policy  # type: ignore[no-any-return]
 
 
 def replica(stubs: Stubs) -> ReplicaStatus:
-    (status,) = stubs.policies.ListPolicies(ListPoliciesRequest(), timeout=TIMEOUT_S).replicas
+    (status,) = stubs.policies.ListPolicies(ListPoliciesRequest(), timeout=TIMEOUT_SECONDS).replicas
     return status  # type: ignore[no-any-return]
 
 
 def live_version(stubs: Stubs) -> int:
-    return int(stubs.policies.ListPolicies(ListPoliciesRequest(), timeout=TIMEOUT_S).live_version)
+    return int(stubs.policies.ListPolicies(ListPoliciesRequest(), timeout=TIMEOUT_SECONDS).live_version)
 
 
 def wait_served(stubs: Stubs, version: int) -> None:
-    wait_until(lambda: replica(stubs).policy.version == version, SWAP_S, f"v{version} served")
+    wait_until(lambda: replica(stubs).policy.version == version, SWAP_SECONDS, f"v{version} served")
 
 
 def next_version(root: Path) -> int:
@@ -57,14 +57,14 @@ def registration(path: Path, manifest: PolicyManifest, **fields: Any) -> Registe
 def new_version(stubs: Stubs, root: Path, **options: Any) -> tuple[Path, PolicyManifest]:
     """A version on disk and registered."""
     path, manifest = write_version(root, root / "v1", next_version(root), **options)
-    registered = stubs.policies.RegisterPolicy(registration(path, manifest), timeout=TIMEOUT_S).policy
+    registered = stubs.policies.RegisterPolicy(registration(path, manifest), timeout=TIMEOUT_SECONDS).policy
     assert (registered.version, registered.stage) == (manifest.version, STAGE_CANDIDATE)
     return path, manifest
 
 
 def promote(stubs: Stubs, version: int, **fields: Any) -> Policy:
     request = PromoteRequest(version=version, actor="test", reason="a test", **fields)
-    return stubs.policies.Promote(request, timeout=TIMEOUT_S).policy  # type: ignore[no-any-return]
+    return stubs.policies.Promote(request, timeout=TIMEOUT_SECONDS).policy  # type: ignore[no-any-return]
 
 
 class Load:

@@ -33,7 +33,7 @@ def test_each_field_at_fault_is_in_the_bad_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("refusal", "code", "retry_s"),
+    ("refusal", "code", "retry_seconds"),
     [
         (bad_fields([Violation("a", "b")]), grpc.StatusCode.INVALID_ARGUMENT, None),
         (not_permitted("TOKEN_EXPIRED", "feedback_token", "expired"), grpc.StatusCode.PERMISSION_DENIED, None),
@@ -41,7 +41,7 @@ def test_each_field_at_fault_is_in_the_bad_request() -> None:
         (exhausted("OUTBOX_FULL", "no room", 30.5), grpc.StatusCode.RESOURCE_EXHAUSTED, 30.5),
     ],
 )
-def test_code_reason_and_retry_delay(refusal: Refusal, code: grpc.StatusCode, retry_s: float | None) -> None:
+def test_code_reason_and_retry_delay(refusal: Refusal, code: grpc.StatusCode, retry_seconds: float | None) -> None:
     status = to_status(refusal)
     assert status.code is code
     assert status.details == refusal.message
@@ -50,7 +50,7 @@ def test_code_reason_and_retry_delay(refusal: Refusal, code: grpc.StatusCode, re
     info = unpacked(refusal, error_details_pb2.ErrorInfo)
     assert (info.reason, info.domain) == (refusal.reason, DOMAIN)
     retry = unpacked(refusal, error_details_pb2.RetryInfo)
-    assert (retry.retry_delay.ToMilliseconds() / 1000 if retry else None) == retry_s
+    assert (retry.retry_delay.ToMilliseconds() / 1000 if retry else None) == retry_seconds
 
 
 def test_values_that_the_message_mentions_are_in_its_metadata() -> None:

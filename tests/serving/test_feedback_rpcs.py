@@ -16,7 +16,7 @@ from alignd.v1.feedback_service_pb2 import SubmitDemonstrationRequest
 from feedback.store.reader import RankedGroup, Store
 from feedback.token import load_keyring, sign, verify
 from tests.serving.calls import (
-    TIMEOUT_S,
+    TIMEOUT_SECONDS,
     Stubs,
     detail,
     draw,
@@ -58,7 +58,7 @@ def test_a_ranking_arrives_as_it_was_given(stubs: Stubs, server: Server) -> None
         shown_completion_ids=[worst, third, second, best],
         comment="third says it",
     )
-    response = stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_S)
+    response = stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_SECONDS)
     group = stored(server, response.ranking_id)
     assert (group.sample_id, group.user_id, group.prompt) == (sample.sample_id, "ada", sample_request().prompt)
     assert [(each.completion_id, each.rank) for each in group.completions] == [
@@ -76,12 +76,12 @@ def test_a_ranking_arrives_as_it_was_given(stubs: Stubs, server: Server) -> None
 def test_a_retry_is_the_same_ranking_and_is_stored_once(stubs: Stubs, server: Server) -> None:
     with closing(Store(server.store_url)) as store:
         request = ranking_request(draw(stubs))
-        responses = [stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_S)]
+        responses = [stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_SECONDS)]
         stored(server, responses[0].ranking_id)
         before = store.num_rankings()
-        responses += [stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_S) for _ in range(5)]
+        responses += [stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_SECONDS) for _ in range(5)]
         assert all(response == responses[0] for response in responses)
-        later = stubs.feedback.SubmitRanking(ranking_request(draw(stubs)), timeout=TIMEOUT_S)
+        later = stubs.feedback.SubmitRanking(ranking_request(draw(stubs)), timeout=TIMEOUT_SECONDS)
         stored(server, later.ranking_id)
         assert store.num_rankings() == before + 1
 
@@ -89,7 +89,7 @@ def test_a_retry_is_the_same_ranking_and_is_stored_once(stubs: Stubs, server: Se
 def test_a_request_id_is_for_one_content(stubs: Stubs) -> None:
     sample = draw(stubs)
     request = ranking_request(sample)
-    stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_S)
+    stubs.feedback.SubmitRanking(request, timeout=TIMEOUT_SECONDS)
     for changed in ({"comment": "or not"}, {"groups": groups([each.completion_id for each in sample.completions])}):
         other = ranking_request(sample, request_id=request.request_id, **changed)
         refused(stubs.feedback.SubmitRanking, other, grpc.StatusCode.ALREADY_EXISTS, "request_id")
@@ -98,9 +98,9 @@ def test_a_request_id_is_for_one_content(stubs: Stubs) -> None:
 def test_a_later_ranking_replaces_the_earlier(stubs: Stubs, server: Server) -> None:
     sample = draw(stubs)
     ids = [each.completion_id for each in sample.completions]
-    first = stubs.feedback.SubmitRanking(ranking_request(sample), timeout=TIMEOUT_S)
+    first = stubs.feedback.SubmitRanking(ranking_request(sample), timeout=TIMEOUT_SECONDS)
     again = ranking_request(sample, groups=groups(*([each] for each in reversed(ids))))
-    second = stubs.feedback.SubmitRanking(again, timeout=TIMEOUT_S)
+    second = stubs.feedback.SubmitRanking(again, timeout=TIMEOUT_SECONDS)
     assert first.ranking_id != second.ranking_id
     assert [each.completion_id for each in stored(server, second.ranking_id).completions] == ids[::-1]
     with closing(Store(server.store_url)) as store:
@@ -160,7 +160,7 @@ def test_an_expired_token_is_refused(stubs: Stubs, server: Server) -> None:
     request = ranking_request(sample, feedback_token=sign(expired, keyring))
     error = refused(stubs.feedback.SubmitRanking, request, DENIED, "feedback_token")
     assert detail(error, error_details_pb2.ErrorInfo).reason == "TOKEN_EXPIRED"
-    stubs.feedback.SubmitRanking(ranking_request(sample, feedback_token=sign(claims, keyring)), timeout=TIMEOUT_S)
+    stubs.feedback.SubmitRanking(ranking_request(sample, feedback_token=sign(claims, keyring)), timeout=TIMEOUT_SECONDS)
 
 
 def test_nobody_ranks_what_was_shown_to_somebody_else(stubs: Stubs) -> None:
@@ -175,7 +175,9 @@ def test_a_demonstration_is_durable_once(stubs: Stubs) -> None:
     sample = draw(stubs, num_completions=1)
     fields = {"request_id": str(uuid.uuid4()), "feedback_token": sample.feedback_token, "user_id": "ada"}
     submit = stubs.feedback.SubmitDemonstration
-    first, again = (submit(SubmitDemonstrationRequest(**fields, text="Thus."), timeout=TIMEOUT_S) for _ in range(2))
+    first, again = (
+        submit(SubmitDemonstrationRequest(**fields, text="Thus."), timeout=TIMEOUT_SECONDS) for _ in range(2)
+    )
     assert first == again
     assert first.demonstration_id
     other = SubmitDemonstrationRequest(**fields, text="Otherwise.")
@@ -186,10 +188,10 @@ def test_a_demonstration_is_durable_once(stubs: Stubs) -> None:
 
 def test_rankings_are_taken_while_the_engine_is_busy(stubs: Stubs) -> None:
     sample = draw(stubs)
-    busy = stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_S)
+    busy = stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_SECONDS)
     next(busy)
     done = threading.Event()
-    future = stubs.feedback.SubmitRanking.future(ranking_request(sample), timeout=TIMEOUT_S)
+    future = stubs.feedback.SubmitRanking.future(ranking_request(sample), timeout=TIMEOUT_SECONDS)
     future.add_done_callback(lambda _: done.set())
     assert done.wait(5)
     assert future.code() is grpc.StatusCode.OK

@@ -33,7 +33,7 @@ from tests.serving.policy_events import (
     reported,
 )
 
-TIMEOUT_S = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
 @asynccontextmanager
@@ -43,7 +43,7 @@ async def replica(bus_url: str) -> AsyncIterator[PolicyLog]:
     await asyncio.to_thread(bus.create_topics, TOPICS)
     followed = PolicyLog(bus)
     try:
-        await asyncio.wait_for(followed.start(), TIMEOUT_S)
+        await asyncio.wait_for(followed.start(), TIMEOUT_SECONDS)
         yield followed
     finally:
         await followed.stop()
@@ -51,7 +51,7 @@ async def replica(bus_url: str) -> AsyncIterator[PolicyLog]:
 
 
 async def until(followed: PolicyLog, is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         while not is_so():
             await followed.changed()
 
@@ -135,7 +135,7 @@ async def test_what_is_no_event_or_came_twice_is_passed_over(bus_url: str) -> No
 async def watched(followed: PolicyLog, after_revision: int, count: int) -> list[WatchResponse]:
     """The first changes that a watcher sees; it is slower than they come."""
     seen = []
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(TIMEOUT_SECONDS):
         async for change in followed.watch(after_revision):
             seen.append(change)
             if len(seen) == count:
@@ -170,7 +170,7 @@ async def test_watches_end_when_the_replica_stops(bus_url: str) -> None:
 
 
 async def test_a_bus_that_is_gone_is_unavailable(bus_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_log, "READ_BACK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(policy_log, "READ_BACK_TIMEOUT_SECONDS", 0.2)
     async with replica(bus_url) as followed:
         await followed.stop()
         with pytest.raises(Refusal) as raised:
@@ -195,7 +195,7 @@ async def test_nothing_is_said_of_policies_before_the_log_was_read(bus_url: str)
             with pytest.raises(Refusal) as raised:
                 await call(request, None)  # type: ignore[operator]
             assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.UNAVAILABLE, "STARTING")
-        await asyncio.wait_for(starting.start(), TIMEOUT_S)
+        await asyncio.wait_for(starting.start(), TIMEOUT_SECONDS)
         assert len((await service.ListPolicies(ListPoliciesRequest(), None)).policies) == 1
         await starting.stop()
         await asyncio.to_thread(bus.close)

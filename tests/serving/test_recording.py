@@ -41,7 +41,7 @@ async def test_a_full_outbox_is_resource_exhausted_and_takes_again_when_there_is
     stored, refusal = await fill(outbox)
     assert 0 < stored < 20
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUTBOX_FULL")
-    assert refusal.retry_after_s
+    assert refusal.retry_after_seconds
     # What was acknowledged is there, and asking again for it needs no room.
     await record(outbox, DEMONSTRATIONS, "s", demonstration(0))
     file = outbox._file
@@ -56,7 +56,7 @@ async def test_an_outbox_that_fails_is_unavailable(outbox: Outbox) -> None:
     with pytest.raises(Refusal) as raised:
         await record(outbox, DEMONSTRATIONS, "s", demonstration(0))
     assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.UNAVAILABLE, "OUTBOX_FAILED")
-    assert raised.value.retry_after_s
+    assert raised.value.retry_after_seconds
 
 
 async def test_an_id_that_was_used_for_something_else_is_refused_by_name(outbox: Outbox) -> None:

@@ -16,7 +16,7 @@ from alignd.v1.policy_service_pb2 import (
     RollbackRequest,
 )
 from tests.serving import versions
-from tests.serving.calls import TIMEOUT_S, Stubs, detail, draw, refused
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs, detail, draw, refused
 from tests.serving.rollout import (
     add_a_file,
     add_a_pickle,
@@ -99,7 +99,7 @@ def test_a_manifest_of_other_files_is_refused(stubs: Stubs, root: Path) -> None:
 def test_a_version_is_registered_once(stubs: Stubs, root: Path, tmp_path: Path) -> None:
     path, manifest = new_version(stubs, root)
     again = registration(path, manifest, artifact_uri=path.as_uri())
-    assert stubs.policies.RegisterPolicy(again, timeout=TIMEOUT_S).policy == get(stubs, manifest.version)
+    assert stubs.policies.RegisterPolicy(again, timeout=TIMEOUT_SECONDS).policy == get(stubs, manifest.version)
     other_path, other = write_version(
         tmp_path / "policies", root / "v1", manifest.version, change=lambda weights: versions.perturbed(weights, 99)
     )
@@ -133,7 +133,7 @@ def test_of_many_who_promote_at_once_one_wins(stubs: Stubs, root: Path) -> None:
     made = [new_version(stubs, root)[1].version for _ in range(3)]
     calls = [
         stubs.policies.Promote.future(
-            PromoteRequest(version=each, actor="a", expected_live_version=1), timeout=TIMEOUT_S
+            PromoteRequest(version=each, actor="a", expected_live_version=1), timeout=TIMEOUT_SECONDS
         )
         for each in made
     ]
@@ -143,16 +143,16 @@ def test_of_many_who_promote_at_once_one_wins(stubs: Stubs, root: Path) -> None:
 
 
 def test_pages_of_versions(stubs: Stubs) -> None:
-    everything = stubs.policies.ListPolicies(ListPoliciesRequest(), timeout=TIMEOUT_S).policies
+    everything = stubs.policies.ListPolicies(ListPoliciesRequest(), timeout=TIMEOUT_SECONDS).policies
     numbers = [policy.version for policy in everything]
     assert numbers == sorted(numbers, reverse=True)
     paged: list[int] = []
     token = ""
     while token or not paged:
-        page = stubs.policies.ListPolicies(ListPoliciesRequest(page_size=3, page_token=token), timeout=TIMEOUT_S)
+        page = stubs.policies.ListPolicies(ListPoliciesRequest(page_size=3, page_token=token), timeout=TIMEOUT_SECONDS)
         assert len(page.policies) <= 3
         paged += [policy.version for policy in page.policies]
         token = page.next_page_token
     assert paged == numbers
-    live = stubs.policies.GetPolicy(GetPolicyRequest(policy="live"), timeout=TIMEOUT_S).policy
+    live = stubs.policies.GetPolicy(GetPolicyRequest(policy="live"), timeout=TIMEOUT_SECONDS).policy
     assert live == everything[-1]

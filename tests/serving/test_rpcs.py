@@ -18,7 +18,7 @@ from feedback.token import load_keyring, verify
 from policies.rendering import prompt_token_ids
 from serving.config import ServingConfig
 from tests.serving.calls import (
-    TIMEOUT_S,
+    TIMEOUT_SECONDS,
     Stubs,
     chat,
     detail,
@@ -131,7 +131,7 @@ def test_a_policy_that_is_not_there_is_not_found(stubs: Stubs) -> None:
 
 
 def stream(stubs: Stubs, request: StreamSampleRequest) -> list[StreamSampleResponse]:
-    return list(stubs.inference.StreamSample(request, timeout=TIMEOUT_S))
+    return list(stubs.inference.StreamSample(request, timeout=TIMEOUT_SECONDS))
 
 
 def test_a_stream_is_a_start_its_text_and_an_end_that_repeats_it(stubs: Stubs) -> None:
@@ -153,7 +153,7 @@ def test_a_stream_is_a_start_its_text_and_an_end_that_repeats_it(stubs: Stubs) -
             reasons[delta.index] = delta.finish_reason
     assert texts_so_far == texts(finished)
     assert reasons == [each.finish_reason for each in finished.completions]
-    stubs.feedback.SubmitRanking(ranking_request(finished), timeout=TIMEOUT_S)
+    stubs.feedback.SubmitRanking(ranking_request(finished), timeout=TIMEOUT_SECONDS)
 
 
 def test_a_stream_and_a_call_draw_the_same(stubs: Stubs) -> None:
@@ -166,7 +166,7 @@ def test_callers_that_leave_give_their_room_back(stubs: Stubs) -> None:
     """Far more completions are asked for and left than may be in flight; then all the room is there again."""
     chance = random.Random(0)
     for _ in range(60):
-        call = stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_S)
+        call = stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_SECONDS)
         for _ in range(chance.randrange(4)):
             try:
                 next(call)
@@ -174,7 +174,9 @@ def test_callers_that_leave_give_their_room_back(stubs: Stubs) -> None:
                 assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 break
         call.cancel()
-        future = stubs.inference.Sample.future(sample_request(sampling=sampling(max_tokens=400)), timeout=TIMEOUT_S)
+        future = stubs.inference.Sample.future(
+            sample_request(sampling=sampling(max_tokens=400)), timeout=TIMEOUT_SECONDS
+        )
         time.sleep(chance.uniform(0, 0.02))
         future.cancel()
     wait_until(lambda: all_room_is_free(stubs), 20, "room given back")
@@ -183,7 +185,7 @@ def test_callers_that_leave_give_their_room_back(stubs: Stubs) -> None:
 def all_room_is_free(stubs: Stubs) -> bool:
     """Whether as many completions as are allowed can be drawn at once."""
     request = sample_request(num_completions=16, sampling=sampling(max_tokens=4))
-    calls = [stubs.inference.Sample.future(request, timeout=TIMEOUT_S) for _ in range(QUOTA // 16)]
+    calls = [stubs.inference.Sample.future(request, timeout=TIMEOUT_SECONDS) for _ in range(QUOTA // 16)]
     codes = {call.code() for call in calls}
     assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
     return codes == {grpc.StatusCode.OK}
@@ -192,7 +194,8 @@ def all_room_is_free(stubs: Stubs) -> bool:
 def test_what_is_beyond_the_room_is_refused_with_a_delay(stubs: Stubs) -> None:
     wait_until(lambda: all_room_is_free(stubs), 20, "room given back")
     calls = [
-        stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_S) for _ in range(QUOTA // 16)
+        stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_SECONDS)
+        for _ in range(QUOTA // 16)
     ]
     for call in calls:
         assert next(call).WhichOneof("event") == "started"
@@ -217,7 +220,7 @@ def test_many_callers_at_once_all_get_their_own(server: Server) -> None:
         with grpc.insecure_channel(server.address) as channel:
             response = draw(Stubs(channel), user_id=f"u{number}", num_completions=2)
             ranking = ranking_request(response, user_id=f"u{number}")
-            return Stubs(channel).feedback.SubmitRanking(ranking, timeout=TIMEOUT_S).ranking_id  # type: ignore[no-any-return]
+            return Stubs(channel).feedback.SubmitRanking(ranking, timeout=TIMEOUT_SECONDS).ranking_id  # type: ignore[no-any-return]
 
     with ThreadPoolExecutor(16) as pool:
         assert len(set(pool.map(call, range(64)))) == 64

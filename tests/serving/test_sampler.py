@@ -36,7 +36,7 @@ def test_the_quota_refuses_what_does_not_fit_and_takes_it_again_later() -> None:
     with pytest.raises(Refusal) as raised:
         quota.take(5)
     assert raised.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert raised.value.retry_after_s
+    assert raised.value.retry_after_seconds
     quota.take(4)
     quota.give_back(16)
     quota.take(16)
@@ -70,7 +70,7 @@ def test_deltas_are_in_order_of_the_completions() -> None:
 
 def test_the_token_says_what_was_shown_to_whom_until_it_expires() -> None:
     completions = as_completions("s1", Hold(PolicyRef(version=7)), [Draft(), Draft()])
-    token, expires = sign(KEYS, "s1", "ada", completions, ttl_s=60)
+    token, expires = sign(KEYS, "s1", "ada", completions, ttl_seconds=60)
     now = datetime.now(UTC)
     claims = verify(token, KEYS, now)
     assert (claims.sample_id, claims.user_id, claims.expire_time) == ("s1", "ada", expires)

@@ -48,7 +48,7 @@ async def test_an_exchange_waits_for_those_inside_and_makes_others_wait(slot: Sl
     leave, holds = asyncio.Event(), list[Hold]()
     inside = [asyncio.ensure_future(stay(slot, leave, holds)) for _ in range(3)]
     await settle()
-    closing = asyncio.ensure_future(slot.close(timeout_s=30))
+    closing = asyncio.ensure_future(slot.close(timeout_seconds=30))
     await settle()
     late = asyncio.ensure_future(stay(slot, leave, holds))
     await asyncio.sleep(0.05)
@@ -70,7 +70,7 @@ async def test_an_exchange_that_cannot_wait_longer_marks_those_inside(slot: Slot
     leave, holds = asyncio.Event(), list[Hold]()
     inside = asyncio.ensure_future(stay(slot, leave, holds))
     await settle()
-    exchange = await slot.close(timeout_s=0.05)
+    exchange = await slot.close(timeout_seconds=0.05)
     slot.open(V2)
     late = asyncio.ensure_future(stay(slot, leave, holds))
     await settle()
@@ -81,7 +81,7 @@ async def test_an_exchange_that_cannot_wait_longer_marks_those_inside(slot: Slot
 
 
 async def test_an_empty_slot_is_exchanged_at_once(slot: Slot) -> None:
-    assert (await slot.close(timeout_s=0)).drain_seconds < 0.05
+    assert (await slot.close(timeout_seconds=0)).drain_seconds < 0.05
 
 
 async def test_a_request_that_is_cancelled_leaves(slot: Slot) -> None:
@@ -93,11 +93,11 @@ async def test_a_request_that_is_cancelled_leaves(slot: Slot) -> None:
         request.cancel()
     await asyncio.gather(*requests, return_exceptions=True)
     assert slot.idle
-    assert (await slot.close(timeout_s=5)).drain_seconds < 1
+    assert (await slot.close(timeout_seconds=5)).drain_seconds < 1
 
 
 async def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing(slot: Slot) -> None:
-    await slot.close(timeout_s=0)
+    await slot.close(timeout_seconds=0)
     waiting = asyncio.ensure_future(stay(slot, asyncio.Event(), []))
     await settle()
     waiting.cancel()
@@ -107,11 +107,11 @@ async def test_a_request_that_is_cancelled_while_it_waits_leaves_nothing(slot: S
 
 async def test_a_request_that_waited_does_not_slip_into_the_next_exchange(slot: Slot) -> None:
     leave, holds = asyncio.Event(), list[Hold]()
-    await slot.close(timeout_s=0)
+    await slot.close(timeout_seconds=0)
     waiting = asyncio.ensure_future(stay(slot, leave, holds))
     await settle()
     slot.open(V1)
-    await slot.close(timeout_s=0)
+    await slot.close(timeout_seconds=0)
     await settle()
     assert holds == []
     slot.open(V2)
@@ -123,7 +123,7 @@ async def test_a_slot_that_is_shut_refuses_who_waits_and_who_comes(slot: Slot) -
     leave, holds = asyncio.Event(), list[Hold]()
     inside = asyncio.ensure_future(stay(slot, leave, holds))
     await settle()
-    closing = asyncio.ensure_future(slot.close(timeout_s=30))
+    closing = asyncio.ensure_future(slot.close(timeout_seconds=30))
     await settle()
     waiting = asyncio.ensure_future(stay(slot, leave, holds))
     await settle()

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from tests.serving.calls import TIMEOUT_S, Stubs, draw, long_request, ranking_request, sampling
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs, draw, long_request, ranking_request, sampling
 from tests.serving.processes import address_of, end, environment, start, wait_serving
 from tests.serving.rollout import get, new_version, promote, wait_served
 
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hasty(folder: Path) -> Iterator[Stubs]:
     """A server whose swaps wait for nobody."""
-    settings = environment(folder, serving__drain_timeout_s=0)
+    settings = environment(folder, serving__drain_timeout_seconds=0)
     process = start("serve", settings)
     try:
         wait_serving(process, settings)
@@ -40,7 +40,7 @@ def test_what_a_swap_overtakes_ends_and_says_so(hasty: Stubs, folder: Path, seed
     request = long_request(num_completions=8)
     request.sampling.CopyFrom(chosen)
     before = draw(hasty).completions[0].policy.version
-    stream = hasty.inference.StreamSample(request, timeout=TIMEOUT_S)
+    stream = hasty.inference.StreamSample(request, timeout=TIMEOUT_SECONDS)
     events = []
     for event in stream:
         events.append(event)
@@ -58,4 +58,4 @@ def test_what_a_swap_overtakes_ends_and_says_so(hasty: Stubs, folder: Path, seed
     after = draw(hasty).completions
     assert {(each.policy.version, each.spans_swap) for each in after} == {(manifest.version, False)}
     # Users may rank what they were shown; it is ingest's reader that leaves such completions out.
-    hasty.feedback.SubmitRanking(ranking_request(sample), timeout=TIMEOUT_S)
+    hasty.feedback.SubmitRanking(ranking_request(sample), timeout=TIMEOUT_SECONDS)

@@ -17,7 +17,7 @@ from feedback.bus.url import open_bus
 from serving.bootstrap import import_first
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
-from tests.serving.calls import TIMEOUT_S, Stubs, draw, refused, sample_request
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs, draw, refused, sample_request
 from tests.serving.policy_events import STAGE_CANDIDATE, moved
 from tests.serving.processes import (
     address_of,
@@ -72,7 +72,7 @@ def test_a_server_that_cannot_prove_the_live_version_serves_the_one_before_until
             wait_serving(process, settings)
             assert {each.policy.version for each in draw(stubs).completions} == {1}
             live, bad = (
-                stubs.policies.GetPolicy(GetPolicyRequest(policy=name), timeout=TIMEOUT_S).policy
+                stubs.policies.GetPolicy(GetPolicyRequest(policy=name), timeout=TIMEOUT_SECONDS).policy
                 for name in ("live", "v2")
             )
         assert (live.version, live.stage, bad.stage) == (1, STAGE_LIVE, STAGE_REJECTED)

@@ -24,11 +24,11 @@ from alignd.v1.policy_service_pb2 import (
 )
 from policies.rendering import prompt_token_ids
 from tests.serving import versions
-from tests.serving.calls import TIMEOUT_S, Stubs, chat, draw, refused, sample_request, sampling, texts
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs, chat, draw, refused, sample_request, sampling, texts
 from tests.serving.processes import Server, wait_until
 from tests.serving.rollout import (
     QUESTIONS,
-    SWAP_S,
+    SWAP_SECONDS,
     flip_a_bit,
     get,
     live_version,
@@ -62,12 +62,12 @@ def test_a_swap_under_load_fails_nobody_and_serves_the_new_weights(stubs: Stubs,
     before = served_texts(stubs)
     path, manifest = new_version(stubs, root)
     with load(server) as callers:
-        wait_until(lambda: len(callers.seen) > 100, SWAP_S, "load")
+        wait_until(lambda: len(callers.seen) > 100, SWAP_SECONDS, "load")
         assert promote(stubs, manifest.version, expected_live_version=1).stage == STAGE_LIVE
         wait_served(stubs, manifest.version)
         status = replica(stubs)
         new = (manifest.version, manifest.weight_digest)
-        wait_until(lambda: callers.seen.count(new) > 100, SWAP_S, "load on the new version")
+        wait_until(lambda: callers.seen.count(new) > 100, SWAP_SECONDS, "load on the new version")
     old = (1, get(stubs, 1).manifest.weight_digest)
     assert set(callers.seen) == {old, new}
     assert status.pause_seconds < 2
@@ -88,8 +88,10 @@ def test_a_rollback_under_load_serves_the_old_weights(stubs: Stubs, server: Serv
     wait_served(stubs, manifest.version)
     refused(stubs.inference.Sample, sample_request(policy="v1"), PRECONDITION)
     with load(server) as callers:
-        wait_until(lambda: len(callers.seen) > 50, SWAP_S, "load")
-        rolled_back = stubs.policies.Rollback(RollbackRequest(actor="test", reason="users"), timeout=TIMEOUT_S).policy
+        wait_until(lambda: len(callers.seen) > 50, SWAP_SECONDS, "load")
+        rolled_back = stubs.policies.Rollback(
+            RollbackRequest(actor="test", reason="users"), timeout=TIMEOUT_SECONDS
+        ).policy
         wait_served(stubs, 1)
     assert (rolled_back.version, rolled_back.stage, rolled_back.history[-1].reason) == (1, STAGE_LIVE, "users")
     assert {version for version, _ in callers.seen} <= {1, manifest.version}
@@ -135,7 +137,7 @@ def fill_the_context(manifest: PolicyManifest) -> None:
 
 
 def wait_rejected(stubs: Stubs, version: int) -> Policy:
-    wait_until(lambda: get(stubs, version).stage == STAGE_REJECTED, SWAP_S, f"v{version} rejected")
+    wait_until(lambda: get(stubs, version).stage == STAGE_REJECTED, SWAP_SECONDS, f"v{version} rejected")
     assert live_version(stubs) == 1
     wait_served(stubs, 1)
     assert replica(stubs).error_message.startswith(f"v{version}: ")
@@ -165,7 +167,7 @@ def test_a_version_that_is_not_proved_is_rejected_and_the_old_goes_on(
         promote(stubs, manifest.version)
         rejected = wait_rejected(stubs, manifest.version)
         seen = len(callers.seen)
-        wait_until(lambda: len(callers.seen) > seen + 20, SWAP_S, "load goes on")
+        wait_until(lambda: len(callers.seen) > seen + 20, SWAP_SECONDS, "load goes on")
     assert {version for version, _ in callers.seen} == {1}
     assert why in rejected.history[-1].reason
     assert rejected.history[-1].actor == "serving/serving-0"
@@ -196,7 +198,7 @@ def test_what_is_damaged_after_registration_is_rejected(
 
 
 def test_a_watcher_hears_of_a_rejection_as_it_happens(stubs: Stubs, root: Path) -> None:
-    past = stubs.policies.Watch(WatchRequest(), timeout=TIMEOUT_S)
+    past = stubs.policies.Watch(WatchRequest(), timeout=TIMEOUT_SECONDS)
     first = next(past)
     assert (first.revision, first.stage_change.version, first.stage_change.to_stage) == (1, 1, STAGE_CANDIDATE)
     path, manifest = new_version(stubs, root)
@@ -227,6 +229,6 @@ def test_what_is_served_may_be_damaged_when_another_version_is_asked_for(stubs: 
     promote(stubs, manifest.version)
     wait_served(stubs, manifest.version)
     remove_all(path)
-    stubs.policies.Rollback(RollbackRequest(version=1, actor="test"), timeout=TIMEOUT_S)
+    stubs.policies.Rollback(RollbackRequest(version=1, actor="test"), timeout=TIMEOUT_SECONDS)
     wait_served(stubs, 1)
     assert get(stubs, 1).stage == STAGE_LIVE

@@ -17,14 +17,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from alignd.v1 import feedback_service_pb2, inference_service_pb2, policy_service_pb2
 from serving.config import ServingConfig
-from tests.serving.calls import TIMEOUT_S, Stubs, detail, draw, fields_of, refused, sample_request
+from tests.serving.calls import TIMEOUT_SECONDS, Stubs, detail, draw, fields_of, refused, sample_request
 from tests.serving.processes import Server
 from tests.tools import find_tool
 
 pytestmark = pytest.mark.timeout(300)
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-LIMIT = ServingConfig().max_message_bytes
+LIMIT = ServingConfig().max_message_mib << 20
 SERVICES = [
     module.DESCRIPTOR.services_by_name[name]
     for module, name in (
@@ -146,7 +146,7 @@ def test_a_method_that_is_not_there(stubs: Stubs) -> None:
     for path in ("/alignd.v1.InferenceService/Smple", "/alignd.v1.Nothing/Sample", "/nothing"):
         call: Any = stubs.channel.unary_unary(path)
         with pytest.raises(grpc.RpcError) as raised:
-            call(b"", timeout=TIMEOUT_S)
+            call(b"", timeout=TIMEOUT_SECONDS)
         assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -154,7 +154,7 @@ def test_every_service_is_healthy_and_an_unknown_one_is_not_known(stubs: Stubs) 
     health: Any = health_pb2_grpc.HealthStub(stubs.channel)
     for service in ("", *(service.full_name for service in SERVICES)):
         request = health_pb2.HealthCheckRequest(service=service)
-        assert health.Check(request, timeout=TIMEOUT_S).status == health_pb2.HealthCheckResponse.SERVING
+        assert health.Check(request, timeout=TIMEOUT_SECONDS).status == health_pb2.HealthCheckResponse.SERVING
     unknown = health_pb2.HealthCheckRequest(service="alignd.v1.Nothing")
     refused(health.Check, unknown, grpc.StatusCode.NOT_FOUND)
 
@@ -165,7 +165,7 @@ def test_reflection_tells_the_services_and_their_rules(stubs: Stubs) -> None:
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="alignd.v1.InferenceService"),
     ]
-    services, file = reflection.ServerReflectionInfo(iter(asked), timeout=TIMEOUT_S)
+    services, file = reflection.ServerReflectionInfo(iter(asked), timeout=TIMEOUT_SECONDS)
     names = {each.name for each in services.list_services_response.service}
     assert names >= {"grpc.health.v1.Health", *(service.full_name for service in SERVICES)}
     assert any(b"buf.validate" in each for each in file.file_descriptor_response.file_descriptor_proto)

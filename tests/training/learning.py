@@ -18,8 +18,8 @@ EOS = 2
 PROMPTS = [(1, 50 + i, 90, 17) for i in range(16)]
 REWARD_MODEL = RewardModelConfig(num_layers=1, num_heads=2, l2=0.01)
 PPO = PpoConfig(
-    num_steps=16, prompts_per_step=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
-    learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_steps=0,
+    num_rounds=16, prompts_per_round=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
+    learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_rounds=0,
     max_sampler_gap=1.0,
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def learner_of(
     return make_learner(shared, policy, rewards, rewards, config, ranks)
 
 
-def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.World, PlainSampler]:
+def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.PpoHooks, PlainSampler]:
     """The tiny policy's prompts and a sampler of it."""
     sampler = PlainSampler(folder, config.rollouts_per_prompt, config.max_tokens, EOS)
-    return ppo.World(PROMPTS, sampler.sample, sampler.load_weights, log, **more), sampler
+    return ppo.PpoHooks(PROMPTS, sampler.sample, sampler.load_weights, log, **more), sampler

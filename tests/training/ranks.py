@@ -98,8 +98,8 @@ def one_update(
     learner = make_learner(ranks, folder, config)
     replayed, seen = ReplayedRollouts(drawn), []
     log = lambda *each: seen.append(each[2])  # noqa: E731
-    world = ppo.World(list(drawn), replayed.sample, replayed.load_weights, log, text_for(config))
-    assert ppo.train(learner, config, world, seed=3) is None
+    hooks = ppo.PpoHooks(list(drawn), replayed.sample, replayed.load_weights, log, text_for(config))
+    assert ppo.train(learner, config, hooks, seed=3) is None
     leave(ranks, out, learner, seen)
 
 
@@ -128,11 +128,11 @@ def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, kil
         if next(begun) == killed_before:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    world = ppo.World(
+    hooks = ppo.PpoHooks(
         PROMPTS, sampler.sample, sampler.load_weights, lambda *each: seen.append(each[2]), text_for(config),
         checkpoints=out / "checkpoints", between_rounds=between,
     )  # fmt: skip
-    ppo.train(learner, config, world, seed=5)
+    ppo.train(learner, config, hooks, seed=5)
     dtype = compute_dtype(learner.shared.device)
     drawn_from, made = sampler.model.state_dict(), dict(merged_tensors(learner.shared, learner.policy, dtype))
     assert all(torch.equal(drawn_from[name], tensor) for name, tensor in made.items())

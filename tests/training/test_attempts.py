@@ -12,34 +12,34 @@ from sqlalchemy.exc import OperationalError
 
 from feedback.store.reader import Store
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
-from training.attempts import MOST_ATTEMPTS, patiently, run_once
+from training.attempts import MOST_ATTEMPTS, retry_until_done, run_once
 from training.config import TrainingConfig
+from training.context import TrainerContext
 from training.models.parallel import ALONE, Ranks
 from training.runs.folder import Origin, RunFolder
-from training.workplace import Workplace
 
 CONFIG = TrainingConfig()
 
 
 def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
-    (folder.state / "rewards" / "step-0").mkdir(parents=True)
+    (folder.state / "rewards" / "round-0").mkdir(parents=True)
     assert [folder.begin_attempt() for _ in range(3)] == [1, 2, 3]
-    (folder.state / "ppo" / "step-1").mkdir(parents=True)
+    (folder.state / "ppo" / "round-1").mkdir(parents=True)
     assert [folder.begin_attempt() for _ in range(MOST_ATTEMPTS)] == list(range(1, MOST_ATTEMPTS + 1))
-    assert run_once(cast(Workplace, None), folder)
+    assert run_once(cast(TrainerContext, None), folder)
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert (line["phase"], str(MOST_ATTEMPTS) in line["reason"]) == ("stopped", True)
 
 
-def place_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> Workplace:
+def place_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> TrainerContext:
     """A workplace where a run comes to this as soon as it begins."""
 
     def fail(run_id: str) -> None:
         raise error
 
     nobody = cast(Any, None)
-    return Workplace(nobody, nobody, nobody, tmp_path, nobody, fail, ranks)
+    return TrainerContext(nobody, nobody, nobody, tmp_path, nobody, fail, ranks)
 
 
 DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -70,7 +70,7 @@ def test_a_run_with_too_little_to_learn_from_ends_at_once_and_says_so(tmp_path: 
     folder, nobody = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), cast(Any, None)
     client = cast(Any, SimpleNamespace(get=lambda version: version))
     with closing(Store(f"sqlite:///{tmp_path}/store.db")) as store:
-        place = Workplace(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
+        place = TrainerContext(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
         assert run_once(place, folder)
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert line["phase"] == "stopped"
@@ -88,10 +88,10 @@ def test_what_is_done_patiently_waits_for_all_that_may_pass_and_for_nothing_else
             raise errors.pop()
         return "done"
 
-    assert patiently(act) == "done"
+    assert retry_until_done(act) == "done"
     errors.append(REFUSAL)
     with pytest.raises(Answer, match="cannot read"):
-        patiently(act)
+        retry_until_done(act)
 
 
 def test_a_run_of_several_ranks_is_not_given_up_for_a_store_that_is_away(
@@ -125,4 +125,4 @@ def test_a_disk_that_is_full_of_its_own_last_line_makes_a_run_wait_too(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("training.runs.folder.replace_file", full)
-    assert not run_once(cast(Workplace, None), folder)
+    assert not run_once(cast(TrainerContext, None), folder)

@@ -43,7 +43,7 @@ CONFIG = TrainingConfig(
     max_num_seqs=16,
     kv_cache_mib=64,
     reward_model=RewardModelConfig(num_layers=2, held_out_share=0.4, max_rankings=14),
-    ppo=PpoConfig(num_steps=2, prompts_per_step=4, rollouts_per_prompt=2, max_tokens=8, num_frozen_layers=1),
+    ppo=PpoConfig(num_rounds=2, prompts_per_round=4, rollouts_per_prompt=2, max_tokens=8, num_frozen_layers=1),
 )
 TRAINER = (
     "import sys; from pathlib import Path; from training.config import TrainingConfig; "
@@ -166,7 +166,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     logged = lines(folder / "metrics.jsonl")
     assert logged[-1] == logged[-1] | {"phase": "done", "version": 2}
     steps = [line for line in logged if line["phase"] == "ppo"]
-    assert [line["step"] for line in steps] == [0, 1]
+    assert [line["index"] for line in steps] == [0, 1]
     assert {"objective/kl", "objective/score", "policy/clipfrac", "completion/eos_rate"} <= steps[0].keys()
     assert TrainingConfig.model_validate_json((folder / "recipe.json").read_text()) == CONFIG
     assert set(lines(folder / "samples.jsonl")[0]) == {"prompt", "before", "after"}

@@ -62,7 +62,7 @@ async def test_two_processes_make_one_version_although_one_of_them_was_killed(
     assert not any(each.is_running() for each in ranks)
     assert len(list((tmp_path / "runs").glob("*/recipe.json"))) == 1
     logged = lines(folder / "metrics.jsonl")
-    assert [line["step"] for line in logged if line["phase"] == "ppo"] == [0, 1]
+    assert [line["index"] for line in logged if line["phase"] == "ppo"] == [0, 1]
     assert logged[-1] == logged[-1] | {"phase": "done", "version": 2}
     assert len(lines(folder / "samples.jsonl")) > 0
     assert (live.version, live.manifest.parent_version) == (2, 1)

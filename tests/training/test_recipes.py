@@ -44,8 +44,8 @@ def test_a_recipe_says_for_which_model_it_is(name: str) -> None:
 def test_large_recipes_are_instructgpts(name: str) -> None:
     config = load_recipe(name)
     ppo, sft = config.ppo, config.sft
-    assert ppo.prompts_per_step * ppo.rollouts_per_prompt == 512
-    assert ppo.num_steps * 512 == 256_000
+    assert ppo.prompts_per_round * ppo.rollouts_per_prompt == 512
+    assert ppo.num_rounds * 512 == 256_000
     assert (ppo.num_minibatches, ppo.num_epochs) == (8, 1)
     assert (ppo.max_prompt_tokens, ppo.max_tokens) == (1024, 1024)
     assert (ppo.kl_coef, ppo.target_kl, ppo.clip_range, ppo.gamma, ppo.ema_decay) == (0.02, None, 0.2, 1.0, 0.992)
@@ -69,14 +69,15 @@ def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("[ppo]\nkl_coeff = 0.1", "mine.toml: ppo.kl_coeff: there is no such field"),
+        ("[ppo]\nnum_steps = 10", "mine.toml: ppo.num_steps: is called ppo.num_rounds now"),
         ("[ppo.ptx]\nexamples = 8", "mine.toml: ppo.ptx.examples: there is no such field"),
         ("[ppo]\nmax_tokens = '64'", "mine.toml: ppo.max_tokens: Input should be a valid integer"),
         ("[ppo]\nmax_tokens = 0", "mine.toml: ppo.max_tokens: Input should be greater than or equal to 1"),
-        ("[ppo]\nprompts_per_step = 5", "mine.toml: ppo: prompts_per_step must be a multiple of num_minibatches"),
+        ("[ppo]\nprompts_per_round = 5", "mine.toml: ppo: prompts_per_round must be a multiple of num_minibatches"),
         ("[ppo]\nkl_coef = 0\ntarget_kl = 6", "mine.toml: ppo: kl_coef must be above 0 where target_kl is set"),
         (
             "num_processes = 3",
-            "prompts_per_step (16) must be a multiple of ppo.num_minibatches (2) times num_processes (3)",
+            "prompts_per_round (16) must be a multiple of ppo.num_minibatches (2) times num_processes (3)",
         ),
         ("[sft]\nvalidation_share = 1.0", "mine.toml: sft.validation_share: Input should be less than 1"),
         ("seed = ", "mine.toml: Invalid value"),

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: demonstrations become likelier, their prompts do not, and the judge picks the epoch."""
+"""Supervised fine-tuning: demonstrations become likelier, their prompts do not, the reward model picks the epoch."""
 
 from pathlib import Path
 
@@ -36,13 +36,13 @@ def test_the_epoch_that_the_judge_likes_best_is_kept(tiny_folder: Path, tmp_path
     scores, seen = iter([0.1, 0.9, 0.3]), []
     given: list[dict[str, Tensor]] = []
 
-    def judge(weights: dict[str, Tensor]) -> float:
+    def score_of(weights: dict[str, Tensor]) -> float:
         given.append(weights)
         return next(scores)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     weights, epochs = fine_tune(
-        tiny_folder, tokenizer, DEMONSTRATIONS, judge, CONFIG, tmp_path, seed=0, log=seen.append
+        tiny_folder, tokenizer, DEMONSTRATIONS, score_of, CONFIG, tmp_path, seed=0, log=seen.append
     )
     assert epochs == seen
     assert [epoch.score for epoch in epochs] == [0.1, 0.9, 0.3]
@@ -67,13 +67,13 @@ SCORES = (0.1, 0.9, 0.3)
 def tuned(
     folder: Path, scratch: Path, first: int = 0, judging: int | None = None, logging: int | None = None
 ) -> tuple[dict[str, Tensor], list[Epoch], list[Epoch]]:
-    """Fine-tunes from epoch `first` on, as it should find by itself, unless it dies while it judges or logs this one.
+    """Fine-tunes from epoch `first` on, as it should find by itself, unless it dies while it scores or logs this one.
 
     Returns the weights, all epochs, and those that it logged.
     """
     left, logged = list(range(first, len(SCORES))), []
 
-    def judge(weights: dict[str, Tensor]) -> float:
+    def score_of(weights: dict[str, Tensor]) -> float:
         epoch = left.pop(0)
         if epoch == judging:
             raise KilledError
@@ -85,7 +85,7 @@ def tuned(
         logged.append(epoch)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    weights, epochs = fine_tune(folder, tokenizer, DEMONSTRATIONS, judge, CONFIG, scratch, seed=0, log=log)
+    weights, epochs = fine_tune(folder, tokenizer, DEMONSTRATIONS, score_of, CONFIG, scratch, seed=0, log=log)
     return weights, epochs, logged
 
 

@@ -13,13 +13,13 @@ from policies.artifact import ArtifactError, write_artifact
 from tests.policies.test_artifact import make_manifest, make_writer
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.config import TrainingConfig
+from training.context import TrainerContext
 from training.errors import TrainingError
 from training.loop import run_sft_once
 from training.models.parallel import ALONE
 from training.runs.folder import SFT, RunFolder
 from training.runs.lease import TrainerLease
 from training.sft_run import run_sft
-from training.workplace import Workplace
 
 
 class Registered:
@@ -62,7 +62,7 @@ def test_a_version_that_was_written_is_the_one_that_is_registered_however_late(t
         write_artifact(policies, manifest, make_writer())
     (policies / "v5").mkdir()  # Whatever it is, it is no version of ours.
     nobody, client = cast(Any, None), Forgetful("run-sft")
-    place = Workplace(nobody, nobody, cast(Any, client), policies, nobody, lambda run_id: None, ALONE)
+    place = TrainerContext(nobody, nobody, cast(Any, client), policies, nobody, lambda run_id: None, ALONE)
     with pytest.raises(Answer):
         run_sft(place, folder)
     assert run_sft(place, folder).version == 3
@@ -85,10 +85,10 @@ def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exception]
     """What `alignd sft` comes to as soon as it has begun, one after the other."""
     errors: list[Exception] = []
 
-    def fail(place: Workplace, folder: RunFolder) -> policy_service_pb2.Policy:
+    def fail(place: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
         raise errors.pop(0)
 
-    monkeypatch.setattr("training.workplace.open_workplace", lambda *arguments: None)
+    monkeypatch.setattr("training.context.open_context", lambda *arguments: None)
     monkeypatch.setattr("training.sft_run.run_sft", fail)
     return errors
 
@@ -121,7 +121,7 @@ def test_who_holds_the_place_is_named_with_how_long(tmp_path: Path) -> None:
 def test_killed_once_its_version_was_registered_it_makes_no_other(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run-sft", TrainingConfig(), origin=None)
     nobody, asked = cast(Any, None), []
-    place = Workplace(nobody, nobody, cast(Any, Registered("run-sft")), tmp_path, nobody, asked.append, ALONE)
+    place = TrainerContext(nobody, nobody, cast(Any, Registered("run-sft")), tmp_path, nobody, asked.append, ALONE)
     for _ in range(2):  # killed once more, behind the line that says so
         assert run_sft(place, folder).version == 3
     assert asked == ["run-sft"] * 2

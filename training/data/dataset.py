@@ -1,4 +1,4 @@
-"""What a run learns from and what it is judged on: rankings and prompts of the store, in tokens, split by user.
+"""What a run learns from and what it is evaluated on: rankings and prompts of the store, in tokens, split by user.
 
 A user is held out by a hash of their id, and a prompt if the first who sent it is, so that the split stays the same at
 every refresh. What measures is of held-out users on held-out prompts, what is learned from of the others on the others;

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from policies.artifact import MANIFEST, read_manifest, write_artifact
+from training.context import Rewards, Run
 from training.data.dataset import TokenizedPrompt
 from training.data.intervals import Mean, Verdict, WinRate
 from training.handover.probes import probes_of
 from training.models.policy import save_weights
 from training.runs.policy_client import next_version, prompts_digest
-from training.workplace import Rewards, Run
 
 WIN_RATE, KL = "reward_model/win_rate_over_reference", "objective/kl_from_reference"
 

@@ -212,7 +212,7 @@ def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
         MemoryPart("value model: activations", value, ("update",), "ppo.micro_batch_tokens"),
         MemoryPart("logits of a chunk", logit_bytes(work, tokens), ("update",)),
         MemoryPart(
-            "rollouts of a round", round_bytes(work) / num_devices, ("update",), "ppo.prompts_per_step"
+            "rollouts of a round", round_bytes(work) / num_devices, ("update",), "ppo.prompts_per_round"
         ),
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def plan_round(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
     """The phases of one round of PPO."""
     config = work.config.ppo
     phases = (
-        _rollouts(work, hardware, "rollouts", config.prompts_per_step, config.rollouts_per_prompt),
+        _rollouts(work, hardware, "rollouts", config.prompts_per_round, config.rollouts_per_prompt),
         _scoring(work, hardware),
         _update(work, hardware),
     )
@@ -141,7 +141,7 @@ def _pretraining(work: Workload, hardware: Hardware) -> Phase:
 
 
 def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
-    """One epoch over what is learned from; what is held out is read by the reward model and by the judge."""
+    """One epoch over what is learned from; what is held out is read by both reward models."""
     model, row, layers = work.model, work.row_tokens, work.reward_layers
     learned = work.learned_rankings * row
     held_out = 2 * work.config.reward_model.max_rankings * row - 2 * learned

@@ -39,7 +39,7 @@ class Plan:
     parameters: tuple[Parameters, ...]
     memory: Memory
     round: tuple[Phase, ...]
-    """Phases of one of the `ppo.num_steps` rounds."""
+    """Phases of one of the `ppo.num_rounds` rounds."""
     once: tuple[Phase, ...]
     """Phases that a run has once."""
     warnings: tuple[str, ...]
@@ -47,7 +47,7 @@ class Plan:
     @property
     def num_rounds(self) -> int:
         """Rounds of PPO."""
-        return self.work.config.ppo.num_steps
+        return self.work.config.ppo.num_rounds
 
     @property
     def round_seconds(self) -> float:

@@ -99,7 +99,7 @@ class Workload:
     @property
     def rollouts(self) -> int:
         """Rollouts of one round."""
-        return self.config.ppo.prompts_per_step * self.config.ppo.rollouts_per_prompt
+        return self.config.ppo.prompts_per_round * self.config.ppo.rollouts_per_prompt
 
     @property
     def row_tokens(self) -> float:
@@ -115,7 +115,7 @@ class Workload:
     @property
     def round_tokens(self) -> float:
         """Tokens of a round's rows."""
-        return self.config.ppo.prompts_per_step * self.row_tokens
+        return self.config.ppo.prompts_per_round * self.row_tokens
 
     @property
     def predicted_tokens(self) -> float:

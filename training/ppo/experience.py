@@ -43,7 +43,7 @@ class Experience:
     entropy_NC: Tensor
     sampler_logprobs_NC: Tensor
     scores_N: Tensor
-    judge_scores_N: Tensor
+    held_out_scores_N: Tensor
     finished_N: Tensor
     advantages_NC: Tensor
     returns_NC: Tensor
@@ -71,13 +71,13 @@ def gather(learner: Learner, config: PpoConfig, rows: Sequence[Row], kl_coef: fl
 
 @torch.no_grad()
 def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experience:
-    shared, reward_model, judge = learner.shared, learner.reward_model, learner.judge
+    shared, reward_model, held_out_model = learner.shared, learner.reward_model, learner.held_out_model
     drawn = [rollout for _, rollouts in rows for rollout in rollouts]
     packed = pack([Group(prompt, tuple(r.token_ids for r in rollouts)) for prompt, rollouts in rows])
     packed = packed.to(shared.device)
     angles = shared.angles(packed)
     # 1. What all models share is run once.
-    encoded = shared.encode(packed, [learner.policy.first, reward_model.first, judge.first])
+    encoded = shared.encode(packed, [learner.policy.first, reward_model.first, held_out_model.first])
     policy_input_GTD = encoded[learner.policy.first]
     with autocast(shared.device):
         # 2. Log-probabilities under the policy that drew them, by the trainer's own reckoning, and under the reference.
@@ -85,10 +85,10 @@ def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experie
         reference_hidden_GTD = learner.reference(policy_input_GTD, packed, angles)
     logprobs_NC, entropy_NC = completion_logprobs_and_entropy(policy_hidden_GTD, shared.head_VD, packed)
     ref_logprobs_NC = completion_logprobs(reference_hidden_GTD, shared.head_VD, packed)
-    # 3. Score at the last real token, clipped; by the judge too, who has no say.
-    scores_N, judge_scores_N = (
+    # 3. Score at the last real token, clipped; by the held-out reward model too, who has no say.
+    scores_N, held_out_scores_N = (
         model.score(last_features(model.hidden(encoded[model.first], packed, angles), packed))
-        for model in (reward_model, judge)
+        for model in (reward_model, held_out_model)
     )
     # 4. Values of the states before each token.
     value_input_GTD = encoded[learner.value.first]
@@ -99,7 +99,7 @@ def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experie
         packed=packed, angles=angles, policy_input_GTD=policy_input_GTD, value_input_GTD=value_input_GTD,
         old_logprobs_NC=logprobs_NC, old_values_NC=learner.value(value_input_GTD, packed, angles),
         ref_logprobs_NC=ref_logprobs_NC, entropy_NC=entropy_NC, sampler_logprobs_NC=sampler_NC,
-        scores_N=scores_N.clamp(-config.score_clip, config.score_clip), judge_scores_N=judge_scores_N,
+        scores_N=scores_N.clamp(-config.score_clip, config.score_clip), held_out_scores_N=held_out_scores_N,
         finished_N=torch.tensor([rollout.finished for rollout in drawn], device=shared.device),
         advantages_NC=blank_NC, returns_NC=blank_NC,
     )  # fmt: skip
@@ -135,8 +135,8 @@ def _value(experience: Experience, config: PpoConfig, kl_coef: float) -> Experie
 def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str, float]:
     """What a round says of the policy that drew it: means over all ranks' rollouts, or tokens where it says so.
 
-    `objective/judge_error` is the standard error of the judge's mean score, with rollouts taken as independent; of a
-    single one it is infinite, so that nothing follows from it.
+    `objective/held_out_error` is the standard error of the held-out reward model's mean score, with rollouts taken as
+    independent; of a single one it is infinite, so that nothing follows from it.
     """
     every = [each for minibatch in minibatches for each in minibatch]
 
@@ -145,7 +145,7 @@ def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str,
 
     lengths_N = of_all(each.packed.mask_NC.sum(-1).float() for each in every)
     kl_N = of_all((each.old_logprobs_NC - each.ref_logprobs_NC).sum(-1) for each in every)
-    scores_N, judge_N = of_all(each.scores_N for each in every), of_all(each.judge_scores_N for each in every)
+    scores_N, held_out_N = of_all(each.scores_N for each in every), of_all(each.held_out_scores_N for each in every)
     gaps = sum(of_all((each.sampler_logprobs_NC - each.old_logprobs_NC).abs().sum()[None] for each in every))
     values_M = of_all(each.old_values_NC[each.packed.mask_NC] for each in every)
     returns_M = of_all(each.returns_NC[each.packed.mask_NC] for each in every)
@@ -154,11 +154,17 @@ def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str,
     return {
         "objective/kl": float(kl_N.mean()),
         "objective/score": float(scores_N.mean()),
-        "objective/judge_score": float(judge_N.mean()),
-        "objective/judge_error": float(judge_N.std() / len(judge_N) ** 0.5) if len(judge_N) > 1 else math.inf,
+        "objective/held_out_score": float(held_out_N.mean()),
+        "objective/held_out_error": float(held_out_N.std() / len(held_out_N) ** 0.5)
+        if len(held_out_N) > 1
+        else math.inf,
         "objective/entropy": float(entropies / tokens),
         "completion/length": float(lengths_N.mean()),
         "completion/eos_rate": float(of_all(each.finished_N for each in every).float().mean()),
         "rollout/sampler_gap": float(gaps / tokens),
         "val/explained_variance": ppo_math.explained_variance(values_M, returns_M),
     }
+
+
+def _standard_error(values_N: Tensor) -> float:
+    return float(values_N.std() / len(values_N) ** 0.5) if len(values_N) > 1 else math.inf

@@ -1,7 +1,7 @@
 """When PPO stops itself: pure functions of what its rounds have shown so far.
 
 A reward model is believed less and less the further the policy goes from where it was fitted (Gao et al. 2022), so a
-run ends at a KL budget, or when its score goes up while the judge, fitted to other labelers, goes down.
+run ends at a KL budget, or when its score goes up while the held-out reward model, fitted to other labelers, goes down.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from training.config import PpoConfig
 
 Metrics = Mapping[str, float]
 
-WATCHED = ("objective/kl", "objective/score", "objective/judge_score", "objective/entropy", "rollout/sampler_gap")
-GOOD_JUDGE_DROP = 1.0
+WATCHED = ("objective/kl", "objective/score", "objective/held_out_score", "objective/entropy", "rollout/sampler_gap")
+GOOD_HELD_OUT_DROP = 1.0
 
 
 def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
@@ -30,22 +30,22 @@ def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
             f"sampler and trainer differ by {now['rollout/sampler_gap']:.3f} nats a token, "
             f"over ppo.max_sampler_gap = {config.max_sampler_gap:g}"
         )
-    drop = judge_drop(rounds)
-    if drop > config.max_judge_drop:
+    drop = held_out_drop(rounds)
+    if drop > config.max_held_out_drop:
         return (
-            f"the two rewards part: by the judge the policy is {drop:.1f} standard errors below its best, "
-            f"by the reward model above it"
+            f"the two rewards part: by the held-out reward model the policy is {drop:.1f} standard errors below its "
+            f"best, by the reward model above it"
         )
     return None
 
 
 def is_good(rounds: Sequence[Metrics]) -> bool:
-    """Whether the policy of the last round may be kept: by the judge at most one standard error below its best."""
-    return _below_best(rounds[-1], _best(rounds)) <= GOOD_JUDGE_DROP
+    """Whether the last round's policy may be kept: by the held-out model at most a standard error below its best."""
+    return _below_best(rounds[-1], _best(rounds)) <= GOOD_HELD_OUT_DROP
 
 
-def judge_drop(rounds: Sequence[Metrics]) -> float:
-    """How far the judge's score of the last round is below its best, in standard errors of the difference.
+def held_out_drop(rounds: Sequence[Metrics]) -> float:
+    """How far the last round's score by the held-out model is below its best, in standard errors of the difference.
 
     0 where the reward model does not hold the last round for better than the best one.
     """
@@ -54,9 +54,9 @@ def judge_drop(rounds: Sequence[Metrics]) -> float:
 
 
 def _best(rounds: Sequence[Metrics]) -> Metrics:
-    return max(rounds, key=lambda each: each["objective/judge_score"])
+    return max(rounds, key=lambda each: each["objective/held_out_score"])
 
 
 def _below_best(now: Metrics, best: Metrics) -> float:
-    error = math.hypot(now["objective/judge_error"], best["objective/judge_error"])
-    return (best["objective/judge_score"] - now["objective/judge_score"]) / max(error, 1e-12)
+    error = math.hypot(now["objective/held_out_error"], best["objective/held_out_error"])
+    return (best["objective/held_out_score"] - now["objective/held_out_score"]) / max(error, 1e-12)

@@ -30,7 +30,7 @@ class Learner:
     policy: UpperLayers
     value: ValueModel
     reward_model: RewardModel
-    judge: RewardModel
+    held_out_model: RewardModel
     """Fitted to the rankings of held-out labelers; only watches."""
     optimizer: torch.optim.Optimizer
     ranks: Ranks = ALONE
@@ -40,7 +40,7 @@ def make_learner(
     shared: SharedLayers,
     policy: UpperLayers,
     reward_model: RewardModel,
-    judge: RewardModel,
+    held_out_model: RewardModel,
     config: PpoConfig,
     ranks: Ranks = ALONE,
 ) -> Learner:
@@ -53,7 +53,7 @@ def make_learner(
     policy.checkpointing = config.gradient_checkpointing
     value = ValueModel(reward_model)
     shard(ranks, *value.layers, value)
-    # Last: the copies above were made from these. The judge has no layers of its own.
+    # Last: the copies above were made from these. The held-out reward model has no layers of its own.
     shared.shard(ranks)
     shard(ranks, *reward_model.layers)
     optimizer = torch.optim.AdamW(
@@ -63,7 +63,7 @@ def make_learner(
         ],
         betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True,
     )  # fmt: skip
-    frozen = [model.requires_grad_(False) for model in (reward_model, judge)]
+    frozen = [model.requires_grad_(False) for model in (reward_model, held_out_model)]
     return Learner(shared, reference, policy, value, frozen[0], frozen[1], optimizer, ranks)
 
 

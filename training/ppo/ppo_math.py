@@ -110,6 +110,6 @@ def _worse_of(plain_NC: Tensor, clipped_NC: Tensor, mask_NC: Tensor) -> Loss:
     return Loss(masked_mean(torch.maximum(plain_NC, clipped_NC), mask_NC), float(held_back))
 
 
-def linear_warmup(step: int, num_warmup_steps: int) -> float:
-    """Returns the learning rate's factor: from 1 / (num_warmup_steps + 1) at step 0 to 1, and 1 from then on."""
-    return min(1.0, (step + 1) / (num_warmup_steps + 1))
+def linear_warmup(round_index: int, num_warmup_rounds: int) -> float:
+    """Returns the learning rate's factor: from 1 / (num_warmup_rounds + 1) at round 0 to 1, and 1 from then on."""
+    return min(1.0, (round_index + 1) / (num_warmup_rounds + 1))

@@ -50,7 +50,7 @@ ROUND_SEED, PROMPT_SEED = 1_009, 100_003
 
 
 @dataclass(frozen=True)
-class World:
+class PpoHooks:
     """What a run acts on: where rollouts come from, where weights go, what it reads and whom it tells.
 
     Every rank has its own; prompts, pretraining text and checkpoints are the same for all.
@@ -78,84 +78,85 @@ class _NotFiniteError(Exception):
 class Progress:
     """How far a run is, beside the learner's own state."""
 
-    step: int
+    round: int
+    """The round that comes next, from 0."""
     kl_coef: float
     gamma: ptx.Gamma
     good: Weights
-    """Weights of the last policy that was seen to be within bounds, as they were before the round `good_step`."""
+    """Weights of the last policy that was seen to be within bounds, as they were before the round `good_round`."""
     averaged: Weights
-    good_step: int = 0
+    good_round: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)
     num_sequences: int = 0
     """Pretraining sequences used."""
 
 
-def train(learner: Learner, config: PpoConfig, world: World, *, seed: int) -> str | None:
-    """Runs `num_steps` rounds. Returns why it stopped before, or None if it did not.
+def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) -> str | None:
+    """Runs `num_rounds` rounds. Returns why it stopped before, or None if it did not.
 
     Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
     last good policy if the run stopped itself. Raises TrainingError if it stops before any policy of its own was seen
     to be good, or if the ranks cannot divide an optimizer step's prompts.
     """
     steps = config.num_minibatches * learner.ranks.size
-    if config.prompts_per_step % steps:
+    if config.prompts_per_round % steps:
         raise TrainingError(
-            f"ppo.prompts_per_step: {config.prompts_per_step} is not a multiple of {steps}, "
+            f"ppo.prompts_per_round: {config.prompts_per_round} is not a multiple of {steps}, "
             f"num_minibatches times {learner.ranks.size} processes"
         )
-    progress = _begin(learner, config, world)
-    turns = itertools.islice(_turns(world.prompts, config.prompts_per_step, seed), progress.step, None)
-    _draw_from(learner, world)
-    while progress.step < config.num_steps:
-        world.between_rounds()
+    progress = _begin(learner, config, hooks)
+    turns = itertools.islice(_turns(hooks.prompts, config.prompts_per_round, seed), progress.round, None)
+    _draw_from(learner, hooks)
+    while progress.round < config.num_rounds:
+        hooks.between_rounds()
         try:
-            reason, metrics = _round(learner, config, world, progress, next(turns), seed)
+            reason, metrics = _round(learner, config, hooks, progress, next(turns), seed)
         except _NotFiniteError as error:
             reason, metrics = str(error), dict(progress.rounds[-1])
-        if reason and progress.good_step == 0:
-            raise TrainingError(f"PPO stopped in round {progress.step + 1} with nothing better to keep: {reason}")
+        if reason and progress.good_round == 0:
+            raise TrainingError(f"PPO stopped in round {progress.round + 1} with nothing better to keep: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
-            _draw_from(learner, world)
-            world.log(progress.step, config.num_steps, metrics | {"stopped/reason": reason})
+            _draw_from(learner, hooks)
+            hooks.log(progress.round, config.num_rounds, metrics | {"stopped/reason": reason})
             return reason
-        world.log(progress.step, config.num_steps, metrics)
-        progress.step += 1
-        if world.checkpoints and progress.step % config.checkpoint_every == 0:
-            _save(learner, progress, world.checkpoints)
+        hooks.log(progress.round, config.num_rounds, metrics)
+        progress.round += 1
+        if hooks.checkpoints and progress.round % config.checkpoint_every_rounds == 0:
+            _save(learner, progress, hooks.checkpoints)
     if config.ema_decay:
         set_weights(learner.policy, progress.averaged)
-        _draw_from(learner, world)
+        _draw_from(learner, hooks)
     return None
 
 
-def _draw_from(learner: Learner, world: World) -> None:
+def _draw_from(learner: Learner, hooks: PpoHooks) -> None:
     """Gives the sampler the policy as the trainer computes it.
 
     Rounded to bf16 where that computes in fp32, small steps would be lost at first, and rollouts be the old policy's.
     """
-    world.load_weights(merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
+    hooks.load_weights(merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
 
 
-def _begin(learner: Learner, config: PpoConfig, world: World) -> Progress:
+def _begin(learner: Learner, config: PpoConfig, hooks: PpoHooks) -> Progress:
     start = trained_weights(learner.policy)
     averaged = {name: tensor.clone() for name, tensor in start.items()} if config.ema_decay else {}
     progress = Progress(0, config.kl_coef, ptx.Gamma(config.ptx), start, averaged)
-    found = newest_checkpoint(world.checkpoints) if world.checkpoints else None
+    found = newest_checkpoint(hooks.checkpoints) if hooks.checkpoints else None
     if found:
         parts: dict[str, Weights] = {"learner": {}, "good": {}, "averaged": {}}
         for name, tensor in found.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
         restore_learner(learner, parts["learner"])
-        progress.step, progress.good = found.step, placed_weights(learner.policy, parts["good"])
+        progress.round, progress.good = found.round, placed_weights(learner.policy, parts["good"])
         progress.averaged = placed_weights(learner.policy, parts["averaged"])
         progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
         progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
         # Checkpoints of earlier versions do not have it.
-        progress.good_step = found.facts.get("good_step", found.step)
-    if world.pretraining:
-        next(itertools.islice(world.pretraining, progress.num_sequences, progress.num_sequences), None)
+        progress.good_round = found.facts.get("good_round", found.round)
+    if hooks.pretraining:
+        next(itertools.islice(hooks.pretraining, progress.num_sequences, progress.num_sequences), None)
     return progress
 
 
@@ -174,23 +175,23 @@ def _save(learner: Learner, progress: Progress, folder: Path) -> None:
         "rounds": progress.rounds,
         "gamma_asked": progress.gamma.asked,
         "num_sequences": progress.num_sequences,
-        "good_step": progress.good_step,
+        "good_round": progress.good_round,
     }
-    led(learner.ranks, lambda: save_checkpoint(folder, progress.step, tensors, facts))
+    led(learner.ranks, lambda: save_checkpoint(folder, progress.round, tensors, facts))
 
 
 def _round(
-    learner: Learner, config: PpoConfig, world: World, progress: Progress, prompts: Sequence[Prompt], seed: int
+    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: Progress, prompts: Sequence[Prompt], seed: int
 ) -> tuple[str | None, dict[str, Any]]:
     """One round. Returns why it must not be gone on from, before any update then, and what was seen.
 
     Raises _NotFiniteError in the middle of an update.
     """
     started = time.perf_counter()
-    round_seed = seed * PROMPT_SEED + progress.step * ROUND_SEED
+    round_seed = seed * PROMPT_SEED + progress.round * ROUND_SEED
     own = learner.ranks.share(len(prompts))
     # A prompt's seed is that of its place in the round, whichever rank draws its rollouts.
-    rollouts = world.sample(prompts[own.start : own.stop], round_seed + own.start * config.rollouts_per_prompt)
+    rollouts = hooks.sample(prompts[own.start : own.stop], round_seed + own.start * config.rollouts_per_prompt)
     rows = list(zip(prompts, gathered(learner.ranks, rollouts), strict=True))
     sampled = time.perf_counter()
     minibatches = gather(learner, config, rows, progress.kl_coef, round_seed)
@@ -202,18 +203,18 @@ def _round(
     if reason:
         return reason, seen
     if is_good(progress.rounds):
-        progress.good, progress.good_step = trained_weights(learner.policy), progress.step
+        progress.good, progress.good_round = trained_weights(learner.policy), progress.round
     scored = time.perf_counter()
     metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
-    metrics |= _update(learner, config, world, progress, minibatches)
+    metrics |= _update(learner, config, hooks, progress, minibatches)
     if config.ema_decay:
         average(progress.averaged, learner.policy, config.ema_decay)
     if config.target_kl is not None:
-        num_rollouts = config.prompts_per_step * config.rollouts_per_prompt
+        num_rollouts = config.prompts_per_round * config.rollouts_per_prompt
         progress.kl_coef = ppo_math.adapted_kl_coef(
             progress.kl_coef, seen["objective/kl"], config.target_kl, num_rollouts, config.kl_horizon
         )
-    _draw_from(learner, world)
+    _draw_from(learner, hooks)
     return None, metrics | {
         "seconds/rollouts": sampled - started,
         "seconds/scoring": scored - sampled,
@@ -222,24 +223,24 @@ def _round(
 
 
 def _update(
-    learner: Learner, config: PpoConfig, world: World, progress: Progress, minibatches: Sequence[Minibatch]
+    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: Progress, minibatches: Sequence[Minibatch]
 ) -> dict[str, float]:
     """Takes one optimizer step a minibatch, `num_epochs` times over; returns the means of what was seen."""
     for group in learner.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * ppo_math.linear_warmup(progress.step, config.num_warmup_steps)
+        group["lr"] = group["peak_lr"] * ppo_math.linear_warmup(progress.round, config.num_warmup_rounds)
     policy_parameters, value_parameters = (trained_parameters(each) for each in (learner.policy, learner.value))
     steps: list[dict[str, float]] = []
     for _ in range(config.num_epochs):
         for minibatch in minibatches:
             learner.optimizer.zero_grad()
             metrics = _accumulate(learner, config, minibatch)
-            if world.pretraining:
+            if hooks.pretraining:
                 num_episodes = sum(len(each.scores_N) for each in minibatch)
                 # As many for each rank.
                 count = learner.ranks.size * max(
                     1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs)
                 )
-                drawn = list(itertools.islice(world.pretraining, count))
+                drawn = list(itertools.islice(hooks.pretraining, count))
                 progress.num_sequences += count
                 metrics |= ptx.accumulate(
                     policy_parameters, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens,

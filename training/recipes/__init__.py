@@ -6,11 +6,13 @@ A recipe names fields of TrainingConfig alone; those that it does not name are a
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from training.config import TrainingConfig
+from training.config import RENAMED, TrainingConfig
 
 FOLDER = Path(__file__).parent
 
@@ -35,7 +37,7 @@ def load_recipe(name_or_path: str | Path) -> TrainingConfig:
         # Strict: a number in quotes is a mistake, not a number.
         return TrainingConfig.model_validate(values, strict=True)
     except ValidationError as error:
-        lines = [f"{path.name}: {_field(each['loc'])}: {_says(each['type'], each['msg'])}" for each in error.errors()]
+        lines = [f"{path.name}: {_field(each['loc'])}: {_says(each)}" for each in error.errors()]
         raise RecipeError("\n".join(lines)) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path}: {error}") from error
@@ -53,5 +55,8 @@ def _field(steps: tuple[str | int, ...]) -> str:
     return ".".join(str(step) for step in steps) or "the recipe"
 
 
-def _says(kind: str, message: str) -> str:
-    return "there is no such field" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
+def _says(error: Mapping[str, Any]) -> str:
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"]).removeprefix("Value error, ")
+    renamed = RENAMED.get(_field(error["loc"]))
+    return f"is called {renamed} now" if renamed else "there is no such field"

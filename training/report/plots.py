@@ -17,7 +17,7 @@ from training.report.reward_plots import accuracy_plot, calibration_plot
 from training.report.svg import (
     DASHED,
     HEIGHT,
-    JUDGE,
+    HELD_OUT_MODEL,
     NEUTRAL,
     POLICY,
     REWARD_MODEL,
@@ -43,7 +43,7 @@ def draw_plots(steps: Sequence[Record], rewards: Record, limits: Mapping[str, An
     """
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         plots = (
-            _score_by_kl(steps, judges_apart="reward_model/held_out_accuracy" in rewards),
+            _score_by_kl(steps, held_out_apart="reward_model/held_out_accuracy" in rewards),
             _kl_and_entropy(steps, limits),
             _completions(steps),
             _updates(steps),
@@ -55,35 +55,35 @@ def draw_plots(steps: Sequence[Record], rewards: Record, limits: Mapping[str, An
     return [plot for plot in plots if plot]
 
 
-def _score_by_kl(steps: Sequence[Record], *, judges_apart: bool) -> Plot | None:
+def _score_by_kl(steps: Sequence[Record], *, held_out_apart: bool) -> Plot | None:
     size = max(1, math.ceil(len(steps) / MOST_POINTS))
     root_kl = _block_means(np.sqrt(np.maximum(series(steps, "objective/kl"), 0.0)), size)
     figure, (axes,) = panels(1, HEIGHT)
     told = []
     for key, name, whose, color in (
         ("objective/score", "reward model", "the reward model’s score", REWARD_MODEL),
-        ("objective/judge_score", "judge", "the judge’s", JUDGE),
+        ("objective/held_out_score", "held-out reward model", "the held-out reward model’s", HELD_OUT_MODEL),
     ):
         scores = _block_means(series(steps, key), size)
         if np.isfinite(root_kl + scores).any():
             axes.plot(root_kl, scores, color=color, linewidth=1, alpha=0.5)
             axes.scatter(root_kl, scores, s=np.linspace(12, 48, len(scores)), color=color, label=name)
             told.append(f"{whose} {Change.of(series(steps, key)).words}")
-    if told and (fall := fall_from_best(series(steps, "objective/judge_score"))):
+    if told and (fall := fall_from_best(series(steps, "objective/held_out_score"))):
         told[-1] += f" and ends {fall:.2g} below its best"
     if not told:
         return None
     axes.set(xlabel="√KL from the reference policy (√nat)", ylabel="score (reference: mean 0, deviation 1)")
     legend(axes)
     caption = (
-        f"n = {len(steps)} PPO steps{f', in means of {size}' if size > 1 else ''}; later ones are larger. KL is summed "
-        "over a completion."
+        f"n = {len(steps)} PPO rounds{f', in means of {size}' if size > 1 else ''}; later ones are larger. "
+        "KL is summed over a completion."
     )
     # With nobody held out, it is fitted to the same labelers.
-    if len(told) > 1 and judges_apart:
+    if len(told) > 1 and held_out_apart:
         caption += (
-            " The judge is fitted to labelers unknown to the reward model: where the two part, the policy is "
-            "over-optimised (Gao et al. 2022)."
+            " The held-out reward model is fitted to labelers unknown to the reward model: where the two part, the "
+            "policy is over-optimised (Gao et al. 2022)."
         )
     return Plot(_sentence(*told), to_svg(figure, "score-by-kl"), caption)
 
@@ -96,13 +96,13 @@ def _kl_and_entropy(steps: Sequence[Record], limits: Mapping[str, Any]) -> Plot 
         return None
     marked = _mark_limit(upper, kl, limits.get("max_kl"))
     upper.set_ylabel("KL (nats)")
-    lower.set(ylabel="entropy (nats)", xlabel="PPO step")
+    lower.set(ylabel="entropy (nats)", xlabel="PPO round")
     title = _sentence(
         f"the last rollouts are {last_finite(kl):.2g} nats from the reference" if drawn[0] else "",
         f"their entropy {Change.of(entropy).words}" if drawn[1] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO steps. KL from the reference policy is summed over a completion; entropy is per token."
+        f"n = {len(steps)} PPO rounds. KL from the reference policy is summed over a completion; entropy is per token."
     )
     return Plot(title, to_svg(figure, "kl-and-entropy"), caption + (" Dashed: where PPO stops." if marked else ""))
 
@@ -114,13 +114,15 @@ def _completions(steps: Sequence[Record]) -> Plot | None:
     if not any(drawn):
         return None
     upper.set(ylabel="length (tokens)", ylim=(0, None))
-    lower.set(ylabel="ended by itself (%)", xlabel="PPO step", ylim=(-4, 104))
+    lower.set(ylabel="ended by itself (%)", xlabel="PPO round", ylim=(-4, 104))
     tokens, share = Change.of(length), Change.of(ended)
     title = _sentence(
         f"completions go from {tokens.before:.0f} to {tokens.after:.0f} tokens" if drawn[0] else "",
         f"{share.before:.0f}% end by themselves at first, {share.after:.0f}% at last" if drawn[1] else "",
     )
-    caption = f"n = {len(steps)} PPO steps, means over the rollouts of each. The others are cut at the greatest length."
+    caption = (
+        f"n = {len(steps)} PPO rounds, means over the rollouts of each. The others are cut at the greatest length."
+    )
     return Plot(title, to_svg(figure, "completions"), caption)
 
 
@@ -135,14 +137,14 @@ def _updates(steps: Sequence[Record]) -> Plot | None:
     if not any(drawn):
         return None
     upper.set(ylabel="clipped tokens (%)", ylim=(0, None))
-    lower.set(ylabel="approx. KL (nats)", xlabel="PPO step", ylim=(0, None))
+    lower.set(ylabel="approx. KL (nats)", xlabel="PPO round", ylim=(0, None))
     legend(upper)
     title = _sentence(
         f"an update clips at most {greatest(clipped):.2g}% of the policy’s tokens" if drawn[0] else "",
         f"it moves the policy by at most {greatest(moved):.2g} nats a token" if drawn[2] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO steps. Approximate KL is per token, between the policies before and after an update."
+        f"n = {len(steps)} PPO rounds. Approximate KL is per token, between the policies before and after an update."
     )
     return Plot(title or "Only the value function’s clipping is known", to_svg(figure, "updates"), caption)
 
@@ -159,7 +161,7 @@ def _value_and_sampler(steps: Sequence[Record], limits: Mapping[str, Any]) -> Pl
     if cut:
         upper.set_ylim(-1.05, 1.05)
     upper.set_ylabel("explained variance")
-    lower.set(ylabel="sampler gap (nats)", xlabel="PPO step", ylim=(0, None))
+    lower.set(ylabel="sampler gap (nats)", xlabel="PPO round", ylim=(0, None))
     marked = _mark_limit(lower, gap, limits.get("max_sampler_gap"))
     change = Change.of(explained)
     title = _sentence(
@@ -169,7 +171,7 @@ def _value_and_sampler(steps: Sequence[Record], limits: Mapping[str, Any]) -> Pl
         f"sampler and trainer differ by at most {greatest(gap):.2g} nats a token" if drawn[1] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO steps. At 0 the values explain no more than the mean return would"
+        f"n = {len(steps)} PPO rounds. At 0 the values explain no more than the mean return would"
         f"{'; below -1 is cut off' if cut else ''}. The gap is the mean difference of a token’s log-probability."
         f"{' Dashed below: where PPO stops.' if marked else ''}"
     )
@@ -183,19 +185,19 @@ def _seconds(steps: Sequence[Record]) -> Plot | None:
     if not total:
         return None
     figure, (axes,) = panels(1, HEIGHT)
-    number = series(steps, "step") + 1
+    number = series(steps, "index") + 1
     edges = np.append(number - 0.5, number[-1] + 0.5)
     below = np.zeros(len(steps))
     for name, color in parts:
         axes.stairs(below + seconds[name], edges, baseline=below, fill=True, color=color, label=name)
         below = below + seconds[name]
-    axes.set(xlabel="PPO step", ylabel="time (s)", xlim=(edges[0], edges[-1]))
+    axes.set(xlabel="PPO round", ylabel="time (s)", xlim=(edges[0], edges[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     legend(axes)
     longest = max(seconds, key=lambda name: float(seconds[name].sum()))
     share = float(seconds[longest].sum()) / total
     title = f"{longest.capitalize()} took {share:.0%} of PPO’s {duration(total)}"
-    caption = f"n = {len(steps)} PPO steps, {total / len(steps):.1f} s each on average."
+    caption = f"n = {len(steps)} PPO rounds, {total / len(steps):.1f} s each on average."
     return Plot(title, to_svg(figure, "seconds"), caption)
 
 
@@ -207,7 +209,7 @@ def _line(axes: Axes, steps: Sequence[Record], values: Floats, color: str, label
         return False
     # Alone between two gaps, a value is seen only if it is marked.
     marker = "o" if len(values) <= MOST_MARKERS or not np.isfinite(values).all() else ""
-    axes.plot(series(steps, "step") + 1, values, color=color, marker=marker, markersize=4, label=label)
+    axes.plot(series(steps, "index") + 1, values, color=color, marker=marker, markersize=4, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return True
 

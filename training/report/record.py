@@ -17,7 +17,7 @@ from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from training.runs.folder import LABEL_NEXT, SamplePair, Unranked
 
 Record = Mapping[str, Any]
-RECORD_KEYS = frozenset({"time", "phase", "step", "num_steps"})
+RECORD_KEYS = frozenset({"time", "phase", "index", "count"})
 
 
 @dataclass(frozen=True)

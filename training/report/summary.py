@@ -33,7 +33,12 @@ PHASES = {
 # Metric, what it is called, how it is written, its unit.
 POLICY_FIGURES = (
     ("objective/score", "score, by the reward model", "{:z.2f}", "deviations of the reference policy’s scores"),
-    ("objective/judge_score", "score, by the judge", "{:z.2f}", "deviations of the reference policy’s scores"),
+    (
+        "objective/held_out_score",
+        "score, by the held-out reward model",
+        "{:z.2f}",
+        "deviations of the reference policy’s scores",
+    ),
     ("objective/kl", "KL from the reference policy", "{:z.2f}", "nats a completion"),
     ("objective/entropy", "entropy", "{:.2f}", "nats a token"),
     ("completion/length", "completion length", "{:.0f}", "tokens"),
@@ -87,7 +92,7 @@ def finding(run: Run) -> str:
     if last["phase"] == "done" and (epochs := fine_tuning(run)):
         best, reference = best_epoch(epochs), _number(last_of(records, "sft_reference"), "sft/score")
         return (
-            f"Version {version} is the reference policy fine-tuned on demonstrations, epoch {best['step'] + 1} of "
+            f"Version {version} is the reference policy fine-tuned on demonstrations, epoch {best['index'] + 1} of "
             f"{len(epochs)}: its score by the reward model is {_number(best, 'sft/score'):z.2f}, the reference's "
             f"{reference:z.2f}."
         )
@@ -98,7 +103,7 @@ def finding(run: Run) -> str:
     if version:
         promoted = last_of(records, "register").get("promoted")
         clauses.append(f"it was {'' if promoted else 'not '}promoted")
-    clauses += [f"PPO stopped itself at step {step['step'] + 1} of {step['num_steps']}" for step in _cut_short(run)]
+    clauses += [f"PPO stopped itself in round {step['index'] + 1} of {step['count']}" for step in _cut_short(run)]
     return _capitalized("; ".join(clauses)) + "."
 
 
@@ -117,9 +122,9 @@ def _where(records: Sequence[Record]) -> str:
         return "at once"
     last = records[-1]
     name = PHASES.get(last["phase"], last["phase"])
-    if last["num_steps"] == 1:
+    if last["count"] == 1:
         return f"after {name}"
-    return f"in {name}, after step {last['step'] + 1} of {last['num_steps']}"
+    return f"in {name}, after step {last['index'] + 1} of {last['count']}"
 
 
 def _win_rate(won: Record, policy: str) -> str:
@@ -134,13 +139,13 @@ def _win_rate(won: Record, policy: str) -> str:
 
 def _judge(steps: Sequence[Record]) -> list[str]:
     """What the second reward model says to the gain of the first."""
-    judged, score = series(steps, "objective/judge_score"), Change.of(series(steps, "objective/score"))
-    change, fall = Change.of(judged), fall_from_best(judged)
+    held_out, score = series(steps, "objective/held_out_score"), Change.of(series(steps, "objective/score"))
+    change, fall = Change.of(held_out), fall_from_best(held_out)
     if math.isnan(change.before):
         return []
     parted = ", a sign of over-optimisation" if fall and score.clear and score.after > score.before else ""
     ends = f" and ends {fall:.2g} below its best{parted}" if fall else ""
-    return [f"its score by the judge {change.words}{ends}"]
+    return [f"its score by the held-out reward model {change.words}{ends}"]
 
 
 def _short(reason: str) -> str:
@@ -164,7 +169,7 @@ def _count(won: Record) -> int:
 def stops(run: Run) -> list[str]:
     """Why PPO or the run ended before its end; nothing if neither did."""
     found = [
-        f"PPO stopped itself at step {record['step'] + 1} of {record['num_steps']}: {record['stopped/reason']}"
+        f"PPO stopped itself in round {record['index'] + 1} of {record['count']}: {record['stopped/reason']}"
         for record in _cut_short(run)
     ]
     records = run.records
@@ -188,7 +193,7 @@ def figures(run: Run) -> list[Figure]:
         *_outcome(won, last_of(run.records, "register")),
         *(
             Figure(
-                f"epoch {epoch['step'] + 1}",
+                f"epoch {epoch['index'] + 1}",
                 f"{_number(epoch, 'sft/score'):z.2f}",
                 f"score, by the reward model; loss {_number(epoch, 'sft/loss'):.3f} nats a token",
             )
@@ -233,7 +238,7 @@ def _of_metrics(steps: Sequence[Record], rows: Sequence[tuple[str, str, str, str
 def _not_finite(steps: Sequence[Record]) -> Iterator[Figure]:
     keys = dict.fromkeys(key for step in steps for key, value in step.items() if isinstance(value, float))
     for key in keys:
-        bad = [step["step"] + 1 for step in steps if key in step and not math.isfinite(_number(step, key))]
+        bad = [step["index"] + 1 for step in steps if key in step and not math.isfinite(_number(step, key))]
         if bad:
             named = ", ".join(map(str, bad[:MOST_STEPS])) + (", …" if len(bad) > MOST_STEPS else "")
             yield Figure(f"{key} is not finite", f"{len(bad)} of {len(steps)} steps", f"step {named}")

@@ -1,7 +1,7 @@
 """Figures as SVG that takes its colours and its type from the page it stands in, so that light and dark both work.
 
-One colour means one thing everywhere: the policy, the reward model, the judge (a second reward model, fitted to
-held-out labelers), or the value function. What is none of them is grey.
+One colour means one thing everywhere: the policy, the reward model, the held-out reward model (a second reward model,
+fitted to held-out labelers), or the value function. What is none of them is grey.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from matplotlib.figure import Figure
 
 # Drawn in these colours, which nothing else uses, and handed to the page as CSS variables of these names.
 INK, GRID, NEUTRAL = "#010101", "#020202", "#030303"
-POLICY, REWARD_MODEL, JUDGE, VALUE = "#040404", "#050505", "#060606", "#070707"
+POLICY, REWARD_MODEL, HELD_OUT_MODEL, VALUE = "#040404", "#050505", "#060606", "#070707"
 CSS_VARIABLES = {
     INK: "--ink-soft",
     GRID: "--grid",
     NEUTRAL: "--neutral",
     POLICY: "--policy",
     REWARD_MODEL: "--reward-model",
-    JUDGE: "--judge",
+    HELD_OUT_MODEL: "--held-out-model",
     VALUE: "--value",
 }
 STYLE = {

@@ -31,7 +31,7 @@ def write_events(folder: Path) -> Path | None:
     with open_writer(str(events)) as writer:
         for record in read_lines(folder / "metrics.jsonl").found:
             for tag, value in scalars(record):
-                writer.add_scalar(tag, value, global_step=record["step"], walltime=record["time"])
+                writer.add_scalar(tag, value, global_step=record["index"], walltime=record["time"])
     return events
 
 

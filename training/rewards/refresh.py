@@ -1,7 +1,8 @@
 """Refreshes the reward model from the store's rankings, and keeps the one before if the new one is worse.
 
 Heads alone are fitted anew to all rankings. A model with layers of its own goes on from the one before, on the new
-rankings mixed with old ones. A second model of heads alone, the judge, is fitted to the rankings of held-out labelers.
+rankings mixed with old ones. A second model of heads alone, the held-out reward model, is fitted to the rankings of
+held-out labelers.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def refresh(
     seed: int,
     log: Log,
 ) -> tuple[RewardModel, Fitted]:
-    """Fits, judges, and returns the model to use: the new one, or, if held-out accuracy fell, the one before.
+    """Fits, evaluates, and returns the model to use: the new one, or, if held-out accuracy fell, the one before.
 
     Raises TrainingError if the loss is not finite.
     """
@@ -132,11 +133,11 @@ def mixed(examples: list[RankedExample], known: frozenset[int], replay_share: fl
     return new + random.Random(seed).sample(old, count)
 
 
-def fit_judge(
+def fit_held_out_model(
     config: RewardModelConfig, shared: SharedLayers, examples: tuple[RankedExample, ...], *, seed: int
 ) -> RewardModel:
     """Fits heads alone to the rankings of held-out labelers."""
     heads_alone = config.model_copy(update={"num_trained_layers": 0})
-    judge = RewardModel(shared, heads_alone)
-    fit(judge, shared, examples, heads_alone, seed=seed, warm=False, log=lambda step, num_steps, metrics: None)
-    return judge
+    held_out_model = RewardModel(shared, heads_alone)
+    fit(held_out_model, shared, examples, heads_alone, seed=seed, warm=False, log=lambda step, num_steps, metrics: None)
+    return held_out_model

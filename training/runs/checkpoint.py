@@ -18,7 +18,7 @@ from torch import Tensor
 from feedback.durable import fsync, replace_file
 from training.models.tensor_file import save_tensors
 
-PREFIX = "step-"
+PREFIX = "round-"
 DRAFT = "draft"
 TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
@@ -27,12 +27,12 @@ TENSORS, FACTS = "tensors.safetensors", "facts.json"
 class Checkpoint:
     """What a run goes on from."""
 
-    step: int
+    round: int
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+def save_checkpoint(folder: Path, round_index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Writes a checkpoint, and removes the ones before it. Raises OSError, such as for a full disk."""
     draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
@@ -40,23 +40,23 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
     save_tensors(draft / TENSORS, tensors, {})
     replace_file(draft / FACTS, json.dumps(facts))
     fsync(draft)
-    target = folder / f"{PREFIX}{step}"
+    target = folder / f"{PREFIX}{round_index}"
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
     fsync(folder)
-    for old in _steps(folder):
-        if old < step:
+    for old in _rounds(folder):
+        if old < round_index:
             shutil.rmtree(folder / f"{PREFIX}{old}")
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """Loads the newest checkpoint; None if there is none."""
-    steps = _steps(folder)
-    if not steps:
+    rounds = _rounds(folder)
+    if not rounds:
         return None
-    found = folder / f"{PREFIX}{max(steps)}"
-    return Checkpoint(max(steps), load_file(found / TENSORS), json.loads((found / FACTS).read_text()))
+    found = folder / f"{PREFIX}{max(rounds)}"
+    return Checkpoint(max(rounds), load_file(found / TENSORS), json.loads((found / FACTS).read_text()))
 
 
-def _steps(folder: Path) -> list[int]:
+def _rounds(folder: Path) -> list[int]:
     return [int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*")]

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: its recipe, one line a step, samples before and after, and a report.
+"""The folder that a run leaves behind: its recipe, its metrics, samples before and after, and a report.
 
 While the run lasts, `state/` holds what it would be resumed from; it holds users' text no longer than that.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from feedback.durable import replace_file, write_json
-from training.config import TrainingConfig
+from training.config import RENAMED, TrainingConfig
 
 NUM_SAMPLE_PAIRS = 20
 METRICS, LABEL_NEXT = "metrics.jsonl", "label_next.jsonl"
@@ -99,8 +99,13 @@ class RunFolder:
                 shutil.rmtree(folder.state, ignore_errors=True)
 
     def config(self) -> TrainingConfig:
-        """The recipe that the run began with."""
-        return TrainingConfig.model_validate_json((self.path / "recipe.json").read_text())
+        """The recipe that the run began with, also where an earlier release wrote it."""
+        recipe = json.loads((self.path / "recipe.json").read_text())
+        for old, new in RENAMED.items():
+            section, old_name = old.split(".")
+            if old_name in recipe.get(section, {}):
+                recipe[section][new.split(".")[1]] = recipe[section].pop(old_name)
+        return TrainingConfig.model_validate_json(json.dumps(recipe))
 
     def origin(self) -> Origin:
         """What the run began from."""
@@ -135,21 +140,21 @@ class RunFolder:
         path = self.state / WAITS
         return path.read_text() if path.exists() else ""
 
-    def log(self, phase: str, step: int, num_steps: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl. `step` counts from 0."""
-        line = {"time": time.time(), "phase": phase, "step": step, "num_steps": num_steps, **metrics}
+    def log(self, phase: str, index: int, count: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl. `index` counts rounds, epochs or steps of the phase from 0."""
+        line = {"time": time.time(), "phase": phase, "index": index, "count": count, **metrics}
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def rewind(self, phase: str, step: int) -> None:
-        """Takes back the lines of `phase` from this step on, and all of later phases: they will be written again."""
+    def rewind(self, phase: str, index: int) -> None:
+        """Takes back the lines of `phase` from this index on, and all of later phases: they will be written again."""
         path = self.path / METRICS
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        for index, line in enumerate(lines):
+        for number, line in enumerate(lines):
             # A kill while a line was written leaves a part of it, always the last.
-            entry: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"phase": phase, "step": step}
-            if entry["phase"] == phase and entry["step"] >= step:
-                replace_file(path, "".join(lines[:index]))
+            entry: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"phase": phase, "index": index}
+            if entry["phase"] == phase and entry["index"] >= index:
+                replace_file(path, "".join(lines[:number]))
                 return
 
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:

@@ -31,9 +31,9 @@ def test_bag_of_words_learns_words_and_pairs_that_length_does_not_tell() -> None
 
 def test_words_never_seen_are_a_tie() -> None:
     model = baselines.fit([comparison("good", "bad")] * 3, [0.1])[0.1]
-    assert baselines.judged(model, [comparison("unheard", "of"), comparison("good", "bad")]) == (0.5, 1.0)
+    assert baselines.credits_of(model, [comparison("unheard", "of"), comparison("good", "bad")]) == (0.5, 1.0)
     with pytest.raises(ValueError, match="at least one comparison"):
-        baselines.judged(model, [])
+        baselines.credits_of(model, [])
 
 
 def test_logistic_weights_are_where_the_gradient_of_the_loss_vanishes() -> None:

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 SIZE = Size(
-    num_rankings=96, ks=range(2, 4), num_demonstrations=8, best_of=2, num_steps=3, num_held_out=6, tax_tokens=200,
+    num_rankings=96, ks=range(2, 4), num_demonstrations=8, best_of=2, num_rounds=3, num_held_out=6, tax_tokens=200,
     tax_items=4,
 )  # fmt: skip
 PARAGRAPHS = "\n".join(

@@ -17,7 +17,7 @@ from training.config import PpoConfig, TrainingConfig
 from training.runs.folder import Origin, RunFolder
 from training.runs.lease import TrainerLease, read_control, request_abort, set_paused
 
-CONFIG = TrainingConfig(ppo=PpoConfig(num_steps=3))
+CONFIG = TrainingConfig(ppo=PpoConfig(num_rounds=3))
 OLD, NEW = "20260101T000000-aaaaaa", "20260102T000000-bbbbbb"
 UNREACHABLE = "postgresql://alignd:secret@127.0.0.1:1/store"
 
@@ -121,8 +121,8 @@ def test_the_list_as_json(folder: Path) -> None:
             "state": "stopped",
             "reason": "too [little] data",
             "phase": "ppo",
-            "steps_done": 2,
-            "num_steps": 3,
+            "num_done": 2,
+            "count": 3,
             "score": 2.0,
             "kl": 0.5,
             "updated": updated,
@@ -159,7 +159,7 @@ def test_the_line_that_is_being_written_is_left_out(folder: Path, trainer: Train
     run = new_run(folder, NEW, ppo_round(0, 1.0))
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"time": 1, "pha')
-    assert listed()[0]["steps_done"] == 1
+    assert listed()[0]["num_done"] == 1
 
 
 def test_show_says_where_things_are_and_what_was_measured(folder: Path) -> None:

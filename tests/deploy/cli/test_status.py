@@ -15,7 +15,7 @@ from training.loop import CURSOR_FILE, Cursor
 from training.runs.folder import Origin, RunFolder
 from training.runs.lease import Control, TrainerLease
 
-LINE = '{"time": 1.0, "phase": "ppo", "step": 2, "num_steps": 10}\n'
+LINE = '{"time": 1.0, "phase": "ppo", "index": 2, "count": 10}\n'
 NAME = "20261126T140004-01fb6b"
 
 
@@ -26,9 +26,9 @@ NAME = "20261126T140004-01fb6b"
         (LINE, "running, ppo 3 of 10"),
         (LINE + '{"time": 2.0, "pha', "running, ppo 3 of 10"),
         ('{"ti', "running"),
-        (LINE + '{"time": 3.0, "phase": "done", "step": 0, "num_steps": 1, "version": 2}\n', "done: made v2"),
+        (LINE + '{"time": 3.0, "phase": "done", "index": 0, "count": 1, "version": 2}\n', "done: made v2"),
         (
-            LINE + '{"time": 3.0, "phase": "stopped", "step": 0, "num_steps": 1, "reason": "no room"}\n',
+            LINE + '{"time": 3.0, "phase": "stopped", "index": 0, "count": 1, "reason": "no room"}\n',
             "stopped: no room",
         ),
     ],
@@ -53,7 +53,7 @@ def test_new_rankings_are_told_from_those_that_a_run_has_seen(
 ) -> None:
     config = AligndConfig(data_dir=tmp_path, training=TrainingConfig(min_new_rankings=7))
     ledger = Ledger(config.store_url)
-    write_events(ledger, sample(), *(ranking(f"r{number}", time_s=number) for number in range(3)))
+    write_events(ledger, sample(), *(ranking(f"r{number}", time_seconds=number) for number in range(3)))
     ledger.close()
     config.runs_dir.mkdir()
     Cursor(config.runs_dir / CURSOR_FILE).write(1)

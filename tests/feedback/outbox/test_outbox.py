@@ -141,7 +141,7 @@ async def test_a_full_outbox_refuses_and_recovers(path: Path) -> None:
     assert stored_ids(path) == acknowledged
     relay_side = OutboxFile(path, 1 << 20)
     relay_side.mark_published([seq for seq, _ in relay_side.pending(30)])
-    assert relay_side.prune(retention_s=3600) == 30
+    assert relay_side.prune(retention_seconds=3600) == 30
     relay_side.close()
     for number in range(1000, 1020):
         assert (await outbox.append(make_record(number, 10_000), b"d", NOW)).is_new
@@ -206,9 +206,9 @@ def test_pending_is_in_order_until_published(file: OutboxFile) -> None:
 def test_only_old_published_events_are_pruned(file: OutboxFile) -> None:
     fill(file, 10)
     file.mark_published([seq for seq, _ in file.pending(4)])
-    assert file.prune(retention_s=60) == 0
+    assert file.prune(retention_seconds=60) == 0
     time.sleep(0.02)
-    assert file.prune(retention_s=0.01) == 4
+    assert file.prune(retention_seconds=0.01) == 4
     assert len(file.pending(100)) == 6
 
 

@@ -17,7 +17,7 @@ from feedback.bus.topics import FEEDBACK_TOPICS, RANKINGS
 from feedback.store.ledger import Ledger, Offset, StaleError
 from feedback.store.reader import Store, StoredDemonstration
 from tests.feedback import processes
-from tests.feedback.events import TIME_S, delivered, demonstration, ranking, sample
+from tests.feedback.events import TIME_SECONDS, delivered, demonstration, ranking, sample
 
 
 @pytest.fixture
@@ -92,14 +92,14 @@ def test_a_ranking_may_come_before_its_sample(ledger: Ledger, store: Store) -> N
 
 @pytest.mark.parametrize("order_of_arrival", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
 def test_the_latest_ranking_replaces_the_others(ledger: Ledger, store: Store, order_of_arrival: list[int]) -> None:
-    rankings = [ranking("c", time_s=0), ranking("a", time_s=10), ranking("b", time_s=10)]
+    rankings = [ranking("c", time_seconds=0), ranking("a", time_seconds=10), ranking("b", time_seconds=10)]
     write_events(ledger, sample(), *(rankings[index] for index in order_of_arrival))
     assert [group.ranking_id for group in store.ranked_groups()] == ["b"]
     assert store.num_rankings() == 3
 
 
 def test_another_users_ranking_replaces_nothing(ledger: Ledger, store: Store) -> None:
-    other = ranking("r2", time_s=10)
+    other = ranking("r2", time_seconds=10)
     other.user_id = "v"  # type: ignore[attr-defined]
     write_events(ledger, sample(), ranking("r1"), other)
     assert [group.ranking_id for group in store.ranked_groups()] == ["r1", "r2"]
@@ -109,7 +109,7 @@ def test_rankings_are_counted_and_read_from_a_number_on(ledger: Ledger, store: S
     assert (store.last_seq(), store.num_rankings()) == (0, 0)
     write_events(ledger, sample("s1"), sample("s2"), ranking("r1", "s1"))
     seq = store.last_seq()
-    write_events(ledger, ranking("r2", "s2"), ranking("r3", "s1", time_s=5))
+    write_events(ledger, ranking("r2", "s2"), ranking("r3", "s1", time_seconds=5))
     assert store.num_rankings(after_seq=seq) == 2
     assert [group.ranking_id for group in store.ranked_groups(after_seq=seq)] == ["r2", "r3"]
     assert store.last_seq() > seq
@@ -160,14 +160,14 @@ def test_with_bounds_a_reader_sees_what_was_there(ledger: Ledger, store: Store) 
     seq, sample_seq = store.last_seq(), store.last_sample_seq()
     before = store.ranked_groups(up_to_seq=seq, up_to_sample_seq=sample_seq)
     assert [group.ranking_id for group in before] == ["first"]
-    write_events(ledger, sample("s2"), ranking("second", "s1", time_s=5), ranking("other", "s2", time_s=5))
+    write_events(ledger, sample("s2"), ranking("second", "s1", time_seconds=5), ranking("other", "s2", time_seconds=5))
     assert store.ranked_groups(up_to_seq=seq, up_to_sample_seq=sample_seq) == before
     assert [group.ranking_id for group in store.ranked_groups(up_to_seq=seq)] == ["first", "early"]
     assert [group.ranking_id for group in store.ranked_groups()] == ["second", "other"]
 
 
 def test_a_ranking_is_replaced_within_the_bound(ledger: Ledger, store: Store) -> None:
-    write_events(ledger, sample(), ranking("a"), ranking("b", time_s=5), ranking("c", time_s=10))
+    write_events(ledger, sample(), ranking("a"), ranking("b", time_seconds=5), ranking("c", time_seconds=10))
     (newest,) = store.ranked_groups()
     assert newest.ranking_id == "c"
     bounds = range(newest.seq - 3, newest.seq + 1)
@@ -196,13 +196,13 @@ def test_prompts_up_to_a_sample_do_not_change_when_more_come(ledger: Ledger, sto
 
 def test_the_oldest_new_rankings_time(ledger: Ledger, store: Store) -> None:
     assert store.oldest_ranking_time(0) is None
-    write_events(ledger, ranking("r1", time_s=0), ranking("r2", time_s=20))
+    write_events(ledger, ranking("r1", time_seconds=0), ranking("r2", time_seconds=20))
     seq = store.last_seq()
-    late = ranking("r4", time_s=5)
+    late = ranking("r4", time_seconds=5)
     late.event_time.nanos = 250_000_000  # type: ignore[attr-defined]
-    write_events(ledger, ranking("r3", time_s=10), late)
-    assert store.oldest_ranking_time(0) == TIME_S
-    assert store.oldest_ranking_time(seq) == TIME_S + 5.25
+    write_events(ledger, ranking("r3", time_seconds=10), late)
+    assert store.oldest_ranking_time(0) == TIME_SECONDS
+    assert store.oldest_ranking_time(seq) == TIME_SECONDS + 5.25
     assert store.oldest_ranking_time(store.last_seq()) is None
 
 
@@ -234,7 +234,7 @@ def test_a_users_latest_demonstration_of_a_sample_counts(ledger: Ledger, store: 
 
 def test_the_same_thing_submitted_twice_is_one(ledger: Ledger, store: Store) -> None:
     # Two replicas that took the same retry give it different times.
-    assert write_events(ledger, sample(), ranking("r1", time_s=0), ranking("r1", time_s=3)) == 0
+    assert write_events(ledger, sample(), ranking("r1", time_seconds=0), ranking("r1", time_seconds=3)) == 0
     assert store.num_rankings() == 1
 
 
@@ -309,7 +309,7 @@ def test_no_bytes_break_the_ledger(ledger: Ledger, value: bytes, topic: str) -> 
 
 EVENTS = [
     *(sample(f"s{i}") for i in range(4)),
-    *(ranking(f"r{i}", f"s{i % 5}", time_s=i) for i in range(8)),
+    *(ranking(f"r{i}", f"s{i % 5}", time_seconds=i) for i in range(8)),
     ranking("r1", order=[[2], [1], [0]]),
     demonstration("d1"),
     ranking("", "s1"),

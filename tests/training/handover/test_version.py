@@ -8,9 +8,9 @@ import pytest
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from tests.training.test_loop import lines
 from training.config import PpoConfig, TrainingConfig
+from training.context import Run
 from training.handover.version import KL, WIN_RATE, go_live
 from training.runs.folder import RunFolder
-from training.workplace import Run
 
 NOBODY = cast(Any, None)
 

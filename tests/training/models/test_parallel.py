@@ -28,7 +28,7 @@ from training.runs.checkpoint import newest_checkpoint
 
 PTX = PtxConfig(data="given by the test", sequence_tokens=12, num_calibration_steps=1)
 UPDATE = PPO.model_copy(
-    update={"num_steps": 1, "prompts_per_step": 8, "num_minibatches": 1, "num_epochs": 2, "micro_batch_tokens": 24}
+    update={"num_rounds": 1, "prompts_per_round": 8, "num_minibatches": 1, "num_epochs": 2, "micro_batch_tokens": 24}
 )
 # bf16 rounds a row otherwise beside a longer one, or where weights differ in their last bits: rows alone, and one step.
 BF16 = {"micro_batch_tokens": 1, "num_epochs": 1, "ptx": PTX.model_copy(update={"gamma": 0.5})}
@@ -107,7 +107,7 @@ def test_rows_that_ranks_cannot_divide_are_refused() -> None:
 
 EVERYTHING = PPO.model_copy(
     update={
-        "num_steps": 4, "prompts_per_step": 8, "rollouts_per_prompt": 2, "max_tokens": 6, "num_epochs": 2,
+        "num_rounds": 4, "prompts_per_round": 8, "rollouts_per_prompt": 2, "max_tokens": 6, "num_epochs": 2,
         "ema_decay": 0.8, "target_kl": 0.5, "micro_batch_tokens": 40,
         "ptx": PTX.model_copy(update={"num_calibration_steps": 6}),
     }
@@ -122,7 +122,7 @@ def test_a_run_whose_ranks_were_killed_ends_bit_for_bit_as_one_that_was_not(tiny
     assert on_two_ranks(work.several_rounds, tiny_folder, tmp_path / "killed", EVERYTHING, 2) == killed
     found = newest_checkpoint(tmp_path / "killed" / "checkpoints")
     assert found is not None
-    assert found.step == 2
+    assert found.round == 2
     assert on_two_ranks(work.several_rounds, tiny_folder, tmp_path / "killed", EVERYTHING, None) == [0, 0]
     expected, all_figures = left(tmp_path / "alive", 0)
     assert len(all_figures) == 4
@@ -152,7 +152,7 @@ def test_all_ranks_stop_at_the_same_round_and_keep_the_same_policy(tiny_folder: 
     assert on_two_ranks(work.several_rounds, tiny_folder, tmp_path, config, None) == [0, 0]
     (first, first_saw), (second, second_saw) = left(tmp_path, 0), left(tmp_path, 1)
     assert first_saw == second_saw
-    assert 2 < len(first_saw) < config.num_steps
+    assert 2 < len(first_saw) < config.num_rounds
     assert "ppo.max_kl = 0.7" in first_saw[-1]["stopped/reason"]
     assert distance(first, second) == 0
 
@@ -178,6 +178,6 @@ def test_another_number_of_processes_than_configured_is_refused() -> None:
 
 def test_prompts_that_ranks_cannot_divide_end_the_run(shared: SharedLayers, tiny_folder: Path) -> None:
     learner = replace(learner_of(shared, tiny_folder, PPO, fitted(shared, count=20)), ranks=Ranks(0, 3))
-    world, _ = world_of(tiny_folder, PPO)
-    with pytest.raises(TrainingError, match=r"ppo\.prompts_per_step: 16 is not a multiple of 6"):
-        ppo.train(learner, PPO, world, seed=0)
+    hooks, _ = world_of(tiny_folder, PPO)
+    with pytest.raises(TrainingError, match=r"ppo\.prompts_per_round: 16 is not a multiple of 6"):
+        ppo.train(learner, PPO, hooks, seed=0)

@@ -41,7 +41,7 @@ CONFIG = TrainingConfig.model_validate(
     {
         "reward_model": {"num_layers": 2, "num_trained_layers": 1},
         "ppo": {
-            "prompts_per_step": 4, "rollouts_per_prompt": 3, "max_prompt_tokens": 32, "max_tokens": 24,
+            "prompts_per_round": 4, "rollouts_per_prompt": 3, "max_prompt_tokens": 32, "max_tokens": 24,
             "num_frozen_layers": 1, "num_minibatches": 2, "micro_batch_tokens": 2 * 104,
         },
     }
@@ -132,11 +132,11 @@ def test_frozen_weights_are_what_the_models_hold(number_bytes: int, shared: Shar
 
 
 def learner_of(shared: SharedLayers, config: TrainingConfig) -> Any:
-    rewards, judge = (
+    rewards, held_out_model = (
         RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": layers})) for layers in (1, 0)
     )
     policy = UpperLayers(shared.model, config.ppo.num_frozen_layers, shared.num_layers).trainable(config.ppo.lora)
-    return make_learner(shared, policy, rewards, judge, config.ppo)
+    return make_learner(shared, policy, rewards, held_out_model, config.ppo)
 
 
 def test_rollouts_of_a_round_take_what_is_planned(number_bytes: int, shared: SharedLayers, tiny_folder: Path) -> None:
@@ -144,7 +144,14 @@ def test_rollouts_of_a_round_take_what_is_planned(number_bytes: int, shared: Sha
     assert part(plan_memory(work), "value model: weights, fp32") == sum(
         each.nbytes for each in learner.value.parameters() if each.requires_grad
     )
-    modules = (shared.model, learner.reference, learner.policy, learner.value, learner.reward_model, learner.judge)
+    modules = (
+        shared.model,
+        learner.reference,
+        learner.policy,
+        learner.value,
+        learner.reward_model,
+        learner.held_out_model,
+    )
     held = itertools.chain.from_iterable((*module.parameters(), *module.buffers()) for module in modules)
     rollout = Rollout(COMPLETION, (-1.0,) * len(COMPLETION), finished=True)
     with Allocations(held) as allocations:
@@ -200,7 +207,7 @@ def test_activations_and_logits_peak_where_planned(
 
 ppo_values = st.fixed_dictionaries(
     {
-        "prompts_per_step": st.integers(1, 64),
+        "prompts_per_round": st.integers(1, 64),
         "rollouts_per_prompt": st.integers(1, 9),
         "max_tokens": st.integers(1, 512),
         "max_prompt_tokens": st.integers(1, 512),
@@ -221,7 +228,7 @@ def planned(values: Mapping[str, object], num_devices: int = 1, **more: object) 
 @given(ppo_values)
 def test_memory_never_falls_with_rollouts_lengths_or_batches(values: dict[str, int]) -> None:
     before = planned(values)
-    for name in ("prompts_per_step", "rollouts_per_prompt", "max_tokens", "max_prompt_tokens", "micro_batch_tokens"):
+    for name in ("prompts_per_round", "rollouts_per_prompt", "max_tokens", "max_prompt_tokens", "micro_batch_tokens"):
         after = planned(values, **{name: values[name] + 1})
         for old, new in zip(before.parts, after.parts, strict=True):
             assert new.bytes >= old.bytes, (name, old.name)
@@ -231,7 +238,7 @@ def test_memory_never_falls_with_rollouts_lengths_or_batches(values: dict[str, i
 @settings(max_examples=30)
 @given(ppo_values, st.integers(2, 8))
 def test_a_round_grows_with_its_prompts_and_activations_with_a_micro_batch(values: dict[str, int], times: int) -> None:
-    more = planned(values, prompts_per_step=times * values["prompts_per_step"])
+    more = planned(values, prompts_per_round=times * values["prompts_per_round"])
     assert part(more, "rollouts of a round") == pytest.approx(times * part(planned(values), "rollouts of a round"))
     longest = values["max_prompt_tokens"] + values["rollouts_per_prompt"] * values["max_tokens"]
     one, many = (planned(values, micro_batch_tokens=factor * longest) for factor in (1, times))

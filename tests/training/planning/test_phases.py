@@ -69,7 +69,7 @@ def test_flops_of_an_update_are_what_torch_counts(
 
 
 def test_decoding_reads_all_weights_and_caches_at_each_step() -> None:
-    work = work_of(ppo={"prompts_per_step": 8, "rollouts_per_prompt": 4, "max_tokens": 40}, max_num_seqs=16)
+    work = work_of(ppo={"prompts_per_round": 8, "rollouts_per_prompt": 4, "max_tokens": 40}, max_num_seqs=16)
     found, model = phases(work)["rollouts"], work.model
     # 32 rollouts, 16 at a time, of 40 tokens after 50: 80 steps, at a mean context of 70.
     num_bytes = 80 * (2 * 134_515_008 + 16 * 70 * 2 * 2 * 30 * 3 * 64)
@@ -85,7 +85,7 @@ def test_decoding_reads_all_weights_and_caches_at_each_step() -> None:
 
 def test_one_rollout_is_bound_by_memory_and_many_by_matrix_products() -> None:
     def seconds(count: int, machine: Hardware) -> float:
-        values = {"prompts_per_step": count, "rollouts_per_prompt": 1, "max_tokens": 40, "num_minibatches": 1}
+        values = {"prompts_per_round": count, "rollouts_per_prompt": 1, "max_tokens": 40, "num_minibatches": 1}
         return phases(work_of(ppo=values, max_num_seqs=4096, kv_cache_mib=1 << 20), machine)["rollouts"].seconds
 
     reads_twice = Hardware("reads twice as fast", 40.0, 1000.0, 16.0)
@@ -141,7 +141,7 @@ def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
 
 
 def test_held_out_prompts_are_asked_twice_once_each() -> None:
-    work = work_of(num_evaluation_prompts=32, ppo={"prompts_per_step": 32, "rollouts_per_prompt": 1})
+    work = work_of(num_evaluation_prompts=32, ppo={"prompts_per_round": 32, "rollouts_per_prompt": 1})
     drawn, asked = phases(work)["rollouts"], phases(work)["evaluation"]
     once = (drawn.tokens, drawn.flops, drawn.bytes, drawn.seconds)
     assert (asked.tokens, asked.flops, asked.bytes, asked.seconds) == tuple(2 * each for each in once)
@@ -173,7 +173,7 @@ def test_the_reward_model_is_fitted_once_to_all_that_is_not_held_out() -> None:
 
 ppo_values = st.fixed_dictionaries(
     {
-        "prompts_per_step": st.integers(1, 64),
+        "prompts_per_round": st.integers(1, 64),
         "rollouts_per_prompt": st.integers(1, 9),
         "max_tokens": st.integers(1, 512),
         "num_epochs": st.integers(1, 4),
@@ -192,7 +192,7 @@ def test_no_phase_beats_the_roof_and_more_work_takes_longer(
     for phase in before.values():
         assert phase.seconds > 0
         assert phase.seconds >= max(phase.flops / 1e12, phase.bytes / 20e9) * (1 - 1e-9)
-    for name in ("prompts_per_step", "rollouts_per_prompt", "num_epochs"):
+    for name in ("prompts_per_round", "rollouts_per_prompt", "num_epochs"):
         after = phases(work_of(model, prompt, completion, ppo={**values, name: values[name] + 1}))
         assert all(after[phase].seconds >= before[phase].seconds * (1 - 1e-9) for phase in before)
 

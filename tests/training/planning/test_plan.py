@@ -37,7 +37,7 @@ def test_adapters_are_trained_on_a_policy_that_is_not() -> None:
 
 
 def test_a_run_is_its_rounds_and_what_is_done_once() -> None:
-    short, long = plan_of(ppo={"num_steps": 1}), plan_of(ppo={"num_steps": 11})
+    short, long = plan_of(ppo={"num_rounds": 1}), plan_of(ppo={"num_rounds": 11})
     assert long.round == short.round
     assert long.run_seconds - short.run_seconds == pytest.approx(10 * short.round_seconds)
     assert long.run_flops - short.run_flops == pytest.approx(10 * sum(each.flops for each in short.round))

@@ -76,7 +76,7 @@ class Recording:
     def config(self) -> PpoConfig:
         job = self.job
         return PpoConfig(
-            prompts_per_step=len(self.finished_N), rollouts_per_prompt=1, num_frozen_layers=0,
+            prompts_per_round=len(self.finished_N), rollouts_per_prompt=1, num_frozen_layers=0,
             num_minibatches=job["num_mini_batches"], learning_rate=job["learning_rate"],
             value_learning_rate=job["learning_rate"], kl_coef=job["kl_coef"],
             missing_eos_penalty=job["missing_eos_penalty"], score_clip=NO_LIMIT, gamma=job["gamma"],

@@ -18,7 +18,7 @@ PROMPT = (1, 50, 90, 17)
 BETA = 0.5
 CONFIG = PPO.model_copy(
     update={
-        "num_steps": 40, "prompts_per_step": 1, "rollouts_per_prompt": 1024, "max_tokens": 1, "num_minibatches": 1,
+        "num_rounds": 40, "prompts_per_round": 1, "rollouts_per_prompt": 1024, "max_tokens": 1, "num_minibatches": 1,
         "num_epochs": 2, "kl_coef": BETA, "ema_decay": 0.9,
     }
 )  # fmt: skip
@@ -76,8 +76,8 @@ def test_ppo_reaches_the_best_policy_of_a_bandit(
             getattr(rewards, name).fill_(value)
         rewards.heads_FE[0] = 1.0
     learner = learner_of(shared, tiny_folder, CONFIG, rewards)
-    world = ppo.World([PROMPT], sampler.sample, sampler.load_weights, silent)
-    assert ppo.train(learner, CONFIG, world, seed=0) is None
+    hooks = ppo.PpoHooks([PROMPT], sampler.sample, sampler.load_weights, silent)
+    assert ppo.train(learner, CONFIG, hooks, seed=0) is None
 
     before, after = (
         0.5 * float((policy_V.exp() - best_V).abs().sum()) for policy_V in (reference_V, sampler.logprobs_V())

@@ -35,7 +35,7 @@ def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
 
 
 def kept(seen: list[dict[str, Any]]) -> ppo.Log:
-    return lambda step, num_steps, metrics: seen.append(metrics)
+    return lambda index, count, metrics: seen.append(metrics)
 
 
 def draws_from(sampler: PlainSampler, learner: Learner) -> bool:
@@ -49,16 +49,16 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     shared: SharedLayers, tiny_folder: Path, lora: LoraConfig
 ) -> None:
     rewards = fitted(shared)
-    judged = evaluate_rewards(rewards, shared, ranked_examples(shared, 40, seed=2))
-    assert judged is not None
-    assert judged.num_comparisons > 150
+    evaluated = evaluate_rewards(rewards, shared, ranked_examples(shared, 40, seed=2))
+    assert evaluated is not None
+    assert evaluated.num_comparisons > 150
     # The random layers drown most of the embedding: the same head finds 0.74 here, and chance is 0.5.
-    assert judged.accuracy > 0.65
+    assert evaluated.accuracy > 0.65
 
     seen: list[dict[str, Any]] = []
     rate = {"learning_rate": 1e-2} if lora.rank else {}
     config = PPO.model_copy(update={"lora": lora, **rate})
-    world, sampler = world_of(tiny_folder, config, kept(seen))
+    hooks, sampler = world_of(tiny_folder, config, kept(seen))
     before = sampler.sample(PROMPTS, seed=7)
     references = [Group(p, tuple(r.token_ids for r in drawn)) for p, drawn in zip(PROMPTS, before, strict=True)]
     normalise(rewards, torch.cat(score_groups(rewards, shared, references)))
@@ -66,8 +66,8 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std()) == pytest.approx(1, abs=1e-4)
 
-    assert ppo.train(learner_of(shared, tiny_folder, config, rewards), config, world, seed=0) is None
-    assert len(seen) == config.num_steps == sampler.num_loads - 1
+    assert ppo.train(learner_of(shared, tiny_folder, config, rewards), config, hooks, seed=0) is None
+    assert len(seen) == config.num_rounds == sampler.num_loads - 1
     assert seen[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert seen[-1]["objective/score"] > seen[0]["objective/score"] + 0.5
     assert seen[-1]["objective/kl"] > 0
@@ -79,12 +79,12 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
     rounds: list[Weights] = []
     config = PPO.model_copy(update={"max_kl": 0.5})
     learner = learner_of(shared, tiny_folder, config, fitted(shared))
-    world, sampler = world_of(tiny_folder, config, kept(seen))
-    world = replace(world, between_rounds=lambda: rounds.append(trained_weights(learner.policy)))
-    reason = ppo.train(learner, config, world, seed=0)
+    hooks, sampler = world_of(tiny_folder, config, kept(seen))
+    hooks = replace(hooks, between_rounds=lambda: rounds.append(trained_weights(learner.policy)))
+    reason = ppo.train(learner, config, hooks, seed=0)
     assert reason is not None
     assert "ppo.max_kl = 0.5" in reason
-    assert 2 < len(seen) == len(rounds) < config.num_steps
+    assert 2 < len(seen) == len(rounds) < config.num_rounds
     assert seen[-1]["objective/kl"] > 0.5 > seen[-2]["objective/kl"]
     assert seen[-1]["stopped/reason"] == reason
     for name, tensor in trained_weights(learner.policy).items():
@@ -95,9 +95,9 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
 def test_ppo_that_makes_nothing_within_bounds_keeps_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
     """Else what it began from would be registered as something new."""
     config = PPO.model_copy(update={"max_kl": 1e-4, "learning_rate": 1e-2})
-    world, _ = world_of(tiny_folder, config)
+    hooks, _ = world_of(tiny_folder, config)
     with pytest.raises(TrainingError, match=r"stopped in round 2 with nothing better to keep: .*ppo.max_kl"):
-        ppo.train(learner_of(shared, tiny_folder, config, fitted(shared)), config, world, seed=0)
+        ppo.train(learner_of(shared, tiny_folder, config, fitted(shared)), config, hooks, seed=0)
 
 
 def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -105,10 +105,10 @@ def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLaye
     with torch.no_grad():
         rewards.heads_FE[0] = torch.nan
     learner = learner_of(shared, tiny_folder, PPO, rewards)
-    world, sampler = world_of(tiny_folder, PPO)
+    hooks, sampler = world_of(tiny_folder, PPO)
     before = {name: tensor.clone() for name, tensor in sampler.model.state_dict().items()}
-    with pytest.raises(TrainingError, match="not finite: objective/score, objective/judge_score"):
-        ppo.train(learner, PPO, world, seed=0)
+    with pytest.raises(TrainingError, match="not finite: objective/score, objective/held_out_score"):
+        ppo.train(learner, PPO, hooks, seed=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sampler.model.state_dict().items())
 
 
@@ -116,9 +116,9 @@ def test_a_loss_that_is_not_finite_is_an_error(shared: SharedLayers, tiny_folder
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared))
     with torch.no_grad():
         learner.value.head_F[0] = torch.nan
-    world, _ = world_of(tiny_folder, PPO)
+    hooks, _ = world_of(tiny_folder, PPO)
     with pytest.raises(TrainingError, match="must be finite"):
-        ppo.train(learner, PPO, world, seed=0)
+        ppo.train(learner, PPO, hooks, seed=0)
 
 
 def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -132,8 +132,8 @@ def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: Sha
             with torch.no_grad():
                 learner.value.head_F[0] = torch.nan
 
-    world, sampler = world_of(tiny_folder, PPO, kept(seen))
-    reason = ppo.train(learner, PPO, replace(world, between_rounds=poison), seed=0)
+    hooks, sampler = world_of(tiny_folder, PPO, kept(seen))
+    reason = ppo.train(learner, PPO, replace(hooks, between_rounds=poison), seed=0)
     assert reason is not None
     assert "must be finite" in reason
     assert len(seen) == 3
@@ -143,15 +143,15 @@ def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: Sha
 
 
 def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLayers, tiny_folder: Path) -> None:
-    config = PPO.model_copy(update={"num_steps": 3, "ema_decay": 0.6, "num_warmup_steps": 1})
+    config = PPO.model_copy(update={"num_rounds": 3, "ema_decay": 0.6, "num_warmup_rounds": 1})
     learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
     rates: list[list[float]] = []
     learner.optimizer.register_step_pre_hook(
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     weights = [trained_weights(learner.policy)]
-    world, sampler = world_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
-    assert ppo.train(learner, config, world, seed=0) is None
+    hooks, sampler = world_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
+    assert ppo.train(learner, config, hooks, seed=0) is None
     peaks = [config.learning_rate, config.value_learning_rate]
     assert rates == [pytest.approx([peak * factor for peak in peaks]) for factor in (0.5, 0.5, 1, 1, 1, 1)]
     for name, found in trained_weights(learner.policy).items():
@@ -167,11 +167,11 @@ def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
 ) -> None:
     monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: False)
     shared = SharedLayers(load_model(tiny_folder))
-    config = PPO.model_copy(update={"num_steps": 2, "learning_rate": 1e-6})
+    config = PPO.model_copy(update={"num_rounds": 2, "learning_rate": 1e-6})
     learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
     seen: list[dict[str, Any]] = []
-    world, sampler = world_of(tiny_folder, config, kept(seen))
-    assert ppo.train(learner, config, world, seed=0) is None
+    hooks, sampler = world_of(tiny_folder, config, kept(seen))
+    assert ppo.train(learner, config, hooks, seed=0) is None
     assert draws_from(sampler, learner)
     assert seen[1]["rollout/sampler_gap"] < 1e-5
     tensors = merged_tensors(shared, learner.policy, torch.float32)
@@ -197,7 +197,7 @@ def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:
 
 def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: Iterator[tuple[int, ...]]) -> Gradients:
     """The policy's gradients at each optimizer step of one round."""
-    config = PPO.model_copy(update={"num_steps": 1, "max_grad_norm": 1e9, "ptx": mix})
+    config = PPO.model_copy(update={"num_rounds": 1, "max_grad_norm": 1e9, "ptx": mix})
     learner = learner_of(shared, folder, config, fitted(shared, count=20))
     found: Gradients = []
 
@@ -205,8 +205,8 @@ def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: 
         found.append([p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None])
 
     learner.optimizer.register_step_pre_hook(keep)
-    world, _ = world_of(folder, config, pretraining=text if mix.data else None)
-    assert ppo.train(learner, config, world, seed=0) is None
+    hooks, _ = world_of(folder, config, pretraining=text if mix.data else None)
+    assert ppo.train(learner, config, hooks, seed=0) is None
     return found
 
 
@@ -215,7 +215,7 @@ def test_one_step_is_taken_on_the_sum_of_both_gradients(shared: SharedLayers, ti
     plain = stepped_gradients(shared, tiny_folder, PtxConfig(), iter(()))
     mixed = stepped_gradients(shared, tiny_folder, mix, endless_text())
     # As many sequences as a minibatch has rollouts.
-    drawn = list(itertools.islice(endless_text(), PPO.prompts_per_step * PPO.rollouts_per_prompt // 2))
+    drawn = list(itertools.islice(endless_text(), PPO.prompts_per_round * PPO.rollouts_per_prompt // 2))
     policy = upper_layers_of(tiny_folder, shared, PPO.num_frozen_layers, LoraConfig())
     ptx.add_gradient(policy, shared, drawn, gamma=0.5, max_tokens=PPO.micro_batch_tokens)
     text = [p.grad for p in trained_parameters(policy) if p.grad is not None]
@@ -231,7 +231,7 @@ class KilledError(Exception):
 
 EVERYTHING = PPO.model_copy(
     update={
-        "num_steps": 5, "num_epochs": 2, "ema_decay": 0.8, "target_kl": 0.5, "micro_batch_tokens": 100,
+        "num_rounds": 5, "num_epochs": 2, "ema_decay": 0.8, "target_kl": 0.5, "micro_batch_tokens": 100,
         "ptx": PtxConfig(data="given by the test", sequence_tokens=12, num_calibration_steps=6),
     }
 )  # fmt: skip
@@ -256,13 +256,13 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(
 
         for attempt in range(kills + 1):
             learner = learner_of(shared, tiny_folder, EVERYTHING, rewards)
-            world, _ = world_of(tiny_folder, EVERYTHING, kept(seen), pretraining=endless_text())
-            world = replace(world, checkpoints=tmp_path / str(kills), between_rounds=between)
+            hooks, _ = world_of(tiny_folder, EVERYTHING, kept(seen), pretraining=endless_text())
+            hooks = replace(hooks, checkpoints=tmp_path / str(kills), between_rounds=between)
             if attempt < kills:
                 with pytest.raises(KilledError):
-                    ppo.train(learner, EVERYTHING, world, seed=5)
+                    ppo.train(learner, EVERYTHING, hooks, seed=5)
             else:
-                assert ppo.train(learner, EVERYTHING, world, seed=5) is None
+                assert ppo.train(learner, EVERYTHING, hooks, seed=5) is None
         found.append(merged_weights(shared, learner.policy))
         histories.append([{k: v for k, v in each.items() if not k.startswith("seconds/")} for each in seen])
     assert histories[0] == histories[1]
@@ -296,8 +296,8 @@ def test_between_rounds_may_end_the_run(shared: SharedLayers, tiny_folder: Path)
     def abort() -> None:
         raise TrainingError("aborted")
 
-    world, sampler = world_of(tiny_folder, PPO)
+    hooks, sampler = world_of(tiny_folder, PPO)
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=20))
     with pytest.raises(TrainingError, match="aborted"):
-        ppo.train(learner, PPO, replace(world, log=silent, between_rounds=abort), seed=0)
+        ppo.train(learner, PPO, replace(hooks, log=silent, between_rounds=abort), seed=0)
     assert sampler.num_loads == 1

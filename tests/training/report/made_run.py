@@ -51,13 +51,13 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def ppo_step(i: int, num_steps: int) -> dict[str, float | str]:
-    """A made-up step that reads like a real one: the judge follows the reward model, and then parts from it."""
-    wave, part = math.sin(2.3 * i), i / max(1, num_steps)
+def ppo_step(i: int, num_rounds: int) -> dict[str, float | str]:
+    """A made-up round that reads like a real one: both rewards rise, and then they part."""
+    wave, part = math.sin(2.3 * i), i / max(1, num_rounds)
     return {
         "objective/kl": 0.01 + 6.5 * part**1.4 + 0.15 * abs(wave),
         "objective/score": 2.1 * (1 - math.exp(-3 * part)) + 0.07 * wave,
-        "objective/judge_score": 2.2 * part - 1.8 * part**2 + 0.09 * math.cos(2.9 * i),
+        "objective/held_out_score": 2.2 * part - 1.8 * part**2 + 0.09 * math.cos(2.9 * i),
         "objective/entropy": 2.4 - 0.9 * part + 0.05 * wave,
         "completion/length": 60 - 22 * part + 1.5 * wave,
         "completion/eos_rate": min(1.0, 0.12 + 0.85 * part + 0.02 * wave),
@@ -79,20 +79,20 @@ def ppo_step(i: int, num_steps: int) -> dict[str, float | str]:
     }
 
 
-def make_lines(num_steps: int = 40) -> list[dict[str, Any]]:
+def make_lines(num_rounds: int = 40) -> list[dict[str, Any]]:
     """All lines of a run that went through."""
     lines: list[dict[str, Any]] = []
 
     def log(phase: str, step: int, count: int, metrics: Mapping[str, Any]) -> None:
         time = lines[-1]["time"] + 7.5 if lines else START
-        lines.append({"time": time, "phase": phase, "step": step, "num_steps": count, **metrics})
+        lines.append({"time": time, "phase": phase, "index": step, "count": count, **metrics})
 
     for step in (7, 15, 23):
         log("reward_model", step, 24, {"reward_model/loss": 0.58, "reward_model/accuracy": 0.74} if step == 23 else {})
     log("reward_model_evaluation", 0, 1, EVALUATION)
     log("normalise", 0, 1, {"reward_model/reference_std": 1.31})
-    for step in range(num_steps):
-        log("ppo", step, num_steps, ppo_step(step, num_steps))
+    for step in range(num_rounds):
+        log("ppo", step, num_rounds, ppo_step(step, num_rounds))
     won = {
         "reward_model/win_rate_over_reference": 0.711,
         "low": 0.59,
@@ -140,7 +140,7 @@ def make_folder(
     """A run's folder, written as a run writes it."""
     run = RunFolder(root / RUN_ID)
     run.path.mkdir(parents=True)
-    recipe = TrainingConfig(seed=7, ppo=PpoConfig(num_steps=40, target_kl=6.0))
+    recipe = TrainingConfig(seed=7, ppo=PpoConfig(num_rounds=40, target_kl=6.0))
     (run.path / "recipe.json").write_text(recipe.model_dump_json())
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if samples:

@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 def ended(lines: Sequence[Mapping[str, Any]], reason: str) -> list[Mapping[str, Any]]:
     """The lines, and one that says why there are no more."""
-    return [*lines, {"time": START + 999, "phase": "stopped", "step": 0, "num_steps": 1, "reason": reason}]
+    return [*lines, {"time": START + 999, "phase": "stopped", "index": 0, "count": 1, "reason": reason}]
 
 
 def report_of(root: Path, lines: Sequence[Mapping[str, Any]], **folder: Any) -> Page:
@@ -81,8 +81,8 @@ def test_page_has_every_plot_in_the_colours_of_the_page(page: Page) -> None:
     assert len(svgs) == page.tags.count("figcaption") == NUM_PLOTS
     assert all("var(--ink-soft)" in svg for svg in svgs)
     assert not [color for svg in svgs for color in re.findall(r"#[0-9a-f]{6}\b", svg)]
-    drawn_in = {name: [name in svg for svg in svgs] for name in ("--judge", "--value", "--reward-model")}
-    assert drawn_in["--judge"] == [True] + 7 * [False]
+    drawn_in = {name: [name in svg for svg in svgs] for name in ("--held-out-model", "--value", "--reward-model")}
+    assert drawn_in["--held-out-model"] == [True] + 7 * [False]
     assert drawn_in["--value"] == [False, False, False, True, True, False, False, False]
     assert drawn_in["--reward-model"] == [True, False, False, False, False, True, True, True]
 
@@ -135,13 +135,13 @@ def test_any_phase_may_be_missing(tmp_path: Path, kept: tuple[str, ...], num_plo
 def test_the_judge_is_said_to_know_other_labelers_only_where_some_are_held_out(tmp_path: Path, held_out: bool) -> None:
     lines = [line for line in make_lines(4) if held_out or line["phase"] != "reward_model_evaluation"]
     text = report_of(tmp_path, lines).text
-    assert "score, by the judge" in text
+    assert "score, by the held-out reward model" in text
     assert ("labelers unknown to the reward model" in text) == held_out
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 250])
-def test_short_and_long_runs_have_all_plots(tmp_path: Path, num_steps: int) -> None:
-    assert report_of(tmp_path, make_lines(num_steps)).tags.count("figcaption") == NUM_PLOTS
+@pytest.mark.parametrize("num_rounds", [1, 2, 250])
+def test_short_and_long_runs_have_all_plots(tmp_path: Path, num_rounds: int) -> None:
+    assert report_of(tmp_path, make_lines(num_rounds)).tags.count("figcaption") == NUM_PLOTS
 
 
 @pytest.mark.parametrize("parity", [0, 1])
@@ -149,7 +149,7 @@ def test_any_metric_may_be_missing(tmp_path: Path, parity: int) -> None:
     missing = set(list(ppo_step(0, 1))[parity::2])
     lines = [{key: value for key, value in line.items() if key not in missing} for line in make_lines(3)]
     text = report_of(tmp_path, lines, samples=(), manifest=False).text
-    assert ("score, by the judge" in text) == (parity == 1)
+    assert ("score, by the held-out reward model" in text) == (parity == 1)
     assert ("nats a completion" in text) == (parity == 1)
 
 
@@ -210,6 +210,6 @@ def test_ppo_that_stopped_itself_is_told_with_its_reason(tmp_path: Path) -> None
     lines = make_lines(5)
     lines[7] |= {"stopped/reason": "KL 8.3 nats passed max_kl, 8.0"}
     page = report_of(tmp_path, lines)
-    assert "PPO stopped itself at step 3 of 5." in page.text
-    assert "PPO stopped itself at step 3 of 5: KL 8.3 nats passed max_kl, 8.0" in page.text
+    assert "PPO stopped itself in round 3 of 5." in page.text
+    assert "PPO stopped itself in round 3 of 5: KL 8.3 nats passed max_kl, 8.0" in page.text
     assert "Why it stopped" in page.text

@@ -36,9 +36,9 @@ def test_finding_tells_where_judge_and_reward_model_part(tmp_path: Path) -> None
     lines = make_lines(200)
     assert "below its best, a sign of over-optimisation; it was promoted" in finding_of(tmp_path / "parted", lines)
     for line in phase(lines, "ppo"):
-        line["objective/judge_score"] = line["objective/score"]  # type: ignore[index]
+        line["objective/held_out_score"] = line["objective/score"]  # type: ignore[index]
     agreed = finding_of(tmp_path / "agreed", lines)
-    assert "the judge rose by" in agreed
+    assert "the held-out reward model rose by" in agreed
     assert "over-optimisation" not in agreed
 
 

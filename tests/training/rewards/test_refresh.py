@@ -1,4 +1,4 @@
-"""A refresh: a worse reward model is refused with its figures, old rankings come again, the judge is apart."""
+"""A refresh: a worse reward model is refused, old rankings come again, the held-out model is apart."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from training.data.groups import RankedExample
 from training.models.policy import SharedLayers
 from training.models.reward import RewardModel, score_groups
 from training.rewards.evaluation import evaluate_rewards
-from training.rewards.refresh import POINTER_FILE, Fitted, accept, current, fit_judge, mixed, refresh
+from training.rewards.refresh import POINTER_FILE, Fitted, accept, current, fit_held_out_model, mixed, refresh
 
 LAYERED = REWARD_MODEL.model_copy(update={"num_layers": 2, "num_trained_layers": 1, "learning_rate": 1e-3})
 Lines = list[tuple[str, dict[str, Any]]]
@@ -128,8 +128,8 @@ def test_old_rankings_are_the_share_that_is_asked_for(shared: SharedLayers, shar
 
 def test_the_judge_knows_what_its_labelers_like_and_has_no_layers(shared: SharedLayers) -> None:
     theirs = reversed_ranks(ranked_examples(shared, 200, seed=1))
-    judge = fit_judge(LAYERED, shared, tuple(theirs), seed=0)
-    judged = evaluate_rewards(judge, shared, reversed_ranks(ranked_examples(shared, 60, seed=2)))
-    assert judged is not None
-    assert judged.accuracy > 0.6
-    assert len(judge.layers) == 0
+    held_out_model = fit_held_out_model(LAYERED, shared, tuple(theirs), seed=0)
+    evaluated = evaluate_rewards(held_out_model, shared, reversed_ranks(ranked_examples(shared, 60, seed=2)))
+    assert evaluated is not None
+    assert evaluated.accuracy > 0.6
+    assert len(held_out_model.layers) == 0

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from feedback.store.engine import open_engine
 from training.config import TrainingConfig
 from training.errors import RunAbortedError
-from training.loop import Desk
+from training.loop import OperatorControl
 from training.runs.lease import TrainerLease, request_abort, set_paused
 
 CONFIG = TrainingConfig(poll_seconds=0.01, lease_seconds=60.0)
@@ -24,15 +24,15 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def desk(engine: Engine) -> Desk:
+def control(engine: Engine) -> OperatorControl:
     lease = TrainerLease(engine, "host/1", CONFIG.lease_seconds)
     assert lease.acquire()
-    return Desk(CONFIG, engine, lease)
+    return OperatorControl(CONFIG, engine, lease)
 
 
-def test_a_paused_trainer_waits_until_it_may_go_on(desk: Desk, engine: Engine) -> None:
+def test_a_paused_trainer_waits_until_it_may_go_on(control: OperatorControl, engine: Engine) -> None:
     set_paused(engine, True)
-    step = threading.Thread(target=desk.between_rounds, args=("run",), daemon=True)
+    step = threading.Thread(target=control.between_rounds, args=("run",), daemon=True)
     step.start()
     step.join(0.5)
     assert step.is_alive()
@@ -42,13 +42,13 @@ def test_a_paused_trainer_waits_until_it_may_go_on(desk: Desk, engine: Engine) -
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_a_run_ends_that_was_asked_to_and_no_other(desk: Desk, engine: Engine, paused: bool) -> None:
+def test_a_run_ends_that_was_asked_to_and_no_other(control: OperatorControl, engine: Engine, paused: bool) -> None:
     request_abort(engine, "run")
-    assert desk.between_rounds("another") is None
-    assert desk.between_rounds("") is None  # between two runs
+    assert control.between_rounds("another") is None
+    assert control.between_rounds("") is None  # between two runs
     set_paused(engine, paused)
     with pytest.raises(RunAbortedError, match="an operator asked"):
-        desk.between_rounds("run")
+        control.between_rounds("run")
 
 
 def test_a_trainer_ends_whose_place_was_taken(engine: Engine) -> None:
@@ -56,5 +56,5 @@ def test_a_trainer_ends_whose_place_was_taken(engine: Engine) -> None:
     assert late.acquire()
     assert TrainerLease(engine, "host/2", 60.0).acquire()  # by now it has expired
     with pytest.raises(SystemExit) as ended:
-        Desk(CONFIG, engine, late).between_rounds("run")
+        OperatorControl(CONFIG, engine, late).between_rounds("run")
     assert ended.value.code == 1

@@ -1,11 +1,12 @@
 """What a run's folder promises, whatever it was killed in."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 
-from training.config import TrainingConfig
+from training.config import RENAMED, TrainingConfig
 from training.runs.folder import ORIGIN, SFT, Origin, RunFolder
 
 CONFIG = TrainingConfig()
@@ -59,3 +60,13 @@ def test_it_says_what_it_waits_for_until_the_next_attempt(tmp_path: Path, monkey
     monkeypatch.setattr("training.runs.folder.replace_file", full)
     folder.wait("no space left")  # There is none for this either.
     assert folder.waits_for == ""
+
+
+def test_a_run_that_an_earlier_release_began_keeps_its_recipe(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    recipe = folder.path / "recipe.json"
+    old = {new.removeprefix("ppo."): old.removeprefix("ppo.") for old, new in RENAMED.items()}
+    values = json.loads(recipe.read_text())
+    values["ppo"] = {old.get(name, name): value for name, value in values["ppo"].items()} | {"num_steps": 7}
+    recipe.write_text(json.dumps(values))
+    assert folder.config() == CONFIG.model_copy(update={"ppo": CONFIG.ppo.model_copy(update={"num_rounds": 7})})

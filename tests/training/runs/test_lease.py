@@ -27,7 +27,7 @@ from training.runs.lease import (
 REPOSITORY = Path(__file__).parents[3]
 SECONDS = 60.0
 NUM_THREADS = 6
-PATIENCE_S = 60.0
+PATIENCE_SECONDS = 60.0
 
 # Holds the lease until its stdin ends, and says when it has it, whether it lost it, and whether it can renew it.
 HOLDER = """
@@ -64,7 +64,7 @@ def engine(store_url: str) -> Iterator[Engine]:
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -208,7 +208,7 @@ def test_the_heartbeat_finds_out_that_another_has_it(engine: Engine, clock: Cloc
     with lease.held():
         clock.now += 3.0
         assert thief.acquire()
-        assert lease.lost.wait(PATIENCE_S)
+        assert lease.lost.wait(PATIENCE_SECONDS)
     assert read_control(engine).holder == "thief"
 
 
@@ -232,7 +232,7 @@ def test_it_counts_as_lost_when_the_database_is_out_of_reach_for_too_long(
 
     event.listen(engine, "before_cursor_execute", fail)
     with lease.held():
-        assert lease.lost.wait(PATIENCE_S)
+        assert lease.lost.wait(PATIENCE_SECONDS)
     event.remove(engine, "before_cursor_execute", fail)
     assert "could not be renewed" in caplog.text
     assert "could not be released" in caplog.text
@@ -244,7 +244,7 @@ def test_it_counts_as_lost_while_a_renewal_hangs(store_url: str, engine: Engine)
     assert lease.acquire()
     with lease.held(), writing(other) as connection:
         connection.execute(select(1))
-        assert lease.lost.wait(PATIENCE_S)
+        assert lease.lost.wait(PATIENCE_SECONDS)
     other.dispose()
     assert read_control(engine).holder == ""
 
@@ -252,7 +252,7 @@ def test_it_counts_as_lost_while_a_renewal_hangs(store_url: str, engine: Engine)
 def test_what_was_never_acquired_is_lost_at_once(engine: Engine) -> None:
     lease = TrainerLease(engine, "first", SECONDS)
     with lease.held():
-        assert lease.lost.wait(PATIENCE_S)
+        assert lease.lost.wait(PATIENCE_SECONDS)
     assert read_control(engine).holder == ""
 
 
@@ -278,7 +278,7 @@ def test_a_process_that_was_stopped_for_too_long_finds_out_when_it_goes_on(
     heir = TrainerLease(engine, "heir", SECONDS, clock=lambda: time.time() + 3.0)
     assert heir.acquire()
     process.send_signal(signal.SIGCONT)
-    said, _ = process.communicate(timeout=PATIENCE_S)
+    said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert (said, process.returncode) == ("lost False\n", 0)
     assert heir.renew()
 

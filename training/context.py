@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class TrainerContext:
     """What outlives a run: where things are read and written, and who may interrupt."""
 
     store: Store
@@ -45,7 +45,7 @@ class Workplace:
 class Run:
     """What one run works with throughout."""
 
-    place: Workplace
+    place: TrainerContext
     folder: RunFolder
     config: TrainingConfig
     parents: Parents
@@ -76,7 +76,7 @@ class Rewards:
     """What scores, and what the reference policy wrote to the held-out prompts, which it scores 0 on average."""
 
     model: RewardModel
-    judge: RewardModel
+    held_out_model: RewardModel
     fitted: Fitted
     before: list[Rollout]
 
@@ -87,14 +87,14 @@ def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
     return Parents(live, client.get(f"v{live.manifest.reference_version}"))
 
 
-def open_workplace(
+def open_context(
     config: TrainingConfig,
     store: Store,
     client: PolicyClient,
     policies_dir: Path,
     between_rounds: Callable[[str], None],
     ranks: Ranks,
-) -> Workplace:
+) -> TrainerContext:
     """Starts the rollout engine while rankings are still coming in, but not while the server starts its own.
 
     Of several ranks the first one's `config` counts, and its `between_rounds` alone is called.
@@ -118,6 +118,6 @@ def open_workplace(
         ranks=ranks,
     )
     tokenizer = AutoTokenizer.from_pretrained(reference_folder, local_files_only=True)
-    return Workplace(
+    return TrainerContext(
         store, engine, client, policies_dir, tokenizer, lambda run_id: led(ranks, lambda: between_rounds(run_id)), ranks
     )
