@@ -129,7 +129,7 @@ def run(config: TrainingConfig, model: Path) -> Found:
     held_out_model = RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": 0}))
     with watched(found, "start of PPO"):
         policy = upper_layers_of(model, shared, config.ppo.num_frozen_layers, config.ppo.lora)
-    learner = make_learner(shared, policy, rewards, held_out_model, config.ppo)
+    learner = make_learner(policy, rewards, held_out_model, config.ppo)
     hooks = ppo.PpoHooks(
         prompts=[tokens(config.ppo.max_prompt_tokens) for _ in range(config.ppo.prompts_per_round)],
         sample=lambda prompts, seed: engine.sample(
@@ -180,7 +180,7 @@ def fitted(
         ]  # fmt: skip
         started = time.perf_counter()
         # The run's first fit finds the heads alone first, on 256 rankings, which the plan leaves out.
-        fit(model, shared, examples, config.reward_model, seed=0, warm=True, log=lambda *_: None)
+        fit(model, examples, config.reward_model, seed=0, warm=True, log=lambda *_: None)
         return time.perf_counter() - started
 
     seconds(2, MOST_RANKED)

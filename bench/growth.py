@@ -170,7 +170,7 @@ def run_rounds(model: Any, recipe: TrainingConfig, point: Point) -> list[dict[st
     config, shared = recipe.ppo, SharedLayers(model.requires_grad_(False))
     rewards = RewardModel(shared, recipe.reward_model)
     policy = UpperLayers(model, config.num_frozen_layers, shared.num_layers).trainable(LoraConfig())
-    learner = make_learner(shared, policy, rewards, rewards, config)
+    learner = make_learner(policy, rewards, rewards, config)
     drawn, vocabulary = random.Random(0), shared.head_VD.shape[0]
 
     def tokens(count: int) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def main() -> None:
     # The peer trains a whole value model; the recipe as shipped trains a head on the layers that all models share.
     value_start = rewards if shared_layers else reward_model(shared, Path(job["score_head"]), num_layers, num_layers)
     policy = upper_layers_of(model, shared, shared_layers, LoraConfig())
-    learner = make_learner(shared, policy, value_start, rewards, config)
+    learner = make_learner(policy, value_start, rewards, config)
     eos = AutoTokenizer.from_pretrained(job["model"]).eos_token_id
     updates, clock = itertools.count(1), Stopwatch()
 

@@ -143,8 +143,8 @@ def run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
     config = RewardModelConfig(num_layers=shared.num_layers, num_trained_layers=shared.num_layers, batch_size=1)
     ended = []
     fit(
-        RewardModel(shared, config), shared, examples, config, seed=SEED, warm=True,
-        log=lambda step, num_rounds, metrics: ended.append(time.perf_counter()),
+        RewardModel(shared, config), examples, config, seed=SEED, warm=True,
+        log=lambda step, num_steps, metrics: ended.append(time.perf_counter()),
     )  # fmt: skip
     return [after - before for before, after in itertools.pairwise(ended)]
 

@@ -162,11 +162,11 @@ def _fit(run: Run) -> Rewards:
     prompts = _evaluation_prompts(run)
     before = _sample(run, prompts, config.seed)
     references = _groups(prompts, before)
-    deviation = normalise(model, torch.cat(score_groups(model, shared, references)))
+    deviation = normalise(model, torch.cat(score_groups(model, references)))
     if fitted.run_id == folder.path.name:
         # Again, normalised: whoever loads it from here, such as SFT, gets the scores that this run gets.
         fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
-    normalise(held_out_model, torch.cat(score_groups(held_out_model, shared, references)))
+    normalise(held_out_model, torch.cat(score_groups(held_out_model, references)))
     folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
     return Rewards(model, held_out_model, fitted, before)
 
@@ -182,7 +182,7 @@ def _name_what_to_label(run: Run, model: RewardModel) -> None:
         and not is_held_out(each.user_id, run.config.reward_model.held_out_share)
     ]
     found = label_next(
-        model, run.shared, run.place.tokenizer, teaching,
+        model, run.place.tokenizer, teaching,
         max_prompt_tokens=run.config.ppo.max_prompt_tokens,
         max_group_tokens=run.config.reward_model.micro_batch_tokens,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def _optimise(run: Run, rewards: Rewards) -> Weights:
     # Adapters start at random: alike on all ranks, whichever fitted the reward model, and in every attempt.
     torch.manual_seed(run.config.seed)
     policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora, ranks)
-    learner = make_learner(shared, policy, rewards.model, rewards.held_out_model, config, ranks)
+    learner = make_learner(policy, rewards.model, rewards.held_out_model, config, ranks)
     checkpoints = folder.state / "ppo"
     found = newest_checkpoint(checkpoints)
     led(ranks, lambda: folder.rewind("ppo", found.round if found else 0))
@@ -255,8 +255,7 @@ def _evaluate(run: Run, rewards: Rewards, prompts: Sequence[TokenizedPrompt], af
     """The new policy against the reference on held-out prompts, by the reward model; writes samples of both."""
     groups = _groups(prompts, after)
     scores, reference_scores = (
-        torch.cat(score_groups(rewards.model, run.shared, each)).tolist()
-        for each in (groups, _groups(prompts, rewards.before))
+        torch.cat(score_groups(rewards.model, each)).tolist() for each in (groups, _groups(prompts, rewards.before))
     )
     by_reference = reference_logprobs(run.shared, groups)
     log_ratios = [sum(each.logprobs) - logprob for each, logprob in zip(after, by_reference, strict=True)]

@@ -155,7 +155,7 @@ def _scorer(
         place.between_rounds(folder.path.name)
         answers = _answers(place, config, beginning.asked, weights)
         groups = [Group(prompt, (answer,)) for (prompt, _), answer in zip(beginning.asked, answers, strict=True)]
-        return float(torch.cat(score_groups(rewards, shared, groups)).mean())
+        return float(torch.cat(score_groups(rewards, groups)).mean())
 
     return score_of
 

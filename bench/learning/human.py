@@ -34,7 +34,7 @@ def human_preferences(model: Path, num_seeds: int, num_comparisons: int) -> dict
     shared = SharedLayers(load_model(model))
     examples = [as_example(tokenizer, each, index) for index, each in enumerate(drawn)]
     # What the heads read does not depend on the split.
-    features = group_features(RewardModel(shared, CONFIG), shared, [example.group for example in examples])
+    features = group_features(RewardModel(shared, CONFIG), [example.group for example in examples])
     return {"seeds": [one_split(shared, drawn, examples, features, seed) for seed in range(num_seeds)]}
 
 
@@ -51,10 +51,10 @@ def one_split(
     train, held_out = ([index for index, out in enumerate(is_out) if out == side] for side in (False, True))
     rewards = RewardModel(shared, CONFIG)
     fit(
-        rewards, shared, [examples[i] for i in train], CONFIG, seed=seed, warm=False, log=lambda *_: None,
+        rewards, [examples[i] for i in train], CONFIG, seed=seed, warm=False, log=lambda *_: None,
         features=[features[i] for i in train],
     )  # fmt: skip
-    evaluation = evaluate_rewards(rewards, shared, [examples[i] for i in held_out], [features[i] for i in held_out])
+    evaluation = evaluate_rewards(rewards, [examples[i] for i in held_out], [features[i] for i in held_out])
     assert evaluation is not None
     margins = [chosen - rejected for chosen, rejected in (rewards.score(features[i]).tolist() for i in held_out)]
     sides = [drawn[i] for i in train], [drawn[i] for i in held_out]

@@ -179,7 +179,7 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     def score_of(weights: dict[str, torch.Tensor]) -> float:
         lab.engine.load_weights(weights.items())
         drawn = [each[0] for each in lab.draw(validation, 1, salt=300)]
-        return float(torch.cat(score_groups(rewards, shared, as_groups(validation, drawn))).mean())
+        return float(torch.cat(score_groups(rewards, as_groups(validation, drawn))).mean())
 
     scratch = experiment.folder / "scratch"
     weights, epochs = fine_tune(
@@ -259,7 +259,7 @@ def run_ppo(
     """
     lab = experiment.lab
     policy = upper_layers_of(start, shared, min(config.num_frozen_layers, shared.num_layers - 1), LoraConfig())
-    learner = make_learner(shared, policy, rewards.model, rewards.held_out_model, config)
+    learner = make_learner(policy, rewards.model, rewards.held_out_model, config)
     by_tokens = {each.token_ids: each for each in train}
     utilities: list[float] = []
     rounds: list[dict[str, Any]] = []

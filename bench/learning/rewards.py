@@ -60,7 +60,7 @@ def add_rankings(
 ) -> Rankings:
     """`known` and one ranking more of each prompt, of completions by the policy that is loaded."""
     new = lab.rank(asked, labelers, ks, salt, first_seq=len(known.examples))
-    features = group_features(RewardModel(shared, REWARD_MODEL), shared, [example.group for example in new])
+    features = group_features(RewardModel(shared, REWARD_MODEL), [example.group for example in new])
     return Rankings((*known.examples, *new), (*known.features, *features))
 
 
@@ -72,7 +72,7 @@ def fit_rewards(shared: SharedLayers, rankings: Rankings, num_of_reference: int,
     known = rankings.only(lambda example: example.labeler not in HELD_OUT_LABELERS)
     unknown = rankings.only(lambda example: example.labeler in HELD_OUT_LABELERS)
     model, held_out_model = (fit_one(shared, each, num_of_reference, seed) for each in (known, unknown))
-    evaluated = evaluate_rewards(model, shared, unknown.examples, unknown.features)
+    evaluated = evaluate_rewards(model, unknown.examples, unknown.features)
     return Rewards(model, held_out_model, dataclasses.asdict(evaluated) if evaluated else None)
 
 
@@ -80,7 +80,7 @@ def fit_one(shared: SharedLayers, rankings: Rankings, num_of_reference: int, see
     """A reward model of these rankings, normalised on the reference policy's answers, those of the first rankings."""
     model = RewardModel(shared, REWARD_MODEL)
     fit(
-        model, shared, rankings.examples, REWARD_MODEL, seed=seed, warm=False, log=lambda *_: None,
+        model, rankings.examples, REWARD_MODEL, seed=seed, warm=False, log=lambda *_: None,
         features=rankings.features,
     )  # fmt: skip
     of_reference = rankings.only(lambda example: example.seq < num_of_reference)

@@ -50,7 +50,7 @@ def silent(*_: Any) -> None:
 def fitted(shared: SharedLayers, config: RewardModelConfig = REWARD_MODEL, count: int = 240) -> RewardModel:
     """A reward model that knows the preference."""
     model = RewardModel(shared, config)
-    fit(model, shared, ranked_examples(shared, count, seed=1), config, seed=0, warm=False, log=silent)
+    fit(model, ranked_examples(shared, count, seed=1), config, seed=0, warm=False, log=silent)
     return model
 
 
@@ -59,7 +59,7 @@ def learner_of(
 ) -> Learner:
     """A learner that starts from the policy in `folder`."""
     policy = upper_layers_of(folder, shared, config.num_frozen_layers, config.lora, ranks)
-    return make_learner(shared, policy, rewards, rewards, config, ranks)
+    return make_learner(policy, rewards, rewards, config, ranks)
 
 
 def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.PpoHooks, PlainSampler]:

@@ -85,7 +85,7 @@ def make_learner(ranks: Ranks, folder: Path, config: PpoConfig) -> Learner:
     torch.manual_seed(0)
     shared = SharedLayers(load_model(folder))
     rewards = RewardModel(shared, OWN_LAYERS)
-    fit(rewards, shared, ranked_examples(shared, 24, seed=1), OWN_LAYERS, seed=0, warm=False, log=lambda *_: None)
+    fit(rewards, ranked_examples(shared, 24, seed=1), OWN_LAYERS, seed=0, warm=False, log=lambda *_: None)
     return learner_of(shared, folder, config, rewards, ranks)
 
 

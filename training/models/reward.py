@@ -43,6 +43,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, shared: SharedLayers, config: RewardModelConfig) -> None:
         super().__init__()
+        # No module of its own: its weights are the reference policy's, and not in this model's state.
+        self.shared = shared
         body: Any = shared.model.model
         self.level = min(config.num_layers, shared.num_layers)
         self.first = self.level - min(config.num_trained_layers, self.level)
@@ -95,30 +97,28 @@ def running_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
     return torch.cat([before_NCD, before_NCD.cumsum(1) / num_states_C[:, None]], dim=-1)
 
 
-def features_of(model: RewardModel, shared: SharedLayers, packed: PackedGroups) -> Tensor:
+def features_of(model: RewardModel, packed: PackedGroups) -> Tensor:
     """What the heads read of each completion, [N, F]. Gradients reach the model's own layers."""
-    hidden_GTD = shared.encode(packed, [model.first])[model.first]
-    return last_features(model.hidden(hidden_GTD, packed, shared.angles(packed)), packed)
+    hidden_GTD = model.shared.encode(packed, [model.first])[model.first]
+    return last_features(model.hidden(hidden_GTD, packed, model.shared.angles(packed)), packed)
 
 
 @torch.no_grad()
-def group_features(
-    model: RewardModel, shared: SharedLayers, groups: Sequence[Group], on_batch: Any = lambda done: None
-) -> list[Tensor]:
+def group_features(model: RewardModel, groups: Sequence[Group], on_batch: Any = lambda done: None) -> list[Tensor]:
     """What the heads read of each group's completions, [K, F] each. `on_batch` hears how many groups are done."""
     found: dict[int, Tensor] = {}
     for batch in micro_batches([len(group) for group in groups], SCORING_TOKENS):
-        packed = pack([groups[index] for index in batch]).to(shared.device)
-        features = features_of(model, shared, packed).split(packed.group_sizes)
+        packed = pack([groups[index] for index in batch]).to(model.shared.device)
+        features = features_of(model, packed).split(packed.group_sizes)
         found.update(zip(batch, features, strict=True))
         on_batch(len(found))
     return [found[index] for index in range(len(groups))]
 
 
 @torch.no_grad()
-def score_groups(model: RewardModel, shared: SharedLayers, groups: Sequence[Group]) -> list[Tensor]:
+def score_groups(model: RewardModel, groups: Sequence[Group]) -> list[Tensor]:
     """Scores [K] of each group's completions, on the CPU."""
-    return [model.score(features).cpu() for features in group_features(model, shared, groups)]
+    return [model.score(features).cpu() for features in group_features(model, groups)]
 
 
 def normalise(model: RewardModel, scores: Tensor) -> float:

@@ -25,7 +25,6 @@ Weights = dict[str, Tensor]
 class Learner:
     """All models of a run. `policy` and `value` are trained, the others are not."""
 
-    shared: SharedLayers
     reference: UpperLayers
     policy: UpperLayers
     value: ValueModel
@@ -35,9 +34,13 @@ class Learner:
     optimizer: torch.optim.Optimizer
     ranks: Ranks = ALONE
 
+    @property
+    def shared(self) -> SharedLayers:
+        """The layers that all of these stand on."""
+        return self.reward_model.shared
+
 
 def make_learner(
-    shared: SharedLayers,
     policy: UpperLayers,
     reward_model: RewardModel,
     held_out_model: RewardModel,
@@ -48,6 +51,7 @@ def make_learner(
 
     Several ranks divide what the models hold, but for embeddings and heads; the policy's was divided as it was loaded.
     """
+    shared = reward_model.shared
     reference = UpperLayers(shared.model, policy.first, shared.num_layers)
     shard(ranks, *reference.layers, reference)
     policy.checkpointing = config.gradient_checkpointing
@@ -64,7 +68,7 @@ def make_learner(
         betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True,
     )  # fmt: skip
     frozen = [model.requires_grad_(False) for model in (reward_model, held_out_model)]
-    return Learner(shared, reference, policy, value, frozen[0], frozen[1], optimizer, ranks)
+    return Learner(reference, policy, value, frozen[0], frozen[1], optimizer, ranks)
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from training.data.groups import RankedExample
 from training.data.intervals import Z_95
-from training.models.policy import SharedLayers
 from training.models.reward import RewardModel, group_features
 from training.rewards.loss import Comparisons, compare, margins
 
@@ -49,7 +48,6 @@ class RewardEvaluation:
 @torch.no_grad()
 def evaluate_rewards(
     model: RewardModel,
-    shared: SharedLayers,
     examples: Sequence[RankedExample],
     features: Sequence[Tensor] | None = None,
 ) -> RewardEvaluation | None:
@@ -60,7 +58,7 @@ def evaluate_rewards(
     among = compare([example.ranks for example in examples])
     if not len(among.winners_M):
         return None
-    found = features or group_features(model, shared, [example.group for example in examples])
+    found = features or group_features(model, [example.group for example in examples])
     margins_ME = margins((model.standardized(torch.cat(list(found))) @ model.heads_FE).cpu(), among)
     margin_M, spread_M = margins_ME.mean(1).double(), margins_ME.std(1).double()
     right_M = (margin_M > 0).double() + 0.5 * (margin_M == 0).double()

@@ -24,7 +24,6 @@ from policies.precision import compute_dtype
 from training.config import RewardModelConfig
 from training.data.groups import RankedExample, micro_batches, pack
 from training.errors import TrainingError
-from training.models.policy import SharedLayers
 from training.models.reward import RewardModel, features_of, group_features
 from training.rewards.loss import Comparisons, compare, margins, ranking_losses
 
@@ -39,7 +38,6 @@ MAX_GRAD_NORM = 1.0
 
 def fit(
     model: RewardModel,
-    shared: SharedLayers,
     examples: Sequence[RankedExample],
     config: RewardModelConfig,
     *,
@@ -56,15 +54,15 @@ def fit(
     weights = labeler_weights([example.labeler for example in examples], config.max_labeler_share)
     bootstrap_RE = bootstrap_weights(examples, config.num_heads, seed)
     if not len(model.layers):
-        found = features or _features(model, shared, examples, log)
+        found = features or _features(model, examples, log)
         _fit_heads(model, found, examples, weights, bootstrap_RE, config, log)
         return
     if not warm:
         probed = random.Random(seed).sample(range(len(examples)), min(len(examples), PROBED_RANKINGS))
         some, some_weights = [examples[i] for i in probed], [weights[i] for i in probed]
-        found = _features(model, shared, some, log)
+        found = _features(model, some, log)
         _fit_heads(model, found, some, some_weights, bootstrap_RE[probed], config, log)
-    _train_layers(model, shared, examples, weights, bootstrap_RE, config, seed, log)
+    _train_layers(model, examples, weights, bootstrap_RE, config, seed, log)
 
 
 def labeler_weights(labelers: Sequence[str], max_share: float) -> list[float]:
@@ -79,9 +77,9 @@ def bootstrap_weights(examples: Sequence[RankedExample], num_heads: int, seed: i
     return torch.tensor([[draw.expovariate(1.0) for _ in range(num_heads)] for draw in draws])
 
 
-def _features(model: RewardModel, shared: SharedLayers, examples: Sequence[RankedExample], log: Log) -> list[Tensor]:
+def _features(model: RewardModel, examples: Sequence[RankedExample], log: Log) -> list[Tensor]:
     groups = [example.group for example in examples]
-    return group_features(model, shared, groups, lambda done: log(done - 1, len(groups), {}))
+    return group_features(model, groups, lambda done: log(done - 1, len(groups), {}))
 
 
 def _fit_heads(
@@ -114,7 +112,6 @@ def _fit_heads(
 
 def _train_layers(
     model: RewardModel,
-    shared: SharedLayers,
     examples: Sequence[RankedExample],
     weights: Sequence[float],
     bootstrap_RE: Tensor,
@@ -148,11 +145,11 @@ def _train_layers(
         loss, right = penalty.item(), []
         for part in micro_batches([len(examples[index].group) for index in batch], config.micro_batch_tokens):
             rows = [batch[index] for index in part]
-            packed = pack([examples[row].group for row in rows]).to(shared.device)
+            packed = pack([examples[row].group for row in rows]).to(model.shared.device)
             among = compare([examples[row].ranks for row in rows], [weights[row] for row in rows])
             # A batch of light rankings is a light batch: divided by the mean weight of all, not by its own.
-            among = _on(replace(among, total_weight=mean_weight * len(batch)), shared.device)
-            scores_NE = model.standardized(features_of(model, shared, packed)) @ model.heads_FE
+            among = _on(replace(among, total_weight=mean_weight * len(batch)), model.shared.device)
+            scores_NE = model.standardized(features_of(model, packed)) @ model.heads_FE
             fitted = ranking_losses(scores_NE, among, bootstrap_RE[rows].to(scores_NE.device)).mean()
             fitted.backward()
             loss += fitted.item()
@@ -164,7 +161,7 @@ def _train_layers(
         share = sum(right) / len(right) if right else 0.0
         log(done - 1, len(examples), {"reward_model/loss": loss, "reward_model/accuracy": share})
     # As every weight is saved, and then as it is used.
-    model.layers.bfloat16().to(compute_dtype(shared.device))
+    model.layers.bfloat16().to(compute_dtype(model.shared.device))
     model.requires_grad_(False)
 
 

@@ -16,7 +16,6 @@ from feedback.store.reader import StoredSample
 from policies.rendering import prompt_token_ids
 from training.data.dataset import completion_token_ids_of, text_of
 from training.data.groups import Group
-from training.models.policy import SharedLayers
 from training.models.reward import RewardModel, group_features
 from training.runs.folder import Unranked
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def label_next(
     model: RewardModel,
-    shared: SharedLayers,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[StoredSample],
     *,
@@ -41,7 +39,7 @@ def label_next(
         for sample, group in groups
         if group and len(group) <= max_group_tokens and len(group.prompt) <= max_prompt_tokens
     ]
-    features = group_features(model, shared, [group for _, group in readable])
+    features = group_features(model, [group for _, group in readable])
     found = [
         Unranked(
             sample.sample_id,

@@ -95,11 +95,11 @@ def refresh(
     if warm and parent:
         examples = mixed(examples, frozenset(parent.seqs), config.replay_share, seed)
     fit(
-        model, shared, examples, config, seed=seed, warm=warm,
+        model, examples, config, seed=seed, warm=warm,
         log=lambda step, num_steps, metrics: log("reward_model", step, num_steps, metrics),
     )  # fmt: skip
-    found = evaluate_rewards(model, shared, data.held_out)
-    earlier = evaluate_rewards(before, shared, data.held_out) if has_parent else None
+    found = evaluate_rewards(model, data.held_out)
+    earlier = evaluate_rewards(before, data.held_out) if has_parent else None
     refused = bool(found and earlier and found.accuracy < earlier.accuracy - config.max_accuracy_drop)
     if found:
         metrics: dict[str, Any] = {"reward_model/refused": float(refused), **as_metrics(found)}
@@ -139,5 +139,5 @@ def fit_held_out_model(
     """Fits heads alone to the rankings of held-out labelers."""
     heads_alone = config.model_copy(update={"num_trained_layers": 0})
     held_out_model = RewardModel(shared, heads_alone)
-    fit(held_out_model, shared, examples, heads_alone, seed=seed, warm=False, log=lambda step, num_steps, metrics: None)
+    fit(held_out_model, examples, heads_alone, seed=seed, warm=False, log=lambda step, num_steps, metrics: None)
     return held_out_model

@@ -136,7 +136,7 @@ def learner_of(shared: SharedLayers, config: TrainingConfig) -> Any:
         RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": layers})) for layers in (1, 0)
     )
     policy = UpperLayers(shared.model, config.ppo.num_frozen_layers, shared.num_layers).trainable(config.ppo.lora)
-    return make_learner(shared, policy, rewards, held_out_model, config.ppo)
+    return make_learner(policy, rewards, held_out_model, config.ppo)
 
 
 def test_rollouts_of_a_round_take_what_is_planned(number_bytes: int, shared: SharedLayers, tiny_folder: Path) -> None:

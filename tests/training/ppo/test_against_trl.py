@@ -121,7 +121,7 @@ def learner(trl: Recording, in_fp32: None) -> Learner:
     shared = SharedLayers(language_model(trl, "reference"))
     policy = UpperLayers(language_model(trl, "policy"), 0, shared.num_layers).trainable(LoraConfig())
     rewards, values = (reward_model(trl, name, shared) for name in ("reward", "value"))
-    learner = make_learner(shared, policy, values, values, trl.config())
+    learner = make_learner(policy, values, values, trl.config())
     for group in learner.optimizer.param_groups:
         group["lr"] = group["peak_lr"]
     return replace(learner, reward_model=rewards.requires_grad_(False))

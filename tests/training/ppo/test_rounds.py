@@ -49,7 +49,7 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     shared: SharedLayers, tiny_folder: Path, lora: LoraConfig
 ) -> None:
     rewards = fitted(shared)
-    evaluated = evaluate_rewards(rewards, shared, ranked_examples(shared, 40, seed=2))
+    evaluated = evaluate_rewards(rewards, ranked_examples(shared, 40, seed=2))
     assert evaluated is not None
     assert evaluated.num_comparisons > 150
     # The random layers drown most of the embedding: the same head finds 0.74 here, and chance is 0.5.
@@ -61,8 +61,8 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     hooks, sampler = world_of(tiny_folder, config, kept(seen))
     before = sampler.sample(PROMPTS, seed=7)
     references = [Group(p, tuple(r.token_ids for r in drawn)) for p, drawn in zip(PROMPTS, before, strict=True)]
-    normalise(rewards, torch.cat(score_groups(rewards, shared, references)))
-    scores = torch.cat(score_groups(rewards, shared, references))
+    normalise(rewards, torch.cat(score_groups(rewards, references)))
+    scores = torch.cat(score_groups(rewards, references))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std()) == pytest.approx(1, abs=1e-4)
 

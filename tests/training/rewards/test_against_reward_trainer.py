@@ -67,7 +67,7 @@ def loss_of_trl(scored: PreTrainedModel, group: Group, tokenizer: Any, folder: P
     return loss
 
 
-def ours(scored: PreTrainedModel, tiny_folder: Path) -> tuple[RewardModel, SharedLayers]:
+def ours(scored: PreTrainedModel, tiny_folder: Path) -> RewardModel:
     """The same model as ours: all layers its own, and a head that is blind to the mean of the states."""
     body: Any = scored.get_submodule("model")
     language_model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).requires_grad_(False).eval()
@@ -79,16 +79,14 @@ def ours(scored: PreTrainedModel, tiny_folder: Path) -> tuple[RewardModel, Share
     head: Any = scored.get_submodule("score")
     with torch.no_grad():
         model.heads_FE[: head.weight.shape[1]] = head.weight.T
-    return model.requires_grad_(True), shared
+    return model.requires_grad_(True)
 
 
 def test_loss_and_gradients_of_a_ranking_are_those_of_its_pairs(
     scored: PreTrainedModel, group: Group, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    model, shared = ours(scored, tiny_folder)
-    found = ranking_losses(
-        features_of(model, shared, pack([group])) @ model.heads_FE, compare([RANKS]), torch.ones(1, 2)
-    )
+    model = ours(scored, tiny_folder)
+    found = ranking_losses(features_of(model, pack([group])) @ model.heads_FE, compare([RANKS]), torch.ones(1, 2))
     trl = loss_of_trl(scored, group, AutoTokenizer.from_pretrained(tiny_folder), tmp_path)
     # Ours divides by all (K choose 2) pairs, TRL by those that are no ties.
     share = len(comparisons(RANKS)) / 6

@@ -28,17 +28,17 @@ def test_heads_alone_have_one_answer_whatever_the_order(shared: SharedLayers) ->
     models = []
     for order in (examples, examples[::-1]):
         model = RewardModel(shared, REWARD_MODEL)
-        fit(model, shared, order, REWARD_MODEL, seed=0, warm=False, log=silent)
+        fit(model, order, REWARD_MODEL, seed=0, warm=False, log=silent)
         models.append(model)
     probed = [example.group for example in ranked_examples(shared, 8, seed=4)]
-    first, second = (torch.cat(score_groups(model, shared, probed)) for model in models)
+    first, second = (torch.cat(score_groups(model, probed)) for model in models)
     assert float(torch.corrcoef(torch.stack([first, second]))[0, 1]) > 0.999
 
 
 def test_layers_of_its_own_learn_and_start_warm(shared: SharedLayers, tmp_path: Path) -> None:
     model = fitted(shared, LAYERED)
     held_out = ranked_examples(shared, 40, seed=2)
-    cold = evaluate_rewards(model, shared, held_out)
+    cold = evaluate_rewards(model, held_out)
     assert cold is not None
     assert cold.accuracy > 0.6
     own = shared.model.model.layers[1].state_dict()
@@ -49,10 +49,10 @@ def test_layers_of_its_own_learn_and_start_warm(shared: SharedLayers, tmp_path: 
     assert not load(RewardModel(shared, REWARD_MODEL), tmp_path / "m.safetensors", "digest")
     assert not load(again, tmp_path / "m.safetensors", "another reference")
     groups = [example.group for example in held_out]
-    for a, b in zip(score_groups(model, shared, groups), score_groups(again, shared, groups), strict=True):
+    for a, b in zip(score_groups(model, groups), score_groups(again, groups), strict=True):
         assert torch.equal(a, b)
-    fit(again, shared, ranked_examples(shared, 64, seed=9), LAYERED, seed=1, warm=True, log=silent)
-    warm = evaluate_rewards(again, shared, held_out)
+    fit(again, ranked_examples(shared, 64, seed=9), LAYERED, seed=1, warm=True, log=silent)
+    warm = evaluate_rewards(again, held_out)
     assert warm is not None
     assert warm.accuracy > cold.accuracy - 0.05
 
@@ -61,9 +61,9 @@ def test_scores_of_a_group_equal_scores_one_by_one(shared: SharedLayers) -> None
     model = fitted(shared, count=30)
     shared.model.float()
     for example in ranked_examples(shared, 6, seed=5):
-        together = score_groups(model, shared, [example.group])[0]
+        together = score_groups(model, [example.group])[0]
         alone = [
-            float(score_groups(model, shared, [Group(example.group.prompt, (completion,))])[0])
+            float(score_groups(model, [Group(example.group.prompt, (completion,))])[0])
             for completion in example.group.completions
         ]
         assert together.tolist() == pytest.approx(alone, abs=1e-4)
@@ -121,7 +121,7 @@ def test_batches_hold_every_ranking_once() -> None:
 
 
 def test_the_evaluation_counts_what_it_says(shared: SharedLayers) -> None:
-    found = evaluate_rewards(fitted(shared), shared, ranked_examples(shared, 30, seed=6))
+    found = evaluate_rewards(fitted(shared), ranked_examples(shared, 30, seed=6))
     assert found is not None
     assert found.low < found.accuracy < found.high
     for table in (found.by_k, found.by_labeler, found.by_length_difference, found.calibration, found.uncertainty):
@@ -145,13 +145,13 @@ def test_the_tables_are_those_of_a_plain_count(shared: SharedLayers) -> None:
     ]  # fmt: skip
     rows: list[tuple[int, str, int, float, float]] = []
     for example in examples:
-        (scores_K,) = score_groups(model, shared, [example.group])
+        (scores_K,) = score_groups(model, [example.group])
         lengths = [len(completion) for completion in example.group.completions]
         for a, b in itertools.permutations(range(len(lengths)), 2):
             if example.ranks[a] < example.ranks[b]:
                 margin = float(scores_K[a] - scores_K[b])
                 rows.append((len(lengths), example.labeler, lengths[a] - lengths[b], margin > 0, abs(margin)))
-    found = evaluate_rewards(model, shared, examples)
+    found = evaluate_rewards(model, examples)
     assert found is not None
 
     def share(chosen: Iterable[tuple[int, str, int, float, float]]) -> list[float]:
@@ -179,8 +179,8 @@ def test_passes_of_few_tokens_change_memory_and_not_what_is_learned(in_fp32: Non
     for tokens in (4096, 1):
         config = LAYERED.model_copy(update={"micro_batch_tokens": tokens, "batch_size": 6})
         model = RewardModel(shared, config)
-        fit(model, shared, examples, config, seed=0, warm=False, log=silent)
-        found.append(torch.cat(score_groups(model, shared, [example.group for example in examples])))
+        fit(model, examples, config, seed=0, warm=False, log=silent)
+        found.append(torch.cat(score_groups(model, [example.group for example in examples])))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
@@ -190,7 +190,7 @@ def test_the_penalty_draws_heads_to_zero_where_layers_are_trained_too(shared: Sh
     tied = [RankedExample(each.group, (0,) * len(each.ranks)) for each in ranked_examples(shared, 24, seed=7)]
     model = fitted(shared, LAYERED)
     heads_FE, layers = model.heads_FE.detach().clone(), deepcopy(model.layers.state_dict())
-    fit(model, shared, tied, LAYERED.model_copy(update={"l2": l2}), seed=0, warm=True, log=silent)
+    fit(model, tied, LAYERED.model_copy(update={"l2": l2}), seed=0, warm=True, log=silent)
     moved_FE = heads_FE.abs() - model.heads_FE.abs()
     assert bool((moved_FE > 0).all() if l2 else (moved_FE == 0).all())
     for name, tensor in model.layers.state_dict().items():
@@ -199,7 +199,7 @@ def test_the_penalty_draws_heads_to_zero_where_layers_are_trained_too(shared: Sh
 
 def test_no_comparison_no_evaluation(shared: SharedLayers) -> None:
     tied = [RankedExample(Group((1, 2), ((3,), (4,))), (0, 0))]
-    assert evaluate_rewards(RewardModel(shared, REWARD_MODEL), shared, tied) is None
+    assert evaluate_rewards(RewardModel(shared, REWARD_MODEL), tied) is None
 
 
 def test_the_interval_counts_rankings_not_comparisons() -> None:

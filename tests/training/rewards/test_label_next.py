@@ -36,7 +36,7 @@ def test_the_least_sure_sample_comes_first(shared: SharedLayers, tiny_folder: Pa
         sample("long", "in the garden " * 60, "no"),
         sample("long prompt", "in the garden", "no", prompt="why " * 60),
     ]
-    found = label_next(model, shared, tokenizer, samples, max_prompt_tokens=50, max_group_tokens=100)
+    found = label_next(model, tokenizer, samples, max_prompt_tokens=50, max_group_tokens=100)
     assert [each.sample_id for each in found][2:] == ["same"]
     assert found[0].uncertainty > found[1].uncertainty > found[2].uncertainty
     assert abs(found[2].uncertainty) < 1e-3
@@ -47,6 +47,6 @@ def test_the_least_sure_sample_comes_first(shared: SharedLayers, tiny_folder: Pa
     texts = [
         (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id) for text in by_name["b"].completions
     ]
-    (features_KF,) = group_features(model, shared, [Group(prompt, tuple(texts))])
+    (features_KF,) = group_features(model, [Group(prompt, tuple(texts))])
     one_E, other_E = model.standardized(features_KF) @ model.heads_FE
     assert by_name["b"].uncertainty == float((one_E - other_E).detach().std())

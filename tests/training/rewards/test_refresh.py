@@ -68,7 +68,7 @@ def test_a_worse_reward_model_is_refused_and_its_figures_are_kept(shared: Shared
     assert figures["reward_model/parent_accuracy"] == accuracy > 0.6
     assert figures["reward_model/held_out_accuracy"] < 0.5
     groups = [example.group for example in held_out]
-    for before, after in zip(score_groups(first, shared, groups), score_groups(kept, shared, groups), strict=True):
+    for before, after in zip(score_groups(first, groups), score_groups(kept, groups), strict=True):
         torch.testing.assert_close(before, after)
 
 
@@ -114,7 +114,7 @@ def test_layers_go_on_from_the_one_before_on_new_rankings_and_as_many_old(shared
     again, same, logged = refreshed(shared, dataset(examples, held_out), tmp_path / "3", config)
     assert same == fitted
     assert not logged  # Nothing is new.
-    assert evaluate_rewards(again, shared, held_out) is not None
+    assert evaluate_rewards(again, held_out) is not None
 
 
 @pytest.mark.parametrize(("share", "old"), [(0.0, 0), (0.5, 10), (0.75, 30), (0.9, 40)])
@@ -129,7 +129,7 @@ def test_old_rankings_are_the_share_that_is_asked_for(shared: SharedLayers, shar
 def test_the_judge_knows_what_its_labelers_like_and_has_no_layers(shared: SharedLayers) -> None:
     theirs = reversed_ranks(ranked_examples(shared, 200, seed=1))
     held_out_model = fit_held_out_model(LAYERED, shared, tuple(theirs), seed=0)
-    evaluated = evaluate_rewards(held_out_model, shared, reversed_ranks(ranked_examples(shared, 60, seed=2)))
+    evaluated = evaluate_rewards(held_out_model, reversed_ranks(ranked_examples(shared, 60, seed=2)))
     assert evaluated is not None
     assert evaluated.accuracy > 0.6
     assert len(held_out_model.layers) == 0
