@@ -120,6 +120,7 @@ def run(config: TrainingConfig, model: Path) -> Found:
             max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_mib=config.kv_cache_mib,
+            eos_token_id=EOS,
             seed=0,
         )
         found.engine_seconds = time.perf_counter() - started
@@ -132,14 +133,7 @@ def run(config: TrainingConfig, model: Path) -> Found:
     learner = make_learner(policy, rewards, held_out_model, config.ppo)
     hooks = ppo.PpoHooks(
         prompts=[tokens(config.ppo.max_prompt_tokens) for _ in range(config.ppo.prompts_per_round)],
-        sample=lambda prompts, seed: engine.sample(
-            prompts,
-            num_completions=config.ppo.rollouts_per_prompt,
-            max_tokens=config.ppo.max_tokens,
-            seed=seed,
-            eos_token_id=EOS,
-        ),
-        load_weights=engine.load_weights,
+        draw=engine.draw,
         log=lambda index, count, metrics: found.rounds.append(metrics),
         pretraining=(tokens(config.ppo.ptx.sequence_tokens) for _ in itertools.count()),
     )

@@ -40,7 +40,7 @@ from training.planning.model_size import read_model
 from training.planning.plan import make_plan
 from training.ppo import rounds as ppo
 from training.ppo.learner import make_learner
-from training.ppo.rollouts import Rollout
+from training.ppo.rollouts import Request, Rollout
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 NUM_ROUNDS = 3  # the first warms up
@@ -176,15 +176,14 @@ def run_rounds(model: Any, recipe: TrainingConfig, point: Point) -> list[dict[st
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(drawn.randrange(LAST_SPECIAL_TOKEN, vocabulary) for _ in range(count))
 
-    def sample(prompts: Sequence[tuple[int, ...]], _seed: int) -> list[list[Rollout]]:
+    def draw(request: Request) -> list[list[Rollout]]:
         count = point.completion_tokens
-        return [[Rollout(tokens(count), (0.0,) * count, False) for _ in range(point.k)] for _ in prompts]
+        return [[Rollout(tokens(count), (0.0,) * count, False) for _ in range(point.k)] for _ in request.prompts]
 
     rounds: list[dict[str, Any]] = []
     hooks = ppo.PpoHooks(
         prompts=[tokens(point.prompt_tokens) for _ in range(point.num_prompts)],
-        sample=sample,
-        load_weights=lambda weights: None,
+        draw=draw,
         log=lambda index, count, metrics: rounds.append(metrics),
     )
     ppo.train(learner, config, hooks, seed=0)

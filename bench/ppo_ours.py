@@ -42,6 +42,7 @@ def main() -> None:
         max_model_len=max(map(len, job["prompts"])) + job["response_tokens"],
         max_num_seqs=job["batch"],
         kv_cache_mib=KV_CACHE_MIB,
+        eos_token_id=AutoTokenizer.from_pretrained(job["model"]).eos_token_id,
         seed=job["seed"],
     )
     shared = SharedLayers(load_model(model))
@@ -50,7 +51,6 @@ def main() -> None:
     value_start = rewards if shared_layers else reward_model(shared, Path(job["score_head"]), num_layers, num_layers)
     policy = upper_layers_of(model, shared, shared_layers, LoraConfig())
     learner = make_learner(policy, value_start, rewards, config)
-    eos = AutoTokenizer.from_pretrained(job["model"]).eos_token_id
     updates, clock = itertools.count(1), Stopwatch()
 
     def log(index: int, count: int, metrics: dict[str, Any]) -> None:
@@ -70,10 +70,7 @@ def main() -> None:
 
     hooks = ppo.PpoHooks(
         prompts=[tuple(prompt) for prompt in job["prompts"]],
-        sample=lambda prompts, seed: engine.sample(
-            prompts, num_completions=1, max_tokens=job["response_tokens"], seed=seed, eos_token_id=eos
-        ),
-        load_weights=engine.load_weights,
+        draw=engine.draw,
         log=log,
     )
     updates_path.unlink(missing_ok=True)

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import shutil
-from importlib import metadata
 from pathlib import Path
 
-from alignd.v1 import events_pb2, policy_manifest_pb2
+from alignd.v1 import events_pb2
 from alignd.v1.policy_service_pb2 import STAGE_CANDIDATE, STAGE_LIVE, STAGE_REJECTED, STAGE_UNSPECIFIED
 from policies.artifact import ArtifactError, verify_artifact, write_artifact
 from policies.location import artifact_folder
+from policies.manifest import new_manifest
 from policies.state import PolicyRecord, new_change
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
@@ -79,10 +79,7 @@ async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog)
         raise NoPolicyError("no policy is registered; set serving.initial_model to a Hugging Face model folder")
     if not (model / "config.json").is_file():
         raise NoPolicyError(f"serving.initial_model: {model} holds no config.json")
-    manifest = policy_manifest_pb2.PolicyManifest(
-        version=1, reference_version=1, code_version=metadata.version("alignd")
-    )
-    manifest.create_time.GetCurrentTime()
+    manifest = new_manifest(1, reference_version=1)
     path = folder / "v1"
     if path.exists():
         manifest = await asyncio.to_thread(verify_artifact, path, None)

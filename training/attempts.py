@@ -54,17 +54,17 @@ def retry_until_done(action: Callable[[], T]) -> T:
         time.sleep(RETRY_SECONDS)
 
 
-def run_once(place: TrainerContext, folder: RunFolder) -> bool:
+def run_once(context: TrainerContext, folder: RunFolder) -> bool:
     """Runs, or goes on with a run. False if a disk is full or serving or the store is away: then it goes on later.
 
     A run that kills the trainer again and again is given up, so that there can be others.
     """
     try:
-        _attempt(place, folder)
+        _attempt(context, folder)
         ended = True
     except AWAY as error:
         # Several ranks each read the store: where one could not, they are out of step, and all begin again.
-        if isinstance(error, OperationalError) and place.ranks.size > 1:
+        if isinstance(error, OperationalError) and context.ranks.size > 1:
             folder.survived_attempt()
             raise
         logger.error("run %s waits: %s", folder.path.name, describe(error))
@@ -73,14 +73,14 @@ def run_once(place: TrainerContext, folder: RunFolder) -> bool:
     except SystemExit as error:
         # The trainer was told to end; the run did not do it. Of several ranks it may be torchrun that tells, since
         # another died of the run.
-        if place.ranks.size == 1 and not error.code:
+        if context.ranks.size == 1 and not error.code:
             folder.survived_attempt()
         raise
     folder.survived_attempt()
     return ended
 
 
-def _attempt(place: TrainerContext, folder: RunFolder) -> None:
+def _attempt(context: TrainerContext, folder: RunFolder) -> None:
     from training.models.parallel import led
     from training.run import run
 
@@ -88,8 +88,8 @@ def _attempt(place: TrainerContext, folder: RunFolder) -> None:
     folder.rewind("stopped", 0)
     try:
         _count_attempt(folder)
-        led(place.ranks, lambda: folder.path)
-        version = run(place, folder)
+        led(context.ranks, lambda: folder.path)
+        version = run(context, folder)
         folder.log("done", 0, 1, {"version": version})
         logger.info("run %s made version %d", run_id, version)
     except (TrainingError, ArtifactError, grpc.RpcError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from alignd.v1 import policy_service_pb2
 from policies.location import artifact_folder
 from training.config import TrainingConfig
-from training.data.dataset import Dataset
+from training.data.dataset import Dataset, TokenizedPrompt
+from training.data.groups import Group
 from training.models.parallel import Ranks, led
 from training.models.policy import SharedLayers
 from training.models.reward import RewardModel
-from training.ppo.rollouts import Rollout, RolloutEngine
+from training.ppo.rollouts import Draw, Rollout, RolloutEngine
 from training.rewards.refresh import Fitted
 from training.runs.folder import RunFolder
 from training.runs.policy_client import START_SECONDS, PolicyClient
@@ -31,26 +32,41 @@ class TrainerContext:
     """What outlives a run: where things are read and written, and who may interrupt."""
 
     store: Store
-    engine: RolloutEngine
+    draw: Draw
     client: PolicyClient
     policies_dir: Path
     tokenizer: PreTrainedTokenizerBase
     between_rounds: Callable[[str], None]
-    """Called with the run's id between two steps: waits while the trainer is paused, raises to end the run."""
+    """Called with the run's id between two rounds or phases: waits while the trainer is paused, raises to end the run.
+    """
     ranks: Ranks
     """The first of them alone talks to serving and writes; all call `between_rounds`."""
+
+    def text(self, rollout: Rollout) -> str:
+        """Returns what a user would read of a completion."""
+        return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
 class Run:
     """What one run works with throughout."""
 
-    place: TrainerContext
+    context: TrainerContext
     folder: RunFolder
     config: TrainingConfig
     parents: Parents
     shared: SharedLayers
     data: Dataset
+
+    @property
+    def evaluation_prompts(self) -> tuple[TokenizedPrompt, ...]:
+        """The held-out prompts that policies are compared on."""
+        return self.data.held_out_prompts[: self.config.num_evaluation_prompts]
+
+    def groups(self, answers: Sequence[Rollout]) -> list[Group]:
+        """Returns the evaluation prompts, each with its answer."""
+        pairs = zip(self.evaluation_prompts, answers, strict=True)
+        return [Group(prompt.token_ids, (answer.token_ids,)) for prompt, answer in pairs]
 
 
 @dataclass(frozen=True)
@@ -109,15 +125,22 @@ def open_context(
         return config, parents.live_folder, parents.reference_folder
 
     agreed, live_folder, reference_folder = led(ranks, ask)
+    tokenizer = AutoTokenizer.from_pretrained(reference_folder, local_files_only=True)
     engine = RolloutEngine(
         live_folder,
         max_model_len=agreed.ppo.max_prompt_tokens + agreed.ppo.max_tokens,
         max_num_seqs=agreed.max_num_seqs,
         kv_cache_mib=agreed.kv_cache_mib,
+        eos_token_id=tokenizer.eos_token_id,
         seed=agreed.seed,
         ranks=ranks,
     )
-    tokenizer = AutoTokenizer.from_pretrained(reference_folder, local_files_only=True)
     return TrainerContext(
-        store, engine, client, policies_dir, tokenizer, lambda run_id: led(ranks, lambda: between_rounds(run_id)), ranks
+        store,
+        engine.draw,
+        client,
+        policies_dir,
+        tokenizer,
+        lambda run_id: led(ranks, lambda: between_rounds(run_id)),
+        ranks,
     )

@@ -25,13 +25,12 @@ from feedback.durable import replace_file
 from policies.artifact import ArtifactError
 from training.attempts import RETRY_SECONDS, describe, end, is_transient, retry_until_done, run_once
 from training.config import TrainingConfig
-from training.errors import RunAbortedError, TrainingError
+from training.errors import TrainingError
+from training.runs.control import OperatorControl
 from training.runs.folder import SFT, SFT_SUFFIX, Origin, RunFolder
 from training.runs.policy_client import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
-
     from feedback.store.reader import Store
     from training.context import TrainerContext
     from training.models.parallel import Ranks
@@ -69,13 +68,13 @@ def run_trainer(
             RunFolder.sweep(runs_dir)
             control = OperatorControl(config, engine, lease)
             roomy, store = _roomy(config, RunFolder.unfinished(runs_dir)), Store(store_url)
-            place = open_context(roomy, store, client, policies_dir, control.between_rounds, ranks)
+            context = open_context(roomy, store, client, policies_dir, control.between_rounds, ranks)
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
                 folder = retry_until_done(
-                    lambda: RunFolder.unfinished(runs_dir) or _begin_run(control, place, runs_dir, cursor)
+                    lambda: RunFolder.unfinished(runs_dir) or _begin_run(control, context, runs_dir, cursor)
                 )
-                if run_once(place, folder):
+                if run_once(context, folder):
                     retry_until_done(partial(cursor.write, folder.origin().last_ranking_seq))
                     retry_until_done(partial(end, engine, folder))
                 else:
@@ -89,11 +88,11 @@ def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Pa
     from training.run import run
 
     with PolicyClient(serving_address) as client:
-        place = open_context(config, store, client, policies_dir, lambda run_id: None, ranks)
+        context = open_context(config, store, client, policies_dir, lambda run_id: None, ranks)
         while True:
             folder = RunFolder(led(ranks, Path))
             try:
-                run(place, folder)
+                run(context, folder)
             except TrainingError as error:
                 logger.info("run %s stopped: %s", folder.path.name, error)
 
@@ -124,14 +123,14 @@ def run_sft_once(
         RunFolder.sweep(runs_dir)
         control, begun = OperatorControl(config, engine, lease), RunFolder.unfinished(runs_dir, SFT)
         roomy, store = _roomy(config, begun), Store(store_url)
-        place = open_context(roomy, store, client, policies_dir, control.between_rounds, ALONE)
+        context = open_context(roomy, store, client, policies_dir, control.between_rounds, ALONE)
         if begun:
             run_id = begun.path.name
             logger.info("going on with %s and its recipe; `alignd runs abort %s` ends it instead", run_id, run_id)
         folder = begun or RunFolder.create(runs_dir, _new_run_id() + SFT_SUFFIX, config, origin=None)
         folder.rewind("stopped", 0)
         try:
-            version = run_sft(place, folder).version
+            version = run_sft(context, folder).version
         except (TrainingError, ArtifactError, grpc.RpcError) as error:
             if isinstance(error, grpc.RpcError) and is_transient(error):
                 raise TrainingError(f"{describe(error)}; `alignd sft` goes on with {folder.path.name}") from error
@@ -172,34 +171,6 @@ class Cursor:
         replace_file(self.path, str(seq))
 
 
-@dataclass(frozen=True)
-class OperatorControl:
-    """Where operators' wishes arrive, and where it is told that the place was lost."""
-
-    config: TrainingConfig
-    engine: Engine
-    lease: TrainerLease
-
-    def between_rounds(self, run_id: str) -> None:
-        """Waits while the trainer is paused. Raises RunAbortedError, or SystemExit if another trainer took over."""
-        from training.runs.lease import read_control
-
-        told = False
-        while True:
-            if not self.lease.renew():
-                logger.error("another trainer has taken over; ending")
-                sys.exit(1)
-            control = read_control(self.engine)
-            if run_id and control.abort_run == run_id:
-                raise RunAbortedError("an operator asked for it to end")
-            if not control.paused:
-                return
-            if not told:
-                logger.info("paused; `alignd runs resume` goes on")
-            told = True
-            time.sleep(self.config.poll_seconds)
-
-
 def is_due(
     config: TrainingConfig, *, num_new: int, oldest_new: float | None, last_began: float | None, now: float
 ) -> bool:
@@ -231,11 +202,11 @@ def _roomy(config: TrainingConfig, folder: RunFolder | None) -> TrainingConfig:
     return config.model_copy(update={"ppo": present.model_copy(update=lengths)})
 
 
-def _begin_run(control: OperatorControl, place: TrainerContext, runs_dir: Path, cursor: Cursor) -> RunFolder:
+def _begin_run(control: OperatorControl, context: TrainerContext, runs_dir: Path, cursor: Cursor) -> RunFolder:
     """Waits until a run is due, and makes its folder."""
     from training.context import find_parents
 
-    config, store, seen = control.config, place.store, cursor.read()
+    config, store, seen = control.config, context.store, cursor.read()
     while not is_due(
         config,
         num_new=store.num_rankings(seen),
@@ -246,7 +217,7 @@ def _begin_run(control: OperatorControl, place: TrainerContext, runs_dir: Path, 
         control.between_rounds("")
         time.sleep(config.poll_seconds)
     control.between_rounds("")
-    parents = find_parents(place.client, START_SECONDS)
+    parents = find_parents(context.client, START_SECONDS)
     origin = Origin(parents.live.version, parents.reference.version, store.last_seq(), store.last_sample_seq())
     return RunFolder.create(runs_dir, _new_run_id(), config, origin)
 

@@ -7,34 +7,32 @@ itself. A run that was killed goes on after its last whole epoch, with the demon
 from __future__ import annotations
 
 import logging
-import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from alignd.v1 import policy_manifest_pb2, policy_service_pb2
+from alignd.v1 import policy_service_pb2
+from alignd.v1.policy_manifest_pb2 import Evaluation, PolicyManifest, TrainingLineage
 from feedback.durable import replace_file
-from policies.artifact import MANIFEST, read_manifest, write_artifact
 from policies.location import artifact_folder
+from policies.manifest import new_manifest
 from policies.rendering import prompt_token_ids
 from training.config import TrainingConfig
 from training.context import TrainerContext, find_parents
 from training.data.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
 from training.data.groups import Group
 from training.errors import TrainingError
-from training.handover.probes import probes_of
-from training.models.policy import SharedLayers, load_model, load_weights, save_weights
+from training.handover.version import hand_over, is_made, next_version, write_files
+from training.models.policy import SharedLayers, load_model, load_weights
 from training.models.reward import RewardModel, load, score_groups
+from training.ppo.rollouts import Request
 from training.rewards.refresh import REWARD_MODEL_FILE, current
 from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
-from training.runs.policy_client import START_SECONDS, next_version, registered_by, written_by
+from training.runs.policy_client import START_SECONDS
 from training.sft import Demonstration, Epoch, Scorer, best_of, fine_tune
 
 if TYPE_CHECKING:
@@ -69,30 +67,35 @@ class Beginning:
 FORM = TypeAdapter(Beginning)
 
 
-def run_sft(place: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
-    """Fine-tunes the reference policy and registers the result as a candidate, or goes on with that; returns it.
+def run_sft(context: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
+    """Fine-tunes the reference policy and registers the result as a candidate, or resumes that; returns it.
 
-    Raises TrainingError if there are too few demonstrations, or no reward model yet to choose the epoch by.
+    Raises:
+        TrainingError: there are too few demonstrations, or no reward model yet to choose the epoch by.
     """
-    place.between_rounds(folder.path.name)
-    registered = registered_by(place.client, folder.path.name)
-    if registered is None:
-        written = written_by(place.policies_dir, folder.path.name) or _make(place, folder)
-        registered = _register(place, folder, written)
+    context.between_rounds(folder.path.name)
+    if not is_made(context, folder.path.name):
+        _make(context, folder)
+    registered = hand_over(context, folder, _reason_of)
     folder.rewind("register", 0)
     folder.log("register", 0, 1, {"version": registered.version, "promoted": 0.0})
     return registered
 
 
-def _make(place: TrainerContext, folder: RunFolder) -> Path:
-    """Fine-tunes and writes the version; returns its folder."""
+def _reason_of(manifest: PolicyManifest) -> str:
+    (score,) = manifest.evaluations
+    return f"SFT, score {score.value:.2f} by the reward model"
+
+
+def _make(context: TrainerContext, folder: RunFolder) -> None:
+    """Fine-tunes, and writes the version."""
     config, kept, checkpoints = folder.config(), folder.state / BEGINNING, folder.state / "trl"
     if not kept.exists():
-        replace_file(kept, FORM.dump_json(_begin(place, folder)).decode())
+        replace_file(kept, FORM.dump_json(_begin(context, folder)).decode())
     beginning = FORM.validate_json(kept.read_bytes())
-    reference = place.client.get(f"v{beginning.reference_version}", START_SECONDS)
+    reference = context.client.get(f"v{beginning.reference_version}", START_SECONDS)
     base = artifact_folder(reference.artifact_uri)
-    score_of = _scorer(place, folder, beginning, reference)
+    score_of = _scorer(context, folder, beginning, reference)
     if not any(checkpoints.glob("*")):
         folder.rewind("sft_reference", 0)
         folder.log("sft_reference", 0, 1, {"sft/score": score_of(load_weights(base))})
@@ -107,7 +110,7 @@ def _make(place: TrainerContext, folder: RunFolder) -> Path:
 
     weights, epochs = fine_tune(
         base,
-        place.tokenizer,
+        context.tokenizer,
         beginning.demonstrations,
         score_of,
         config.sft,
@@ -117,32 +120,32 @@ def _make(place: TrainerContext, folder: RunFolder) -> Path:
     )
     best = best_of(epochs)
     assert best, "fine_tune raises where there is none"
-    _write_samples(place, folder, beginning, load_weights(base), weights)
-    place.between_rounds(folder.path.name)
-    return _write(place, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
+    _write_samples(context, folder, beginning, load_weights(base), weights)
+    context.between_rounds(folder.path.name)
+    _write(context, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
 
 
-def _begin(place: TrainerContext, folder: RunFolder) -> Beginning:
+def _begin(context: TrainerContext, folder: RunFolder) -> Beginning:
     """Chooses what the run works with."""
     config, fitted = folder.config(), current(folder.path.parent)
     if fitted is None:
         raise TrainingError(NO_REWARDS)
     learned, validating = split_demonstrations(
-        place.store.demonstrations(),
-        place.store.prompts(MAX_STORED_PROMPTS),
+        context.store.demonstrations(),
+        context.store.prompts(MAX_STORED_PROMPTS),
         held_out_share=config.reward_model.held_out_share,
         validation_share=config.sft.validation_share,
     )
     return Beginning(
-        find_parents(place.client, START_SECONDS).reference.version,
+        find_parents(context.client, START_SECONDS).reference.version,
         fitted.run_id,
-        [_tokens(place, each) for each in learned],
-        sorted(_validation_prompts(place, config, validating).items()),
+        [_tokens(context, each) for each in learned],
+        sorted(_validation_prompts(context, config, validating).items()),
     )
 
 
 def _scorer(
-    place: TrainerContext, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy
+    context: TrainerContext, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy
 ) -> Scorer:
     """Scores what weights answer to the validation prompts."""
     config, runs_dir = folder.config(), folder.path.parent
@@ -152,8 +155,8 @@ def _scorer(
         raise TrainingError(NO_REWARDS)
 
     def score_of(weights: Mapping[str, Tensor]) -> float:
-        place.between_rounds(folder.path.name)
-        answers = _answers(place, config, beginning.asked, weights)
+        context.between_rounds(folder.path.name)
+        answers = _answers(context, config, beginning.asked, weights)
         groups = [Group(prompt, (answer,)) for (prompt, _), answer in zip(beginning.asked, answers, strict=True)]
         return float(torch.cat(score_groups(rewards, groups)).mean())
 
@@ -161,22 +164,16 @@ def _scorer(
 
 
 def _answers(
-    place: TrainerContext, config: TrainingConfig, asked: Asked, weights: Mapping[str, Tensor]
+    context: TrainerContext, config: TrainingConfig, asked: Asked, weights: Mapping[str, Tensor]
 ) -> list[tuple[int, ...]]:
     """What a policy of these weights writes to these prompts, the same each time."""
-    place.engine.load_weights(weights.items())
-    drawn = place.engine.sample(
-        [tokens for tokens, _ in asked],
-        num_completions=1,
-        max_tokens=config.ppo.max_tokens,
-        seed=config.seed,
-        eos_token_id=place.tokenizer.eos_token_id,
-    )
+    prompts = [tokens for tokens, _ in asked]
+    drawn = context.draw(Request(weights.items(), prompts, 1, config.ppo.max_tokens, config.seed))
     return [each[0].token_ids for each in drawn]
 
 
 def _write_samples(
-    place: TrainerContext,
+    context: TrainerContext,
     folder: RunFolder,
     beginning: Beginning,
     before: Mapping[str, Tensor],
@@ -184,20 +181,20 @@ def _write_samples(
 ) -> None:
     """What policies of these weights write to the first of the validation prompts."""
     shown = beginning.asked[:NUM_SAMPLE_PAIRS]
-    old, new = (_answers(place, folder.config(), shown, weights) for weights in (before, after))
+    old, new = (_answers(context, folder.config(), shown, weights) for weights in (before, after))
     folder.write_samples(
         [
-            SamplePair(text, _decode(place, one), _decode(place, other))
+            SamplePair(text, _decode(context, one), _decode(context, other))
             for (_, text), one, other in zip(shown, old, new, strict=True)
         ]
     )
 
 
 def _validation_prompts(
-    place: TrainerContext, config: TrainingConfig, validating: Sequence[StoredDemonstration]
+    context: TrainerContext, config: TrainingConfig, validating: Sequence[StoredDemonstration]
 ) -> dict[tuple[int, ...], str]:
     """In tokens, and as text. Those that the engine has no room for are left out."""
-    asked = {_prompt(place, each): text_of(each.prompt) for each in validating}
+    asked = {_prompt(context, each): text_of(each.prompt) for each in validating}
     short = {tokens: text for tokens, text in asked.items() if len(tokens) <= config.ppo.max_prompt_tokens}
     if not short:
         raise TrainingError(
@@ -207,52 +204,36 @@ def _validation_prompts(
     return short
 
 
-def _prompt(place: TrainerContext, each: StoredDemonstration) -> tuple[int, ...]:
-    return tuple(prompt_token_ids(place.tokenizer, each.prompt))
+def _prompt(context: TrainerContext, each: StoredDemonstration) -> tuple[int, ...]:
+    return tuple(prompt_token_ids(context.tokenizer, each.prompt))
 
 
-def _decode(place: TrainerContext, token_ids: tuple[int, ...]) -> str:
-    return str(place.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+def _decode(context: TrainerContext, token_ids: tuple[int, ...]) -> str:
+    return str(context.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _tokens(place: TrainerContext, each: StoredDemonstration) -> Demonstration:
+def _tokens(context: TrainerContext, each: StoredDemonstration) -> Demonstration:
     # A demonstration is whole: it has its end.
-    return Demonstration(_prompt(place, each), completion_token_ids_of(place.tokenizer, each.text, ended=True))
+    return Demonstration(_prompt(context, each), completion_token_ids_of(context.tokenizer, each.text, ended=True))
 
 
 def _write(
-    place: TrainerContext,
+    context: TrainerContext,
     folder: RunFolder,
     reference: policy_service_pb2.Policy,
     weights: dict[str, Tensor],
     score: float,
     prompts: Sequence[tuple[int, ...]],
-) -> Path:
-    config = folder.config()
-    version = next_version(place.client, place.policies_dir)
-    manifest = policy_manifest_pb2.PolicyManifest(
-        version=version,
+) -> None:
+    config, version = folder.config(), next_version(context)
+    manifest = new_manifest(
+        version,
         parent_version=reference.version,
+        # It starts a lineage of its own.
         reference_version=version,
-        training=policy_manifest_pb2.TrainingLineage(
+        training=TrainingLineage(
             run_id=folder.path.name, algorithm="sft", recipe_json=config.model_dump_json(), seed=config.seed
         ),
-        evaluations=[policy_manifest_pb2.Evaluation(name=SCORE, value=score, count=len(prompts))],
-        code_version=metadata.version("alignd"),
+        evaluations=[Evaluation(name=SCORE, value=score, count=len(prompts))],
     )
-    manifest.create_time.FromNanoseconds(time.time_ns())
-
-    def write_files(draft: Path) -> None:
-        save_weights(draft, weights, artifact_folder(reference.artifact_uri))
-        manifest.probes.extend(probes_of(draft, prompts, config.num_probes))
-
-    written, _ = write_artifact(place.policies_dir, manifest, write_files)
-    return written
-
-
-def _register(place: TrainerContext, folder: RunFolder, written: Path) -> policy_service_pb2.Policy:
-    manifest = read_manifest(written)
-    shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
-    (score,) = manifest.evaluations
-    reason = f"run {folder.path.name}: SFT, score {score.value:.2f} by the reward model"
-    return place.client.register(manifest, written, reason)
+    write_files(context, manifest, weights, artifact_folder(reference.artifact_uri), prompts, config.num_probes)

@@ -83,7 +83,12 @@ def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds
     @functools.cache
     def engine() -> RolloutEngine:
         return RolloutEngine(
-            base, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS, kv_cache_mib=KV_CACHE_MIB, seed=0
+            base,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=MAX_NUM_SEQS,
+            kv_cache_mib=KV_CACHE_MIB,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=0,
         )
 
     def run(name: str, seed: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from training.models.reward import score_groups
 from training.ppo import ptx
 from training.ppo import rounds as ppo
 from training.ppo.learner import make_learner
-from training.ppo.rollouts import Rollout
+from training.ppo.rollouts import Request, Rollout
 from training.sft import Demonstration, fine_tune
 
 TAX_WINDOW = 512
@@ -177,7 +177,7 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     validation = train[-32:]
 
     def score_of(weights: dict[str, torch.Tensor]) -> float:
-        lab.engine.load_weights(weights.items())
+        lab.weights = weights
         drawn = [each[0] for each in lab.draw(validation, 1, salt=300)]
         return float(torch.cat(score_groups(rewards, as_groups(validation, drawn))).mean())
 
@@ -253,20 +253,21 @@ def run_ppo(
     name: str,
     part: int = 0,
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """One stretch of PPO, whose policy it leaves in the folder `name` and in the engine.
+    """One stretch of PPO, whose policy it leaves in the folder `name` and loaded.
 
     Returns what each round came to, with the true utility of its rollouts, and why it stopped itself, if it did.
     """
     lab = experiment.lab
     policy = upper_layers_of(start, shared, min(config.num_frozen_layers, shared.num_layers - 1), LoraConfig())
     learner = make_learner(policy, rewards.model, rewards.held_out_model, config)
+    config = config.model_copy(update={"max_tokens": lab.max_tokens})
     by_tokens = {each.token_ids: each for each in train}
     utilities: list[float] = []
     rounds: list[dict[str, Any]] = []
 
-    def sample(prompts: Sequence[tuple[int, ...]], seed: int) -> list[list[Rollout]]:
-        drawn = lab.draw_tokens(prompts, config.rollouts_per_prompt, seed)
-        worth = lab.utilities([by_tokens[tuple(prompt)] for prompt in prompts], drawn)
+    def draw(request: Request) -> list[list[Rollout]]:
+        drawn = lab.engine.draw(request)
+        worth = lab.utilities([by_tokens[tuple(prompt)] for prompt in request.prompts], drawn)
         utilities.append(sum(map(sum, worth)) / sum(map(len, worth)))
         return drawn
 
@@ -279,7 +280,7 @@ def run_ppo(
             flush=True,
         )
 
-    hooks = ppo.PpoHooks(list(by_tokens), sample, lab.engine.load_weights, log, pretraining(lab, config.ptx))
+    hooks = ppo.PpoHooks(list(by_tokens), draw, log, pretraining(lab, config.ptx))
     target = experiment.folder / name
     try:
         reason = ppo.train(learner, config, hooks, seed=lab.seed * 101 + part)
@@ -294,6 +295,7 @@ def run_ppo(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     save_policy(target, shared, policy, lab.base)
+    lab.load(target)
     return rounds, reason
 
 

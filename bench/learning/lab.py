@@ -7,10 +7,11 @@ the seed of the experiment alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignd.v1 import types_pb2
@@ -20,7 +21,7 @@ from deploy.simulation.utility import Utility, measure
 from policies.rendering import prompt_token_ids
 from training.data.groups import Group, RankedExample
 from training.models.policy import load_weights
-from training.ppo.rollouts import Rollout, RolloutEngine
+from training.ppo.rollouts import Request, Rollout, RolloutEngine
 
 SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sentences."
 NUM_LABELERS = 40  # about as many as InstructGPT's contractors
@@ -38,7 +39,7 @@ class Asked:
     token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lab:
     """What the experiments share."""
 
@@ -48,6 +49,8 @@ class Lab:
     utility: Utility
     max_tokens: int
     seed: int
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Those of the policy that completions are drawn from."""
 
     def ask(self, prompts: Sequence[str], shots: Sequence[Message] = ()) -> list[Asked]:
         """Renders prompts as the demo's application does, after `shots` if there are any."""
@@ -61,22 +64,18 @@ class Lab:
 
     def load(self, folder: Path) -> None:
         """Draws from the policy in this folder from here on."""
-        self.engine.load_weights(load_weights(folder).items())
+        self.weights = load_weights(folder)
 
     def draw(self, asked: Sequence[Asked], num_completions: int, salt: int) -> list[list[Rollout]]:
         """Completions of each prompt by the policy that is loaded."""
-        return self.draw_tokens(
-            [each.token_ids for each in asked], num_completions, self.seed * SEEDS + salt * SALTED_SEEDS
-        )
-
-    def draw_tokens(self, prompts: Sequence[Sequence[int]], num_completions: int, seed: int) -> list[list[Rollout]]:
-        """The same of prompts in tokens, as PPO asks."""
-        return self.engine.sample(
-            prompts,
-            num_completions=num_completions,
-            max_tokens=self.max_tokens,
-            seed=seed,
-            eos_token_id=self.tokenizer.eos_token_id,
+        return self.engine.draw(
+            Request(
+                self.weights.items(),
+                [each.token_ids for each in asked],
+                num_completions,
+                self.max_tokens,
+                self.seed * SEEDS + salt * SALTED_SEEDS,
+            )
         )
 
     def text(self, rollout: Rollout) -> str:

@@ -172,7 +172,7 @@ def find_run(run: str) -> Path:
 
 def read_records(folder: Path) -> Sequence[Mapping[str, Any]]:
     """Returns what a run has written to metrics.jsonl, oldest first."""
-    from training.report.record import read_lines
+    from training.runs.record import read_lines
 
     return read_lines(folder / METRICS).found
 

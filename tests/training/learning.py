@@ -1,8 +1,11 @@
 """A preference over tokens to learn, rankings by it, and everything PPO needs on a tiny policy."""
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tests.training.sampling import PlainSampler
 from training.config import PpoConfig, RewardModelConfig
@@ -12,6 +15,7 @@ from training.models.policy import SharedLayers, upper_layers_of
 from training.models.reward import RewardModel
 from training.ppo import rounds as ppo
 from training.ppo.learner import Learner, make_learner
+from training.ppo.rollouts import Request
 from training.rewards.fit import fit
 
 EOS = 2
@@ -64,5 +68,10 @@ def learner_of(
 
 def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.PpoHooks, PlainSampler]:
     """The tiny policy's prompts and a sampler of it."""
-    sampler = PlainSampler(folder, config.rollouts_per_prompt, config.max_tokens, EOS)
-    return ppo.PpoHooks(PROMPTS, sampler.sample, sampler.load_weights, log, **more), sampler
+    sampler = PlainSampler(folder, EOS)
+    return ppo.PpoHooks(PROMPTS, sampler.draw, log, **more), sampler
+
+
+def request_of(config: PpoConfig, seed: int, weights: Iterable[tuple[str, Tensor]] = ()) -> Request:
+    """Rollouts of the tiny policy's prompts."""
+    return Request(weights, PROMPTS, config.rollouts_per_prompt, config.max_tokens, seed)

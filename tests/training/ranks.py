@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, distributed
 
 from policies import precision
-from policies.precision import compute_dtype
 from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
 from tests.training.sampling import PlainSampler
 from training.config import PpoConfig, RewardModelConfig
 from training.errors import TrainingError
 from training.models.parallel import Ranks, gathered, join, led, whole
-from training.models.policy import SharedLayers, load_model, merged_tensors
+from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel
 from training.ppo import rounds as ppo
 from training.ppo.learner import Learner, trained_weights
-from training.ppo.rollouts import Rollout
+from training.ppo.rollouts import Request, Rollout
 from training.rewards.fit import fit
 
 SIZE = 2
@@ -67,12 +66,10 @@ class ReplayedRollouts:
     def __init__(self, drawn: Mapping[ppo.Prompt, list[Rollout]]) -> None:
         self.drawn = drawn
 
-    def sample(self, prompts: Sequence[ppo.Prompt], seed: int) -> list[list[Rollout]]:
-        """The same for every seed."""
-        return [self.drawn[prompt] for prompt in prompts]
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """What was drawn stays as it is."""
+    def draw(self, request: Request) -> list[list[Rollout]]:
+        """The same for all weights and seeds. Ranks merge weights together, so they are taken all the same."""
+        dict(request.weights)
+        return [self.drawn[tuple(prompt)] for prompt in request.prompts]
 
 
 def text_for(config: PpoConfig) -> Iterator[tuple[int, ...]] | None:
@@ -98,7 +95,7 @@ def one_update(
     learner = make_learner(ranks, folder, config)
     replayed, seen = ReplayedRollouts(drawn), []
     log = lambda *each: seen.append(each[2])  # noqa: E731
-    hooks = ppo.PpoHooks(list(drawn), replayed.sample, replayed.load_weights, log, text_for(config))
+    hooks = ppo.PpoHooks(list(drawn), replayed.draw, log, text_for(config))
     assert ppo.train(learner, config, hooks, seed=3) is None
     leave(ranks, out, learner, seen)
 
@@ -120,7 +117,7 @@ def left(out: Path, rank: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]
 def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, killed_before: int | None) -> None:
     """Trains with a sampler of its own, from the checkpoint if there is one. Killed as by kill -9 before that round."""
     learner = make_learner(ranks, folder, config)
-    sampler = PlainSampler(folder, config.rollouts_per_prompt, config.max_tokens, EOS)
+    sampler = PlainSampler(folder, EOS)
     seen: list[Mapping[str, Any]] = []
     begun = itertools.count()
 
@@ -129,13 +126,10 @@ def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, kil
             os.kill(os.getpid(), signal.SIGKILL)
 
     hooks = ppo.PpoHooks(
-        PROMPTS, sampler.sample, sampler.load_weights, lambda *each: seen.append(each[2]), text_for(config),
+        PROMPTS, sampler.draw, lambda *each: seen.append(each[2]), text_for(config),
         checkpoints=out / "checkpoints", between_rounds=between,
     )  # fmt: skip
     ppo.train(learner, config, hooks, seed=5)
-    dtype = compute_dtype(learner.shared.device)
-    drawn_from, made = sampler.model.state_dict(), dict(merged_tensors(learner.shared, learner.policy, dtype))
-    assert all(torch.equal(drawn_from[name], tensor) for name, tensor in made.items())
     leave(ranks, out, learner, seen)
 
 

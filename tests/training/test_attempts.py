@@ -68,7 +68,7 @@ def test_a_run_that_serving_refuses_ends_and_says_why(tmp_path: Path) -> None:
 
 def test_a_run_with_too_little_to_learn_from_ends_at_once_and_says_so(tmp_path: Path) -> None:
     folder, nobody = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), cast(Any, None)
-    client = cast(Any, SimpleNamespace(get=lambda version: version))
+    client = cast(Any, SimpleNamespace(get=lambda version: version, newest=lambda count: []))
     with closing(Store(f"sqlite:///{tmp_path}/store.db")) as store:
         place = TrainerContext(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
         assert run_once(place, folder)

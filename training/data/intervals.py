@@ -1,4 +1,4 @@
-"""What a new policy is on held-out prompts: how often it beats the reference policy, and how far it is from it."""
+"""Intervals of what a run measures: a win rate, and a mean."""
 
 from __future__ import annotations
 
@@ -35,16 +35,6 @@ class Mean:
     low: float
     high: float
     count: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What decides whether a new policy may go live."""
-
-    won: WinRate
-    """Against the reference policy, by the reward model."""
-    kl: Mean
-    """KL from the reference policy, in nats a completion."""
 
 
 def mean(values: Sequence[float]) -> Mean:

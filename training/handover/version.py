@@ -2,98 +2,158 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 from torch import Tensor
 
-from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from policies.artifact import MANIFEST, read_manifest, write_artifact
-from training.context import Rewards, Run
-from training.data.dataset import TokenizedPrompt
-from training.data.intervals import Mean, Verdict, WinRate
+from alignd.v1.policy_manifest_pb2 import Evaluation, LogRange, PolicyManifest, TrainingLineage
+from alignd.v1.policy_service_pb2 import STAGE_CANDIDATE, Policy
+from policies.artifact import MANIFEST, ArtifactError, read_manifest, write_artifact
+from policies.manifest import new_manifest
+from training.context import Rewards, Run, TrainerContext
+from training.data.intervals import Mean, WinRate
 from training.handover.probes import probes_of
+from training.handover.verdict import KL, WIN_RATE, Verdict
 from training.models.policy import save_weights
-from training.runs.policy_client import next_version, prompts_digest
+from training.runs.folder import RunFolder
+from training.runs.policy_client import PolicyClient
 
-WIN_RATE, KL = "reward_model/win_rate_over_reference", "objective/kl_from_reference"
+# A run was killed no longer ago than that many versions.
+RECENT = 20
 
 
-def _manifest(run: Run, rewards: Rewards, verdict: Verdict) -> policy_manifest_pb2.PolicyManifest:
-    """All of the manifest but what depends on the files."""
-    data = run.data
-    manifest = policy_manifest_pb2.PolicyManifest(
-        version=next_version(run.place.client, run.place.policies_dir),
+def write_version(run: Run, rewards: Rewards, weights: Mapping[str, Tensor], verdict: Verdict) -> Path:
+    """Writes the version that PPO made, and returns its folder."""
+    config, prompts = run.config, run.data.training_prompts
+    manifest = new_manifest(
+        next_version(run.context),
         parent_version=run.parents.live.version,
         reference_version=run.parents.reference.version,
-        training=policy_manifest_pb2.TrainingLineage(
+        training=TrainingLineage(
             run_id=run.folder.path.name,
-            algorithm="ppo-ptx" if run.config.ppo.ptx.data else "ppo",
-            recipe_json=run.config.model_dump_json(),
-            seed=run.config.seed,
+            algorithm="ppo-ptx" if config.ppo.ptx.data else "ppo",
+            recipe_json=config.model_dump_json(),
+            seed=config.seed,
             reward_model_digest=rewards.fitted.digest,
-            rankings=[policy_manifest_pb2.LogRange(**asdict(each)) for each in rewards.fitted.rankings],
+            rankings=[LogRange(**asdict(each)) for each in rewards.fitted.rankings],
             num_rankings=rewards.fitted.num_rankings,
-            num_prompts=len(data.training_prompts),
-            prompts_digest=prompts_digest([prompt.sample_id for prompt in data.training_prompts]),
+            num_prompts=len(prompts),
+            prompts_digest=_digest(prompt.sample_id for prompt in prompts),
         ),
         evaluations=[_evaluation(WIN_RATE, verdict.won), _evaluation(KL, verdict.kl)],
-        code_version=metadata.version("alignd"),
     )
-    manifest.create_time.FromNanoseconds(time.time_ns())
-    return manifest
+    probed = [prompt.token_ids for prompt in run.evaluation_prompts]
+    return write_files(run.context, manifest, weights, run.parents.reference_folder, probed, config.num_probes)
 
 
-def _evaluation(name: str, found: WinRate | Mean) -> policy_manifest_pb2.Evaluation:
-    return policy_manifest_pb2.Evaluation(
-        name=name, value=found.value, low=found.low, high=found.high, count=found.count
-    )
-
-
-def write(
-    run: Run, rewards: Rewards, weights: Mapping[str, Tensor], verdict: Verdict, probed: Sequence[TokenizedPrompt]
+def write_files(
+    context: TrainerContext,
+    manifest: PolicyManifest,
+    weights: Mapping[str, Tensor],
+    settings_from: Path,
+    probed: Sequence[Sequence[int]],
+    num_probes: int,
 ) -> Path:
-    """Writes the version, and returns its folder."""
-    manifest = _manifest(run, rewards, verdict)
-    sequences = [prompt.token_ids for prompt in probed]
+    """Writes a version with its probes, and returns its folder.
 
-    def write_files(draft: Path) -> None:
-        save_weights(draft, weights, run.parents.reference_folder)
-        manifest.probes.extend(probes_of(draft, sequences, run.config.num_probes))
+    Args:
+        context: where versions lie.
+        manifest: the version's, without files and probes.
+        weights: whole, in bf16.
+        settings_from: the folder of the version whose tokenizer and configuration it takes.
+        probed: token sequences that serving will prove it by.
+        num_probes: the most of these that are taken.
+    """
 
-    written, _ = write_artifact(run.place.policies_dir, manifest, write_files)
+    def write(draft: Path) -> None:
+        save_weights(draft, weights, settings_from)
+        manifest.probes.extend(probes_of(draft, probed, num_probes))
+
+    written, _ = write_artifact(context.policies_dir, manifest, write)
     return written
 
 
-def register(run: Run, written: Path) -> policy_service_pb2.Policy:
-    """Registers the version in this folder. Harmless when repeated."""
+def is_made(context: TrainerContext, run_id: str) -> bool:
+    """Whether an earlier attempt at this run has come to write its version."""
+    return _registered_by(context.client, run_id) is not None or _written_by(context.policies_dir, run_id) is not None
+
+
+def hand_over(context: TrainerContext, folder: RunFolder, reason_of: Callable[[PolicyManifest], str]) -> Policy:
+    """Registers the version that this run wrote as a candidate, unless it is registered already, and returns it."""
+    run_id = folder.path.name
+    registered = _registered_by(context.client, run_id)
+    if registered:
+        return registered
+    written = _written_by(context.policies_dir, run_id)
+    assert written, f"run {run_id} has written no version"
     manifest = read_manifest(written)
-    shutil.copyfile(written / MANIFEST, run.folder.path / MANIFEST)
-    return run.place.client.register(manifest, written, _reason(run, manifest))
+    shutil.copyfile(written / MANIFEST, folder.path / MANIFEST)
+    return context.client.register(manifest, written, f"run {run_id}: {reason_of(manifest)}")
 
 
-def _reason(run: Run, manifest: policy_manifest_pb2.PolicyManifest) -> str:
-    won, kl = manifest.evaluations
-    return (
-        f"run {run.folder.path.name}: win rate {won.value:.0%} over the reference, by the reward model, "
-        f"at a KL of {kl.value:.1f} nats"
-    )
+def go_live(context: TrainerContext, folder: RunFolder, policy: Policy) -> int:
+    """Asks for the version to go live if its win rate and its KL let it, and returns it. Harmless when repeated.
 
-
-def go_live(run: Run, policy: policy_service_pb2.Policy) -> int:
-    """Asks for the version to go live if its win rate and its KL let it. Harmless when repeated.
-
-    PPO sees the KL of each round's policy but of the last, which is the one that it made.
+    PPO sees the KL of each round's policy except of the last, which is the one that it made.
     """
-    config, manifest = run.config, policy.manifest
+    config, manifest = folder.config(), policy.manifest
     won, kl = manifest.evaluations
     promoted = config.promote and won.low > config.min_win_rate and kl.value <= config.ppo.max_kl
-    if promoted and policy.stage == policy_service_pb2.STAGE_CANDIDATE:
-        promoted = run.place.client.promote(manifest.version, run.parents.live.version, _reason(run, manifest))
-    run.folder.rewind("register", 0)
-    run.folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
+    if promoted and policy.stage == STAGE_CANDIDATE:
+        reason = f"run {folder.path.name}: {reason_of(manifest)}"
+        promoted = context.client.promote(manifest.version, folder.origin().live_version, reason)
+    folder.rewind("register", 0)
+    folder.log("register", 0, 1, {"version": manifest.version, "promoted": float(promoted)})
     return manifest.version
+
+
+def reason_of(manifest: PolicyManifest) -> str:
+    """Returns in words how good the version is that PPO made."""
+    won, kl = manifest.evaluations
+    return f"win rate {won.value:.0%} over the reference, by the reward model, at a KL of {kl.value:.1f} nats"
+
+
+def next_version(context: TrainerContext) -> int:
+    """Returns the first version that is neither registered nor on disk.
+
+    A folder that was never registered is that of a run which was given up: its number stays unused.
+    """
+    registered = (policy.version for policy in context.client.newest(1))
+    return max([*registered, *_folders(context.policies_dir)], default=0) + 1
+
+
+def _registered_by(client: PolicyClient, run_id: str) -> Policy | None:
+    """The version that this run registered, if it was killed between that and its end."""
+    return next((each for each in client.newest(RECENT) if each.manifest.training.run_id == run_id), None)
+
+
+def _written_by(policies_dir: Path, run_id: str) -> Path | None:
+    """The version that this run wrote, if it has not come to register it: it was killed, or serving was away."""
+    folders = _folders(policies_dir)
+    recent = [folders[version] for version in sorted(folders, reverse=True)[:RECENT]]
+    return next((folder for folder in recent if _run_of(folder) == run_id), None)
+
+
+def _folders(policies_dir: Path) -> dict[int, Path]:
+    """By version."""
+    return {int(path.name[1:]): path for path in policies_dir.glob("v*") if path.name[1:].isdecimal()}
+
+
+def _run_of(folder: Path) -> str:
+    try:
+        return read_manifest(folder).training.run_id
+    except ArtifactError:
+        return ""
+
+
+def _evaluation(name: str, found: WinRate | Mean) -> Evaluation:
+    return Evaluation(name=name, value=found.value, low=found.low, high=found.high, count=found.count)
+
+
+def _digest(sample_ids: Iterable[str]) -> str:
+    """SHA-256 over the sorted sample ids, one a line."""
+    return hashlib.sha256("".join(f"{sample_id}\n" for sample_id in sorted(sample_ids)).encode()).hexdigest()

@@ -18,6 +18,7 @@ from typing import Literal
 
 from training.models.logprobs import CHUNK_TOKENS
 from training.planning.workload import Workload
+from training.rewards.fit import PROBED_RANKINGS
 
 Moment = Literal["reward model", "start of PPO", "update"]
 """The moments of a run at which memory may be fullest."""
@@ -39,8 +40,6 @@ NORMS_UNDER_ADAPTERS = {BF16: 12, FP32: 16}
 LAST_NORM = {BF16: 6, FP32: 4}
 # A chunk's logits and their softmax, and its copy in bf16.
 LOGITS = {BF16: 2 * FP32 + BF16, FP32: 2 * FP32}
-# Rankings on which the heads are fitted first, where layers are trained too (training.rewards.fit).
-PROBED_RANKINGS = 256
 # Layers that FSDP holds whole on each device: two that are gathered and what they are gathered in, the gradient of one
 # and what it is divided from.
 GATHERED_LAYERS = 5

@@ -1,13 +1,14 @@
 """Draws completions from the policy that is being trained, with vLLM inside the trainer's process.
 
-Rollouts are drawn at temperature 1 with no top-p, top-k or penalty: what is learned from is the policy itself. The
-engine takes new weights in place, from memory, and forgets its prefix cache with the old ones.
+Rollouts are drawn at temperature 1 with no top-p, top-k or penalty: what is learned from is the policy itself. Each
+request brings the weights to draw from, which replace the engine's in place, so that nobody draws from weights that
+another has left there.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,36 @@ class Rollout:
     finished: bool
 
 
+def to_row(rollout: Rollout) -> list[Any]:
+    """Returns a rollout as JSON keeps it."""
+    return [list(rollout.token_ids), list(rollout.logprobs), rollout.finished]
+
+
+def from_row(row: Sequence[Any]) -> Rollout:
+    """Returns the rollout that `to_row` was given."""
+    token_ids, logprobs, finished = row
+    return Rollout(tuple(token_ids), tuple(logprobs), finished)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Completions to draw, and the policy to draw them from."""
+
+    weights: Iterable[tuple[str, Tensor]]
+    """The whole policy by the names of its checkpoint, one tensor at a time."""
+    prompts: Sequence[Sequence[int]]
+    num_completions: int
+    """Of each prompt."""
+    max_tokens: int
+    """Of each completion."""
+    seed: int
+    """That of the first completion; those after it have the seeds that follow."""
+
+
+Draw = Callable[[Request], list[list[Rollout]]]
+"""Draws completions of each prompt: the same ones for the same weights and seed."""
+
+
 class RolloutEngine:
     """A vLLM engine whose weights can be replaced. Each of several ranks has one of its own, and all start theirs."""
 
@@ -60,9 +91,11 @@ class RolloutEngine:
         max_model_len: int,
         max_num_seqs: int,
         kv_cache_mib: int,
+        eos_token_id: int,
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
+        self._eos_token_id = eos_token_id
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         # Models come from folders. Only who names a data set of the hub wants it, and says so by setting this to 0.
@@ -89,32 +122,28 @@ class RolloutEngine:
             **(GPU_OPTIONS if training_device().type == "cuda" else CPU_OPTIONS),
         )
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replaces all weights, by the names of the checkpoint, one at a time, and empties the prefix cache."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self._llm.reset_prefix_cache()
-
-    def sample(
-        self, prompts: Sequence[Sequence[int]], *, num_completions: int, max_tokens: int, seed: int, eos_token_id: int
-    ) -> list[list[Rollout]]:
-        """Draws completions of each prompt at temperature 1. The same seed and weights draw the same."""
+    def draw(self, request: Request) -> list[list[Rollout]]:
+        """Draws completions of each prompt at temperature 1, from the request's weights."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(request.weights)})
+        # What was computed with the weights before must not be read again.
+        self._llm.reset_prefix_cache()
         parameters = [
             SamplingParams(
-                n=num_completions,
+                n=request.num_completions,
                 temperature=1.0,
-                max_tokens=max_tokens,
+                max_tokens=request.max_tokens,
                 # vLLM gives the completions of a prompt the seeds that follow.
-                seed=seed + index * num_completions,
+                seed=request.seed + index * request.num_completions,
                 logprobs=0,
-                stop_token_ids=[eos_token_id],
+                stop_token_ids=[self._eos_token_id],
                 detokenize=False,
             )
-            for index in range(len(prompts))
+            for index in range(len(request.prompts))
         ]
-        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in request.prompts]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         return [[_rollout(completion) for completion in output.outputs] for output in outputs]
 

@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from training.ppo.learner import (
     trained_parameters,
     trained_weights,
 )
-from training.ppo.rollouts import Rollout
+from training.ppo.rollouts import Draw, Request
 from training.runs.checkpoint import newest_checkpoint, save_checkpoint
 
 Prompt = tuple[int, ...]
@@ -57,10 +57,7 @@ class PpoHooks:
     """
 
     prompts: Sequence[Prompt]
-    sample: Callable[[Sequence[Prompt], int], list[list[Rollout]]]
-    """Draws rollouts of each prompt, the same for the same weights and seed."""
-    load_weights: Callable[[Iterable[tuple[str, Tensor]]], None]
-    """Gives the sampler the policy's weights."""
+    draw: Draw
     log: Log
     """Called on each rank, with the same figures but for times."""
     pretraining: Iterator[tuple[int, ...]] | None = None
@@ -94,8 +91,8 @@ class Progress:
 def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) -> str | None:
     """Runs `num_rounds` rounds. Returns why it stopped before, or None if it did not.
 
-    Leaves the result in `learner.policy` and in the sampler: the average of weights if one is kept, else the last; the
-    last good policy if the run stopped itself. Raises TrainingError if it stops before any policy of its own was seen
+    Leaves the result in `learner.policy`: the average of weights if one is kept, else the last; the last good policy if
+    the run stopped itself. Raises TrainingError if it stops before any policy of its own was seen
     to be good, or if the ranks cannot divide an optimizer step's prompts.
     """
     steps = config.num_minibatches * learner.ranks.size
@@ -106,7 +103,6 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
         )
     progress = _begin(learner, config, hooks)
     turns = itertools.islice(_turns(hooks.prompts, config.prompts_per_round, seed), progress.round, None)
-    _draw_from(learner, hooks)
     while progress.round < config.num_rounds:
         hooks.between_rounds()
         try:
@@ -117,7 +113,6 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
             raise TrainingError(f"PPO stopped in round {progress.round + 1} with nothing better to keep: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
-            _draw_from(learner, hooks)
             hooks.log(progress.round, config.num_rounds, metrics | {"stopped/reason": reason})
             return reason
         hooks.log(progress.round, config.num_rounds, metrics)
@@ -126,16 +121,7 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
             _save(learner, progress, hooks.checkpoints)
     if config.ema_decay:
         set_weights(learner.policy, progress.averaged)
-        _draw_from(learner, hooks)
     return None
-
-
-def _draw_from(learner: Learner, hooks: PpoHooks) -> None:
-    """Gives the sampler the policy as the trainer computes it.
-
-    Rounded to bf16 where that computes in fp32, small steps would be lost at first, and rollouts be the old policy's.
-    """
-    hooks.load_weights(merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)))
 
 
 def _begin(learner: Learner, config: PpoConfig, hooks: PpoHooks) -> Progress:
@@ -190,8 +176,18 @@ def _round(
     started = time.perf_counter()
     round_seed = seed * PROMPT_SEED + progress.round * ROUND_SEED
     own = learner.ranks.share(len(prompts))
-    # A prompt's seed is that of its place in the round, whichever rank draws its rollouts.
-    rollouts = hooks.sample(prompts[own.start : own.stop], round_seed + own.start * config.rollouts_per_prompt)
+    rollouts = hooks.draw(
+        Request(
+            # As the trainer computes it: rounded to bf16 where that computes in fp32, small steps would be lost at
+            # first, and rollouts be the old policy's.
+            weights=merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)),
+            prompts=prompts[own.start : own.stop],
+            num_completions=config.rollouts_per_prompt,
+            max_tokens=config.max_tokens,
+            # A prompt's seed is that of its place in the round, whichever rank draws its rollouts.
+            seed=round_seed + own.start * config.rollouts_per_prompt,
+        )
+    )
     rows = list(zip(prompts, gathered(learner.ranks, rollouts), strict=True))
     sampled = time.perf_counter()
     minibatches = gather(learner, config, rows, progress.kl_coef, round_seed)
@@ -214,7 +210,6 @@ def _round(
         progress.kl_coef = ppo_math.adapted_kl_coef(
             progress.kl_coef, seen["objective/kl"], config.target_kl, num_rollouts, config.kl_horizon
         )
-    _draw_from(learner, hooks)
     return None, metrics | {
         "seconds/rollouts": sampled - started,
         "seconds/scoring": scored - sampled,

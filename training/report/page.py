@@ -7,9 +7,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feedback.durable import replace_file
+from training.report.history import Run, read_run
 from training.report.plots import draw_plots
-from training.report.record import Run, last_of, read_run
 from training.report.summary import figures, finding, fitting_figures, settings, stops
+from training.runs.record import last_of
 
 REPORT, TEMPLATE = "REPORT.html", "report.html.jinja"
 NUM_OPEN_SAMPLES = 5

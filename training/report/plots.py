@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from training.report.record import Change, Record, duration, fall_from_best, greatest, last_finite, series
+from training.report.history import Change, duration, fall_from_best, greatest, last_finite, series
 from training.report.reward_plots import accuracy_plot, calibration_plot
 from training.report.svg import (
     DASHED,
@@ -28,6 +28,7 @@ from training.report.svg import (
     panels,
     to_svg,
 )
+from training.runs.record import Record
 
 Floats = NDArray[np.float64]
 MOST_MARKERS, MOST_POINTS = 30, 100

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator
 
 from training.data.intervals import wilson_interval
-from training.report.record import Record
 from training.report.svg import DASHED, HEIGHT, REWARD_MODEL, Plot, panels, to_svg
+from training.runs.record import Record
 
 CHANCE = 50.0  # %
 INTERVALS = "Bars: 95% Wilson intervals, as if comparisons were independent."

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from training.config import TrainingConfig
-from training.report.record import Change, Record, Run, duration, fall_from_best, last_of, series
+from training.report.history import Change, Run, duration, fall_from_best, series
 from training.report.reward_plots import shares
+from training.runs.record import PHASES, Record, last_of, of_phase
 
 MOST_REASON = 160  # characters of a reason in the finding; it stands in full further down
 MOST_STEPS = 8  # steps named where a metric is not finite
@@ -20,16 +21,6 @@ WIN_RATE = "reward_model/win_rate_over_reference"
 EVALUATIONS = {"objective/kl_from_reference": ("KL of its answers to held-out prompts", "nats a completion; ")}
 COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
 ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
-PHASES = {
-    "sft_reference": "sampling the reference policy",
-    "sft": "fine-tuning",
-    "reward_model": "fitting the reward model",
-    "reward_model_evaluation": "judging the reward model",
-    "normalise": "sampling the reference policy",
-    "ppo": "PPO",
-    "evaluate": "evaluating the new policy",
-    "register": "registering the new version",
-}
 # Metric, what it is called, how it is written, its unit.
 POLICY_FIGURES = (
     ("objective/score", "score, by the reward model", "{:z.2f}", "deviations of the reference policy’s scores"),
@@ -109,7 +100,7 @@ def finding(run: Run) -> str:
 
 def fine_tuning(run: Run) -> list[Record]:
     """The epochs of SFT; none in a run of PPO."""
-    return [record for record in run.records if record["phase"] == "sft"]
+    return of_phase(run.records, "sft")
 
 
 def best_epoch(epochs: Sequence[Record]) -> Record:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.report.record import RECORD_KEYS, Record, read_lines
+from training.runs.record import METRICS_FILE, RECORD_KEYS, Record, read_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,7 +29,7 @@ def write_events(folder: Path) -> Path | None:
     for old in events.glob("events.out.tfevents.*"):
         old.unlink()
     with open_writer(str(events)) as writer:
-        for record in read_lines(folder / "metrics.jsonl").found:
+        for record in read_lines(folder / METRICS_FILE).found:
             for tag, value in scalars(record):
                 writer.add_scalar(tag, value, global_step=record["index"], walltime=record["time"])
     return events

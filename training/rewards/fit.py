@@ -31,6 +31,7 @@ Log = Callable[[int, int, dict[str, float]], None]
 
 MAX_ITERATIONS = 200
 LEAST_SPREAD = 1e-4
+# Rankings that the heads are fitted to first, where layers are trained too.
 PROBED_RANKINGS = 256
 LENGTH_BUCKET = 16
 MAX_GRAD_NORM = 1.0

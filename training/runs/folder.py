@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,9 +15,10 @@ from typing import Any
 
 from feedback.durable import replace_file, write_json
 from training.config import RENAMED, TrainingConfig
+from training.runs.record import METRICS_FILE, append, rewind
 
 NUM_SAMPLE_PAIRS = 20
-METRICS, LABEL_NEXT = "metrics.jsonl", "label_next.jsonl"
+LABEL_NEXT = "label_next.jsonl"
 WAITS = "waits"
 ORIGIN, SFT = "origin.json", "sft.json"
 """In `state/` from a run's first moment to its last: one of these, by what it learns from."""
@@ -58,7 +58,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's files. Whoever follows `metrics.jsonl` sees each line whole, as soon as the step has ended."""
+    """A run's files."""
 
     path: Path
 
@@ -142,20 +142,11 @@ class RunFolder:
 
     def log(self, phase: str, index: int, count: int, metrics: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl. `index` counts rounds, epochs or steps of the phase from 0."""
-        line = {"time": time.time(), "phase": phase, "index": index, "count": count, **metrics}
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path / METRICS_FILE, phase, index, count, metrics)
 
     def rewind(self, phase: str, index: int) -> None:
         """Takes back the lines of `phase` from this index on, and all of later phases: they will be written again."""
-        path = self.path / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        for number, line in enumerate(lines):
-            # A kill while a line was written leaves a part of it, always the last.
-            entry: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"phase": phase, "index": index}
-            if entry["phase"] == phase and entry["index"] >= index:
-                replace_file(path, "".join(lines[:number]))
-                return
+        rewind(self.path / METRICS_FILE, phase, index)
 
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:
         """Writes samples.jsonl."""

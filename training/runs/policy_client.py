@@ -1,10 +1,8 @@
-"""Hands a trained policy to serving: writes the version, registers it, and asks for it to go live, over gRPC."""
+"""The policy service as the trainer uses it, over gRPC: find policies, register one, ask for it to go live."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,11 +11,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2, policy_service_pb2_grpc
-from policies.artifact import ArtifactError, read_manifest
 
 ACTOR = "trainer"
-# A run was killed no longer ago than that many versions.
-RECENT = 20
 # Registering verifies every byte of a version, which takes long for a large one.
 CALL_SECONDS = 300.0
 HEALTH_SECONDS = 5.0
@@ -100,41 +95,3 @@ class PolicyClient:
                 return False
             raise
         return True
-
-
-def next_version(client: PolicyClient, policies_dir: Path) -> int:
-    """The first version that is neither registered nor on disk.
-
-    A folder that was never registered is that of a run which was given up: its number stays unused.
-    """
-    on_disk = _folders(policies_dir)
-    return max([*(policy.version for policy in client.newest(1)), *on_disk], default=0) + 1
-
-
-def registered_by(client: PolicyClient, run_id: str) -> policy_service_pb2.Policy | None:
-    """The version that this run registered, if it was killed between that and its end."""
-    return next((each for each in client.newest(RECENT) if each.manifest.training.run_id == run_id), None)
-
-
-def written_by(policies_dir: Path, run_id: str) -> Path | None:
-    """The version that this run wrote, if it has not come to register it: it was killed, or serving was away."""
-    folders = _folders(policies_dir)
-    recent = [folders[version] for version in sorted(folders, reverse=True)[:RECENT]]
-    return next((folder for folder in recent if _run_of(folder) == run_id), None)
-
-
-def _folders(policies_dir: Path) -> dict[int, Path]:
-    """By version."""
-    return {int(path.name[1:]): path for path in policies_dir.glob("v*") if path.name[1:].isdecimal()}
-
-
-def _run_of(folder: Path) -> str:
-    try:
-        return read_manifest(folder).training.run_id
-    except ArtifactError:
-        return ""
-
-
-def prompts_digest(sample_ids: Sequence[str]) -> str:
-    """SHA-256 over the sorted sample ids, one a line."""
-    return hashlib.sha256("".join(f"{sample_id}\n" for sample_id in sorted(sample_ids)).encode()).hexdigest()

@@ -62,8 +62,12 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_stage_runs_once_and_the_page_tells_of_it(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = RolloutEngine(tiny_model, max_model_len=512, max_num_seqs=64, kv_cache_mib=64, seed=0)
-    lab = Lab(engine, AutoTokenizer.from_pretrained(tiny_model), tiny_model, utility, 8, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    engine = RolloutEngine(
+        tiny_model, max_model_len=512, max_num_seqs=64, kv_cache_mib=64, eos_token_id=tokenizer.eos_token_id, seed=0
+    )
+    lab = Lab(engine, tokenizer, tiny_model, utility, 8, seed=0)
+    lab.load(tiny_model)
     labelers = make_labelers(7, 0, 1.0)
     ranked = lab.rank(lab.ask(prompts(9)), labelers, SIZE.ks, salt=5, first_seq=3)
     # Who ranked the last of the part before is not the first again.

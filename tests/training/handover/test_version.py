@@ -8,8 +8,8 @@ import pytest
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from tests.training.test_loop import lines
 from training.config import PpoConfig, TrainingConfig
-from training.context import Run
-from training.handover.version import KL, WIN_RATE, go_live
+from training.handover.verdict import KL, WIN_RATE
+from training.handover.version import go_live
 from training.runs.folder import RunFolder
 
 NOBODY = cast(Any, None)
@@ -32,6 +32,6 @@ def test_a_version_stays_a_candidate_for(low: float, kl: float, promote: bool, t
         stage=policy_service_pb2.STAGE_CANDIDATE,
     )
     # There is nobody to ask: to promote it would be an error.
-    assert go_live(Run(NOBODY, folder, config, NOBODY, NOBODY, NOBODY), policy) == 7
+    assert go_live(NOBODY, folder, policy) == 7
     (line,) = lines(folder.path / "metrics.jsonl")
     assert (line["phase"], line["version"], line["promoted"]) == ("register", 7, 0.0)

@@ -23,7 +23,7 @@ from training.errors import TrainingError
 from training.models.parallel import ALONE, Ranks, join, micro_batches_in_step
 from training.models.policy import SharedLayers
 from training.ppo import rounds as ppo
-from training.ppo.rollouts import Rollout
+from training.ppo.rollouts import Request, Rollout
 from training.runs.checkpoint import newest_checkpoint
 
 PTX = PtxConfig(data="given by the test", sequence_tokens=12, num_calibration_steps=1)
@@ -40,7 +40,9 @@ LENGTHS = (1, 2, 2, 5, 5, 5, 6, 6)
 def drawn(tiny_folder: Path) -> dict[ppo.Prompt, list[Rollout]]:
     """Rollouts of eight prompts, of 1 to 6 tokens."""
     return {
-        (1, 50 + index, 90, 17): PlainSampler(tiny_folder, 2, length, EOS).sample([(1, 50 + index, 90, 17)], index)[0]
+        (1, 50 + index, 90, 17): PlainSampler(tiny_folder, EOS).draw(
+            Request((), [(1, 50 + index, 90, 17)], 2, length, index)
+        )[0]
         for index, length in enumerate(LENGTHS)
     }
 

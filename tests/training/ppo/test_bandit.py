@@ -1,18 +1,19 @@
 """PPO, the whole of it, on a bandit whose best policy is known."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from policies.precision import compute_dtype
 from tests.training.learning import EOS, PPO, fitted, learner_of, silent
 from training.data.groups import PackedGroups
-from training.models.policy import SharedLayers, load_model
+from training.models.policy import SharedLayers, load_model, merged_tensors
 from training.ppo import experience
 from training.ppo import rounds as ppo
-from training.ppo.rollouts import Rollout
+from training.ppo.rollouts import Request, Rollout
 
 PROMPT = (1, 50, 90, 17)
 BETA = 0.5
@@ -30,16 +31,17 @@ class OneToken:
     def __init__(self, folder: Path) -> None:
         self.model = load_model(folder)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.model.load_state_dict(dict(weights), strict=False)
 
     @torch.no_grad()
     def logprobs_V(self) -> Tensor:
         return self.model(torch.tensor([PROMPT])).logits[0, -1].float().log_softmax(-1)
 
-    def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[Rollout]]:
-        logprobs_V, generator = self.logprobs_V(), torch.Generator().manual_seed(seed)
-        count = len(prompts) * CONFIG.rollouts_per_prompt
+    def draw(self, request: Request) -> list[list[Rollout]]:
+        self.load(request.weights)
+        logprobs_V, generator = self.logprobs_V(), torch.Generator().manual_seed(request.seed)
+        count = len(request.prompts) * request.num_completions
         drawn = torch.multinomial(logprobs_V.exp(), count, replacement=True, generator=generator).tolist()
         rollouts = [Rollout((token,), (float(logprobs_V[token]),), token == EOS) for token in drawn]
         return [rollouts]
@@ -76,9 +78,10 @@ def test_ppo_reaches_the_best_policy_of_a_bandit(
             getattr(rewards, name).fill_(value)
         rewards.heads_FE[0] = 1.0
     learner = learner_of(shared, tiny_folder, CONFIG, rewards)
-    hooks = ppo.PpoHooks([PROMPT], sampler.sample, sampler.load_weights, silent)
+    hooks = ppo.PpoHooks([PROMPT], sampler.draw, silent)
     assert ppo.train(learner, CONFIG, hooks, seed=0) is None
 
+    sampler.load(merged_tensors(shared, learner.policy, compute_dtype(shared.device)))
     before, after = (
         0.5 * float((policy_V.exp() - best_V).abs().sum()) for policy_V in (reference_V, sampler.logprobs_V())
     )

@@ -1,6 +1,6 @@
 """The rollout engine, real vLLM on the tiny policy: what it draws, and that new weights are the ones it draws from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from training.models.policy import (
     merged_tensors,
     upper_layers_of,
 )
-from training.ppo.rollouts import Rollout, RolloutEngine
+from training.ppo.rollouts import Request, Rollout, RolloutEngine
 
 # vLLM walks over all of torch's modules as it starts, deprecated names and all.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -34,11 +34,16 @@ TOLERANCE = 0.05
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Iterator[RolloutEngine]:
-    yield RolloutEngine(tiny_folder, max_model_len=128, max_num_seqs=32, kv_cache_mib=64, seed=0)
+    yield RolloutEngine(tiny_folder, max_model_len=128, max_num_seqs=32, kv_cache_mib=64, eos_token_id=EOS, seed=0)
 
 
-def draw(engine: RolloutEngine, seed: int) -> list[list[Rollout]]:
-    return engine.sample(PROMPTS, num_completions=4, max_tokens=16, seed=seed, eos_token_id=EOS)
+@pytest.fixture
+def weights(tiny_folder: Path) -> dict[str, Tensor]:
+    return load_weights(tiny_folder)
+
+
+def draw(engine: RolloutEngine, weights: Mapping[str, Tensor], seed: int) -> list[list[Rollout]]:
+    return engine.draw(Request(weights.items(), PROMPTS, num_completions=4, max_tokens=16, seed=seed))
 
 
 def recomputed(shared: SharedLayers, upper: UpperLayers, drawn: list[list[Rollout]]) -> tuple[Tensor, Tensor]:
@@ -52,8 +57,10 @@ def recomputed(shared: SharedLayers, upper: UpperLayers, drawn: list[list[Rollou
     return logprobs_NC[packed.mask_NC].cpu(), sampled_M
 
 
-def test_draws_k_completions_that_end_with_the_end_token_or_at_the_limit(engine: RolloutEngine) -> None:
-    drawn = draw(engine, seed=0)
+def test_draws_k_completions_that_end_with_the_end_token_or_at_the_limit(
+    engine: RolloutEngine, weights: dict[str, Tensor]
+) -> None:
+    drawn = draw(engine, weights, seed=0)
     assert [len(rollouts) for rollouts in drawn] == [4] * len(PROMPTS)
     for rollout in (rollout for rollouts in drawn for rollout in rollouts):
         assert len(rollout.logprobs) == len(rollout.token_ids)
@@ -63,34 +70,32 @@ def test_draws_k_completions_that_end_with_the_end_token_or_at_the_limit(engine:
     assert len({rollout.token_ids for rollout in drawn[0]}) > 1
 
 
-def test_prompts_share_no_noise(engine: RolloutEngine) -> None:
-    drawn = engine.sample([PROMPTS[0]] * 4, num_completions=3, max_tokens=16, seed=0, eos_token_id=EOS)
+def test_prompts_share_no_noise(engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
+    drawn = engine.draw(Request(weights.items(), [PROMPTS[0]] * 4, num_completions=3, max_tokens=16, seed=0))
     assert len({rollout.token_ids for rollouts in drawn for rollout in rollouts}) == 12
 
 
-def test_the_same_seed_draws_the_same(engine: RolloutEngine) -> None:
-    first, again, other = draw(engine, seed=1), draw(engine, seed=1), draw(engine, seed=2)
+def test_the_same_seed_draws_the_same(engine: RolloutEngine, weights: dict[str, Tensor]) -> None:
+    first, again, other = (draw(engine, weights, seed=seed) for seed in (1, 1, 2))
     tokens = [[[r.token_ids for r in rollouts] for rollouts in drawn] for drawn in (first, again, other)]
     assert tokens[0] == tokens[1] != tokens[2]
 
 
 def test_new_weights_are_drawn_from_at_once_and_agree_with_the_trainer(
-    engine: RolloutEngine, tiny_folder: Path, shared: SharedLayers
+    engine: RolloutEngine, tiny_folder: Path, weights: dict[str, Tensor], shared: SharedLayers
 ) -> None:
     reference = UpperLayers(load_model(tiny_folder), 1, shared.num_layers)
-    draw(engine, seed=3)  # Fills the prefix cache with the old weights' keys and values.
+    draw(engine, weights, seed=3)  # Fills the prefix cache with the old weights' keys and values.
     changed = upper_layers_of(tiny_folder, shared, 1, LoraConfig())
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.5)
-    engine.load_weights(merged_tensors(shared, changed, compute_dtype(shared.device)))
-    drawn = draw(engine, seed=3)
+    drawn = draw(engine, dict(merged_tensors(shared, changed, compute_dtype(shared.device))), seed=3)
     own_M, sampled_M = recomputed(shared, changed, drawn)
     assert float((own_M - sampled_M).abs().mean()) < TOLERANCE
     old_M, _ = recomputed(shared, reference, drawn)
     assert float((old_M - sampled_M).abs().mean()) > 2 * TOLERANCE
 
-    engine.load_weights(load_weights(tiny_folder).items())
-    drawn = draw(engine, seed=3)
+    drawn = draw(engine, weights, seed=3)
     own_M, sampled_M = recomputed(shared, reference, drawn)
     assert float((own_M - sampled_M).abs().mean()) < TOLERANCE

@@ -10,9 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.precision import compute_dtype
-from tests.training.learning import PPO, PROMPTS, fitted, learner_of, ranked_examples, silent, world_of, worths
-from tests.training.sampling import PlainSampler
+from tests.training.learning import (
+    PPO,
+    PROMPTS,
+    fitted,
+    learner_of,
+    ranked_examples,
+    request_of,
+    silent,
+    world_of,
+    worths,
+)
 from training.config import LoraConfig, PtxConfig
 from training.data.groups import Group
 from training.errors import TrainingError
@@ -21,7 +29,7 @@ from training.models.reward import normalise, score_groups
 from training.ppo import ptx
 from training.ppo import rounds as ppo
 from training.ppo.experience import gather
-from training.ppo.learner import Learner, Weights, trained_parameters, trained_weights
+from training.ppo.learner import Weights, trained_parameters, trained_weights
 from training.ppo.rollouts import Rollout
 from training.rewards.evaluation import evaluate_rewards
 
@@ -36,12 +44,6 @@ def mean_worth(shared: SharedLayers, rollouts: list[list[Rollout]]) -> float:
 
 def kept(seen: list[dict[str, Any]]) -> ppo.Log:
     return lambda index, count, metrics: seen.append(metrics)
-
-
-def draws_from(sampler: PlainSampler, learner: Learner) -> bool:
-    """Whether the sampler has the learner's policy, bit for bit as that computes it."""
-    tensors = merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device))
-    return all(torch.equal(sampler.model.state_dict()[name], tensor) for name, tensor in tensors)
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=8)], ids=["full weights", "LoRA"])
@@ -59,19 +61,23 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     rate = {"learning_rate": 1e-2} if lora.rank else {}
     config = PPO.model_copy(update={"lora": lora, **rate})
     hooks, sampler = world_of(tiny_folder, config, kept(seen))
-    before = sampler.sample(PROMPTS, seed=7)
+    before = sampler.draw(request_of(config, 7))
     references = [Group(p, tuple(r.token_ids for r in drawn)) for p, drawn in zip(PROMPTS, before, strict=True)]
     normalise(rewards, torch.cat(score_groups(rewards, references)))
     scores = torch.cat(score_groups(rewards, references))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std()) == pytest.approx(1, abs=1e-4)
 
-    assert ppo.train(learner_of(shared, tiny_folder, config, rewards), config, hooks, seed=0) is None
-    assert len(seen) == config.num_rounds == sampler.num_loads - 1
+    learner = learner_of(shared, tiny_folder, config, rewards)
+    assert ppo.train(learner, config, hooks, seed=0) is None
+    assert len(seen) == config.num_rounds == sampler.num_draws - 1
     assert seen[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert seen[-1]["objective/score"] > seen[0]["objective/score"] + 0.5
     assert seen[-1]["objective/kl"] > 0
-    assert mean_worth(shared, sampler.sample(PROMPTS, seed=8)) > mean_worth(shared, before) + 0.2
+    assert (
+        mean_worth(shared, sampler.draw(request_of(config, 8, merged_tensors(shared, learner.policy))))
+        > mean_worth(shared, before) + 0.2
+    )
 
 
 def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -79,7 +85,7 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
     rounds: list[Weights] = []
     config = PPO.model_copy(update={"max_kl": 0.5})
     learner = learner_of(shared, tiny_folder, config, fitted(shared))
-    hooks, sampler = world_of(tiny_folder, config, kept(seen))
+    hooks, _ = world_of(tiny_folder, config, kept(seen))
     hooks = replace(hooks, between_rounds=lambda: rounds.append(trained_weights(learner.policy)))
     reason = ppo.train(learner, config, hooks, seed=0)
     assert reason is not None
@@ -89,7 +95,6 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
     assert seen[-1]["stopped/reason"] == reason
     for name, tensor in trained_weights(learner.policy).items():
         assert torch.equal(tensor, rounds[-2][name])
-    assert draws_from(sampler, learner)
 
 
 def test_ppo_that_makes_nothing_within_bounds_keeps_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -105,11 +110,11 @@ def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLaye
     with torch.no_grad():
         rewards.heads_FE[0] = torch.nan
     learner = learner_of(shared, tiny_folder, PPO, rewards)
-    hooks, sampler = world_of(tiny_folder, PPO)
-    before = {name: tensor.clone() for name, tensor in sampler.model.state_dict().items()}
+    hooks, _ = world_of(tiny_folder, PPO)
+    before = trained_weights(learner.policy)
     with pytest.raises(TrainingError, match="not finite: objective/score, objective/held_out_score"):
         ppo.train(learner, PPO, hooks, seed=0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in sampler.model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_weights(learner.policy).items())
 
 
 def test_a_loss_that_is_not_finite_is_an_error(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -132,14 +137,13 @@ def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: Sha
             with torch.no_grad():
                 learner.value.head_F[0] = torch.nan
 
-    hooks, sampler = world_of(tiny_folder, PPO, kept(seen))
+    hooks, _ = world_of(tiny_folder, PPO, kept(seen))
     reason = ppo.train(learner, PPO, replace(hooks, between_rounds=poison), seed=0)
     assert reason is not None
     assert "must be finite" in reason
     assert len(seen) == 3
     assert seen[-1]["stopped/reason"] == reason
     assert all(torch.equal(tensor, good[0][name]) for name, tensor in trained_weights(learner.policy).items())
-    assert draws_from(sampler, learner)
 
 
 def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLayers, tiny_folder: Path) -> None:
@@ -150,7 +154,7 @@ def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLa
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     weights = [trained_weights(learner.policy)]
-    hooks, sampler = world_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
+    hooks, _ = world_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
     assert ppo.train(learner, config, hooks, seed=0) is None
     peaks = [config.learning_rate, config.value_learning_rate]
     assert rates == [pytest.approx([peak * factor for peak in peaks]) for factor in (0.5, 0.5, 1, 1, 1, 1)]
@@ -159,7 +163,6 @@ def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLa
         for each in weights[1:]:
             expected = 0.6 * expected + 0.4 * each[name]
         torch.testing.assert_close(found, expected)
-    assert draws_from(sampler, learner)
 
 
 def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
@@ -170,9 +173,8 @@ def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
     config = PPO.model_copy(update={"num_rounds": 2, "learning_rate": 1e-6})
     learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
     seen: list[dict[str, Any]] = []
-    hooks, sampler = world_of(tiny_folder, config, kept(seen))
+    hooks, _ = world_of(tiny_folder, config, kept(seen))
     assert ppo.train(learner, config, hooks, seed=0) is None
-    assert draws_from(sampler, learner)
     assert seen[1]["rollout/sampler_gap"] < 1e-5
     tensors = merged_tensors(shared, learner.policy, torch.float32)
     lost = [name for name, tensor in tensors if not torch.equal(tensor, tensor.bfloat16().float())]
@@ -182,7 +184,7 @@ def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
 def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=60))
     _, sampler = world_of(tiny_folder, PPO)
-    rows = list(zip(PROMPTS, sampler.sample(PROMPTS, seed=1), strict=True))
+    rows = list(zip(PROMPTS, sampler.draw(request_of(PPO, 1)), strict=True))
     free, clipped = (
         torch.cat([
             each.scores_N
@@ -273,7 +275,7 @@ def gradients(shared: SharedLayers, folder: Path, micro_batch_tokens: int, *, ch
     config = PPO.model_copy(update={"micro_batch_tokens": micro_batch_tokens, "gradient_checkpointing": checkpointing})
     learner = learner_of(shared, folder, config, fitted(shared, count=20))
     _, sampler = world_of(folder, config)
-    drawn = sampler.sample(PROMPTS, seed=1)
+    drawn = sampler.draw(request_of(PPO, 1))
     (minibatch, _) = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
     assert len(minibatch) == (1 if micro_batch_tokens > 1000 else 8)
     ppo._accumulate(learner, config, minibatch)
@@ -300,4 +302,4 @@ def test_between_rounds_may_end_the_run(shared: SharedLayers, tiny_folder: Path)
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=20))
     with pytest.raises(TrainingError, match="aborted"):
         ppo.train(learner, PPO, replace(hooks, log=silent, between_rounds=abort), seed=0)
-    assert sampler.num_loads == 1
+    assert sampler.num_draws == 0

@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.report.made_run import make_folder, make_lines, phase
 from training.config import PpoConfig, TrainingConfig
-from training.report.record import read_run
+from training.report.history import read_run
 from training.report.summary import finding, settings, stops
 
 

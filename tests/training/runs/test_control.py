@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from feedback.store.engine import open_engine
 from training.config import TrainingConfig
 from training.errors import RunAbortedError
-from training.loop import OperatorControl
+from training.runs.control import OperatorControl
 from training.runs.lease import TrainerLease, request_abort, set_paused
 
 CONFIG = TrainingConfig(poll_seconds=0.01, lease_seconds=60.0)

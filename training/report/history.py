@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,36 +15,7 @@ from numpy.typing import NDArray
 
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from training.runs.folder import LABEL_NEXT, SamplePair, Unranked
-
-Record = Mapping[str, Any]
-RECORD_KEYS = frozenset({"time", "phase", "index", "count"})
-
-
-@dataclass(frozen=True)
-class Lines:
-    """The objects of a .jsonl file, in order, and how many lines were not what they should be."""
-
-    found: Sequence[Record]
-    num_unreadable: int
-
-
-def read_lines(path: Path, keys: Set[str] = RECORD_KEYS) -> Lines:
-    """Reads a .jsonl file of objects that have `keys`; nothing if there is no such file.
-
-    What follows the last line end is left out: it is still being written, or was when the run was killed.
-    """
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    lines = [_object(line) for line in text.split("\n")[:-1]]
-    found = [line for line in lines if keys <= line.keys()]
-    return Lines(found, len(lines) - len(found))
-
-
-def _object(line: str) -> Record:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+from training.runs.record import METRICS_FILE, Record, of_phase, read_lines
 
 
 @dataclass(frozen=True)
@@ -63,17 +34,17 @@ class Run:
     @property
     def steps(self) -> list[Record]:
         """PPO's."""
-        return [record for record in self.records if record["phase"] == "ppo"]
+        return of_phase(self.records, "ppo")
 
 
 def read_run(folder: Path) -> Run:
     """Reads what is there; what is not, or cannot be read, is left empty."""
-    metrics = read_lines(folder / "metrics.jsonl")
+    metrics = read_lines(folder / METRICS_FILE)
     samples = read_lines(folder / "samples.jsonl", {"prompt", "before", "after"})
     unranked = read_lines(folder / LABEL_NEXT, {"sample_id", "uncertainty", "prompt", "completions"})
     notes = [
         f"{lines.num_unreadable} of the lines of {name} could not be read."
-        for name, lines in (("metrics.jsonl", metrics), ("samples.jsonl", samples), (LABEL_NEXT, unranked))
+        for name, lines in ((METRICS_FILE, metrics), ("samples.jsonl", samples), (LABEL_NEXT, unranked))
         if lines.num_unreadable
     ]
     recipe = _read_json(folder / "recipe.json", notes)
@@ -101,11 +72,6 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{path.name} could not be read: {error}")
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def last_of(records: Sequence[Record], phase: str) -> Record:
-    """The newest record of a phase; empty if there is none."""
-    return next((record for record in reversed(records) if record["phase"] == phase), {})
 
 
 def series(records: Sequence[Record], key: str) -> NDArray[np.float64]:

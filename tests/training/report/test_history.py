@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.report.record import Change, fall_from_best, read_lines, series
+from training.report.history import Change, fall_from_best, series
+from training.runs.record import read_lines
 
 
 def test_a_line_that_is_still_being_written_is_no_line(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""The rewards of a run: both reward models, fitted and normalised, or read back from `state/`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import torch
+
+from training.context import Rewards, Run
+from training.data.dataset import is_held_out, text_of
+from training.models.policy import load_weights
+from training.models.reward import RewardModel, normalise, save, score_groups
+from training.ppo.rollouts import Request, from_row, to_row
+from training.rewards.label_next import label_next
+from training.rewards.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_held_out_model, refresh
+from training.runs.checkpoint import newest_checkpoint, save_checkpoint
+
+MAX_UNRANKED, NUM_LABEL_NEXT = 64, 20
+HEADS_ALONE = {"num_trained_layers": 0}
+
+
+def load_rewards(run: Run) -> Rewards | None:
+    """Reads back what `make_rewards` left; None if it has not been made."""
+    config = run.config.reward_model
+    found = newest_checkpoint(run.folder.state / "rewards")
+    if found is None:
+        return None
+    model, held_out_model = (RewardModel(run.shared, each) for each in (config, config.model_copy(update=HEADS_ALONE)))
+    for each, prefix in ((model, "model."), (held_out_model, "held_out_model.")):
+        each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
+    fitted = Fitted.of_json(found.facts["fitted"])
+    if run.context.ranks.leads:
+        # Again: the attempt that made it may have been killed just before.
+        accept(run.folder.path.parent, fitted)
+    return Rewards(model, held_out_model, fitted, [from_row(each) for each in found.facts["before"]])
+
+
+def make_rewards(run: Run) -> Rewards:
+    """Refreshes the reward model, fits the held-out one, normalises both, and names what to label next."""
+    run.folder.rewind("reward_model", 0)
+    rewards = _fit(run)
+    _name_what_to_label(run, rewards.model)
+    tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
+    tensors |= {f"held_out_model.{name}": tensor for name, tensor in rewards.held_out_model.state_dict().items()}
+    facts = {"before": [to_row(each) for each in rewards.before], "fitted": asdict(rewards.fitted)}
+    save_checkpoint(run.folder.state / "rewards", 0, tensors, facts)
+    accept(run.folder.path.parent, rewards.fitted)
+    return rewards
+
+
+def _fit(run: Run) -> Rewards:
+    config, folder, shared = run.config, run.folder, run.shared
+    digest = run.parents.reference.manifest.weight_digest
+    model, fitted = refresh(
+        config.reward_model, shared, run.data, folder.path, digest, seed=config.seed, log=folder.log
+    )
+    held_out_model = fit_held_out_model(
+        config.reward_model, shared, run.data.held_out or run.data.training, seed=config.seed
+    )
+    before = run.context.draw(_reference_answers(run))
+    rollouts = [each[0] for each in before]
+    references = run.groups(rollouts)
+    deviation = normalise(model, torch.cat(score_groups(model, references)))
+    if fitted.run_id == folder.path.name:
+        # Again, normalised: whoever loads it from here, such as SFT, gets the scores that this run gets.
+        fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
+    normalise(held_out_model, torch.cat(score_groups(held_out_model, references)))
+    folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
+    return Rewards(model, held_out_model, fitted, rollouts)
+
+
+def _reference_answers(run: Run) -> Request:
+    """One completion of each evaluation prompt by the reference policy."""
+    return Request(
+        weights=load_weights(run.parents.reference_folder).items(),
+        prompts=[prompt.token_ids for prompt in run.evaluation_prompts],
+        num_completions=1,
+        max_tokens=run.config.ppo.max_tokens,
+        seed=run.config.seed,
+    )
+
+
+def _name_what_to_label(run: Run, model: RewardModel) -> None:
+    """Writes which of the samples that nobody has ranked would teach most."""
+    origin = run.folder.origin()
+    unranked = run.context.store.unranked(MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
+    # Rankings of prompts or by users that are held out would teach nothing; a sample is its own user's to rank.
+    teaching = [
+        each
+        for each in unranked
+        if text_of(each.prompt) not in run.data.held_out_texts
+        and not is_held_out(each.user_id, run.config.reward_model.held_out_share)
+    ]
+    found = label_next(
+        model, run.context.tokenizer, teaching,
+        max_prompt_tokens=run.config.ppo.max_prompt_tokens,
+        max_group_tokens=run.config.reward_model.micro_batch_tokens,
+    )  # fmt: skip
+    run.folder.write_label_next(found[:NUM_LABEL_NEXT])
