@@ -3,6 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# `make setup` says what to do where this is not 3.11.
 PYTHON ?= python3
 ENGINE ?= cpu
 QUICK ?=
@@ -11,7 +12,7 @@ BENCH ?= loop
 BIN := .venv/bin
 ROOMS := policies serving feedback training deploy bench
 # A change of what is installed changes this name, so that set-up runs again then, and only then.
-PINS := requirements/$(ENGINE).txt requirements/dev.txt requirements/install.sh requirements/uv.py pyproject.toml
+PINS := requirements/$(ENGINE).txt requirements/dev.txt requirements/install.sh requirements/uv.py requirements/check_engine.py pyproject.toml
 READY := .venv/.ready-$(ENGINE)-$(shell cat $(PINS) | sha256sum | cut -c 1-16)
 
 .PHONY: help setup demo test lint format proto bench lock clean
@@ -26,7 +27,7 @@ $(READY): | $(PINS)
 	@rm -f .venv/.ready-* && touch $@
 
 demo: ## serve, rank, learn, swap, report (QUICK=1: the same path on a tiny model)
-	@began_at=$$(date +%s); $(MAKE) setup && $(BIN)/alignd demo $(if $(QUICK),--quick) --began-at $$began_at
+	@began_at=$$(date +%s); $(MAKE) --silent setup && $(BIN)/alignd demo $(if $(QUICK),--quick) --began-at $$began_at
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest

@@ -9,8 +9,9 @@ python=${2:-python3}
 
 say() { printf '\033[1m[%3ds] %s\033[0m\n' "$SECONDS" "$*"; }
 
-if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'; then
-    echo "error: alignd needs Python 3.11 to 3.14, and $python is $("$python" --version 2>&1)." >&2
+# The pins are made for this version and tried with no other.
+if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    echo "error: alignd is pinned for Python 3.11, and $python is $("$python" --version 2>&1)." >&2
     echo "Name another with: make setup PYTHON=python3.11" >&2
     exit 1
 fi
@@ -40,9 +41,41 @@ fi
 # one, and replace it each time, under a server that may be running.
 installed=$(.venv/bin/uv pip freeze --quiet --python .venv/bin/python)
 pending=$(cat "requirements/$engine.txt" requirements/dev.txt | grep -v '^#' | sort -u | grep -vxF "$installed" || true)
-say "installing $(wc -w <<<"$pending") other pinned packages"
-uv_install -r - <<<"$pending"
+say "installing $(wc -w <<<"$pending") other pinned packages: a minute or two, and the time to load 1 GB the first time"
+uv_install --quiet -r - <<<"$pending"
 
 say "installing alignd itself, editable"
 uv_install --quiet --no-build-isolation --editable .
+
+# vLLM's extension for CPUs is linked against libnuma.so.1, which no package of PyPI has. Root installs Debian's package;
+# anybody else unpacks it into .venv, where each Python of .venv loads it at its start, before vLLM looks for it.
+has_libnuma() { .venv/bin/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; }
+
+unpack_libnuma() (
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
+    repository=$PWD
+    cd "$work"
+    # Package lists of its own, should the system have none.
+    own=(-o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work/cache" -o Debug::NoLocking=1)
+    apt-get -qq download libnuma1 2>/dev/null || { apt-get -qq "${own[@]}" update && apt-get -qq "${own[@]}" download libnuma1; }
+    dpkg-deb -x libnuma1_*.deb unpacked
+    cp -L unpacked/usr/lib/*/libnuma.so.1 "$repository/.venv/lib/"
+    packages=$("$repository/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' >"$packages/libnuma.pth"
+)
+
+if [[ $engine == cpu ]] && ! has_libnuma && command -v apt-get >/dev/null; then
+    say "installing libnuma1, which vLLM needs"
+    if ((EUID == 0)); then
+        export DEBIAN_FRONTEND=noninteractive
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends libnuma1; } >/dev/null || unpack_libnuma || true
+    else
+        unpack_libnuma || true
+    fi
+fi
+
+say "loading vLLM for the first time"
+.venv/bin/python requirements/check_engine.py "$engine"
 say "ready: .venv/bin/alignd"
