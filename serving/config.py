@@ -40,7 +40,11 @@ class ServingConfig(BaseModel):
         "auto",
         description="Precision of the engine. auto: bfloat16, or float32 on a CPU that has no instructions for it.",
     )
-    compile: bool = Field(False, description="Let vLLM compile the model: slower to start, faster on a GPU.")
+    compile: bool = Field(
+        False,
+        description="Let vLLM compile the model on a GPU: slower to start, faster then. Needs a C compiler and Python's "
+        "headers, and is refused on a CPU, where nothing is compiled at run time.",
+    )
     kv_cache_mib: int = Field(1024, ge=16, description="Memory for the key-value cache on a CPU, in MiB.")
     gpu_memory_utilization: float = Field(
         0.4, gt=0, le=1, description="Share of a GPU's memory that the engine takes; the trainer may need the rest."

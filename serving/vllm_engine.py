@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED, FinishReason
+from feedback.vllm_settings import check_compiler, cpu_options, prepare_cpu
 from serving.config import ServingConfig
 
 FINISH_REASONS: dict[str | None, FinishReason] = {
@@ -14,9 +15,6 @@ FINISH_REASONS: dict[str | None, FinishReason] = {
     "stop": FINISH_REASON_STOP,
     "length": FINISH_REASON_LENGTH,
 }
-# Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have; 32
-# is the least it takes on a CPU.
-CPU_BLOCK_SIZE = 32
 # vLLM gives each of a request's completions the seed after the last one's, and on a GPU keeps them in 63 bits.
 SEEDS = 2**62
 
@@ -149,16 +147,21 @@ def _vllm_errors() -> tuple[type[Exception], ...]:
 
 
 def start_engine(folder: Path, config: ServingConfig) -> Engine:
-    """Starts vLLM on the model in `folder`; takes half a minute or more."""
+    """Starts vLLM on the model in `folder`; takes ten seconds or more.
+
+    Raises:
+        EngineError: a setting that this machine cannot do.
+        MissingError: something that vLLM needs of the machine is not there.
+    """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     on_cpu = current_platform.is_cpu()
-    if on_cpu:
-        prepare_cpu(config)
+    _prepare(config, on_cpu)
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     arguments = AsyncEngineArgs(
         model=str(folder),
         dtype=_dtype(config, on_cpu),
@@ -168,14 +171,11 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         gpu_memory_utilization=config.gpu_memory_utilization,
         distributed_executor_backend="uni" if on_cpu else None,
         worker_extension_cls="serving.vllm_worker.EndsWithServer",
-        # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
-        enable_chunked_prefill=not on_cpu,
-        max_num_batched_tokens=max(4096, config.max_model_len) if on_cpu else None,
         enable_prefix_caching=True,
-        block_size=CPU_BLOCK_SIZE if on_cpu else None,
         kv_cache_memory_bytes=config.kv_cache_mib << 20 if on_cpu else None,
         generation_config="vllm",
         disable_log_stats=True,
+        **(cpu_options(config.max_model_len) if on_cpu else {}),
     )
     return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)
 
@@ -191,15 +191,13 @@ def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16"
     return dtype_name(compute_dtype(torch.device("cpu" if on_cpu else "cuda")))
 
 
-def prepare_cpu(config: ServingConfig) -> None:
-    """Sets what vLLM reads from the environment on a CPU.
-
-    Without this it runs its model in a third process, pinned to all cores but one: on a small machine that takes half
-    as long again to start, and halves the speed.
-    """
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def _prepare(config: ServingConfig, on_cpu: bool) -> None:
+    """Sets what the engine's process reads from the environment, and looks for what it needs of the machine."""
+    if not on_cpu:
+        if config.compile:
+            check_compiler()
+        return
+    if config.compile:
+        raise EngineError("serving.compile is for a GPU: on a CPU nothing may need a compiler at run time")
     os.environ.setdefault("OMP_NUM_THREADS", str(config.num_threads or os.cpu_count() or 1))
-    # Threads that wait give the core up, which trainer and server share on a small machine, instead of spinning.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Lets the executor stay inside the engine's own process, which it has either way.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    prepare_cpu()

@@ -15,25 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
+from feedback.vllm_settings import cpu_options, prepare_cpu, whole_prefill
 from policies.precision import compute_dtype, dtype_name
 from training.models.device import training_device
 from training.models.parallel import ALONE, Ranks
 
-# vLLM reads these when it is imported. Its engine runs in this process, so that weights need no copy and no file, and
-# must not pin it to some of the cores. Threads that wait give the core up instead of spinning: others want it.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-MAX_BATCHED_TOKENS = 4096
-CPU_OPTIONS: Mapping[str, Any] = {
-    # Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have;
-    # 32 is the least it takes on a CPU.
-    "block_size": 32,
-}
 GPU_OPTIONS: Mapping[str, Any] = {
     # What the engine takes is given by `kv_cache_mib`. This share of the GPU must be free all the same, by default most
     # of it, and a server may be there too.
@@ -96,7 +82,12 @@ class RolloutEngine:
         ranks: Ranks = ALONE,
     ) -> None:
         self._eos_token_id = eos_token_id
-        os.environ.update(ENVIRONMENT)
+        on_gpu = training_device().type == "cuda"
+        # In this process on either device, so that weights need no copy and no file.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        if not on_gpu:
+            prepare_cpu()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         # Models come from folders. Only who names a data set of the hub wants it, and says so by setting this to 0.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -113,13 +104,10 @@ class RolloutEngine:
             skip_tokenizer_init=True,
             disable_log_stats=True,
             generation_config="vllm",
-            # vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
             seed=seed,
             # Among several ranks vLLM must take the place that torchrun gave it, and not set out to make its own.
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
-            **(GPU_OPTIONS if training_device().type == "cuda" else CPU_OPTIONS),
+            **({**GPU_OPTIONS, **whole_prefill(max_model_len)} if on_gpu else cpu_options(max_model_len)),
         )
 
     def draw(self, request: Request) -> list[list[Rollout]]:
