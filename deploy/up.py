@@ -1,4 +1,7 @@
-"""`alignd up`: all processes of one machine, each with a log file, started again when it dies."""
+"""`alignd up`: all processes of one machine, each with a log file, started again when it dies.
+
+One that dies at the same place three times in a row would die there for ever: then all of them end, with its cause.
+"""
 
 import ctypes
 import logging
@@ -14,7 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from deploy.config import AligndConfig
+from deploy.endings import can_recur, cause, place
 from feedback.durable import write_json
+from training.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +27,15 @@ VERBS = ("serve", "relay", "ingest", "train")
 FIRST_RESTART_SECONDS = 0.5
 LONGEST_RESTART_SECONDS = 30.0
 MOST_DOUBLINGS = 10
-MOST_BYTES_READ = 8192
-HEALTHY_AFTER_SECONDS = 60.0
+HEALTHY_AFTER_SECONDS = 300.0
+MOST_SAME_ENDS = 3
 STOP_SECONDS = 45.0
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1
+
+
+class ServiceError(Exception):
+    """A process dies at the same place each time it is started; the message says of what, and where its log is."""
 
 
 @dataclass
@@ -38,6 +47,10 @@ class Service:
     started_at: float = 0.0
     restart_at: float = 0.0
     failures: int = 0
+    log_begins: int = 0
+    """Where in its log this process's own words begin, in bytes."""
+    place: str = ""
+    same_ends: int = 0
 
 
 @dataclass
@@ -50,7 +63,11 @@ class Supervisor:
     stopping: bool = False
 
     def run(self) -> None:
-        """Runs until SIGTERM or SIGINT, and then stops every process."""
+        """Runs until SIGTERM or SIGINT, and then stops every process.
+
+        Raises:
+            ServiceError: one of them dies at the same place again and again; the others have been stopped.
+        """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._stop)
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -75,14 +92,29 @@ class Supervisor:
             service.failures = 1 if lived > HEALTHY_AFTER_SECONDS else service.failures + 1
             service.restart_at = now + restart_wait_seconds(service.failures)
             service.process = None
-            said = last_line(self._log_of(service))
-            log.warning("%s ended with %s; starting it again. %s", service.verb, process.returncode, said)
+            why = cause(self._log_of(service), service.log_begins)
+            self._note_end(service, process.returncode, why)
+            log.warning("%s ended with %s; starting it again. %s", service.verb, process.returncode, why)
         if now >= service.restart_at:
             self._start(service)
+
+    def _note_end(self, service: Service, code: int, why: str) -> None:
+        """Counts how often in a row it died here. Raises ServiceError if that is once too often."""
+        if not can_recur(code):
+            service.place, service.same_ends = "", 0
+            return
+        # A run that takes the trainer down with it is given up by the trainer itself, which counts its attempts.
+        ended_at = place(code, why) + RunFolder.attempts(self.folder / "runs")
+        again = service.failures > 1 and ended_at == service.place
+        service.place, service.same_ends = ended_at, service.same_ends + 1 if again else 1
+        if service.same_ends == MOST_SAME_ENDS:
+            log_path = self._log_of(service)
+            raise ServiceError(f"{service.verb} died {MOST_SAME_ENDS} times at the same place: {why} ({log_path})")
 
     def _start(self, service: Service) -> None:
         path = self._log_of(service)
         with path.open("ab") as output:
+            service.log_begins = output.tell()
             service.process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.cli", service.verb],
                 env=dict(self.environment),
@@ -122,17 +154,6 @@ class Supervisor:
                 log.warning("%s did not end in time; killing it", service.verb)
                 service.process.kill()
                 service.process.wait()
-
-
-def last_line(path: Path) -> str:
-    """Returns the last words of a log, which are why a process ended, if it said so."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - MOST_BYTES_READ))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError as error:
-        return str(error)
-    return next((line.strip() for line in reversed(lines) if any(map(str.isalpha, line))), "It said nothing")
 
 
 def restart_wait_seconds(failures: int) -> float:

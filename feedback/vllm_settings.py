@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CPU_ENVIRONMENT: Mapping[str, str] = {
     # The executor stays inside the engine's own process, and is not pinned to some of the cores. In a third process,
@@ -54,12 +55,12 @@ def prepare_cpu() -> None:
         ) from error
 
 
-def cpu_options(max_model_len: int) -> dict[str, int | bool]:
+def cpu_options(max_model_len: int) -> dict[str, Any]:
     """Returns the arguments of an engine that are the same wherever it runs on a CPU."""
     return {"block_size": CPU_BLOCK_SIZE, **whole_prefill(max_model_len)}
 
 
-def whole_prefill(max_model_len: int) -> dict[str, int | bool]:
+def whole_prefill(max_model_len: int) -> dict[str, Any]:
     """Returns the arguments that have an engine read every prompt at once.
 
     vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.

@@ -1,6 +1,6 @@
 """Loads the compiled half of vLLM, which `import vllm` goes on without, and fails with the reason if that cannot be.
 
-    .venv/bin/python requirements/check_engine.py cpu|gpu
+.venv/bin/python requirements/check_engine.py cpu|gpu
 """
 
 import sys

@@ -42,8 +42,8 @@ class ServingConfig(BaseModel):
     )
     compile: bool = Field(
         False,
-        description="Let vLLM compile the model on a GPU: slower to start, faster then. Needs a C compiler and Python's "
-        "headers, and is refused on a CPU, where nothing is compiled at run time.",
+        description="Let vLLM compile the model on a GPU: slower to start, faster then. Needs a C compiler and "
+        "Python's headers, and is refused on a CPU, where nothing is compiled at run time.",
     )
     kv_cache_mib: int = Field(1024, ge=16, description="Memory for the key-value cache on a CPU, in MiB.")
     gpu_memory_utilization: float = Field(

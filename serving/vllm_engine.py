@@ -150,7 +150,7 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
     """Starts vLLM on the model in `folder`; takes ten seconds or more.
 
     Raises:
-        EngineError: a setting that this machine cannot do.
+        EngineError: vLLM cannot start with this model and these settings on this machine.
         MissingError: something that vLLM needs of the machine is not there.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -177,7 +177,11 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         disable_log_stats=True,
         **(cpu_options(config.max_model_len) if on_cpu else {}),
     )
-    return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)
+    try:
+        return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)
+    except Exception as error:
+        # vLLM has no one kind of error for it, and spreads some over several lines.
+        raise EngineError(f"vLLM did not start: {' '.join(str(error).split())}") from error
 
 
 def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16", "float32"]:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from deploy.cli import policies, runs
 from deploy.client import CallError
 from deploy.config import AligndConfig, ConfigError, load_config, resolved
+from deploy.endings import PASSING_CODE
 from deploy.models import ModelError
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def up(
     dry_run: DryRun = False,
 ) -> None:
     """Run everything on this machine: server, relay, ingest and trainer."""
-    from deploy.up import VERBS, Service, Supervisor, child_environment
+    from deploy.up import VERBS, Service, ServiceError, Supervisor, child_environment
 
     unknown = sorted(set(without) - set(VERBS))
     if unknown:
@@ -53,7 +54,10 @@ def up(
     config = start(dry_run)
     if config:
         services = [Service(verb) for verb in VERBS if verb not in without]
-        Supervisor(config.data_dir, child_environment(config), services).run()
+        try:
+            Supervisor(config.data_dir, child_environment(config), services).run()
+        except ServiceError as error:
+            raise fail(str(error)) from error
 
 
 @app.command()
@@ -63,6 +67,8 @@ def serve(dry_run: DryRun = False) -> None:
     if config:
         import asyncio
 
+        from feedback.bus import BusError
+        from feedback.outbox import OutboxError
         from serving.bootstrap import NoPolicyError
         from serving.server import Places, serve
 
@@ -71,6 +77,8 @@ def serve(dry_run: DryRun = False) -> None:
             asyncio.run(serve(config.serving, config.feedback, places))
         except NoPolicyError as error:
             raise fail(str(error)) from error
+        except (BusError, OutboxError) as error:
+            raise fail(str(error), PASSING_CODE) from error
 
 
 @app.command()
@@ -104,17 +112,22 @@ def train(
     use_recipe(recipe)
     config = start(dry_run)
     if config:
+        from sqlalchemy.exc import OperationalError
+
         from deploy.up import run_in_ranks
         from training.loop import run_trainer
 
         run_in_ranks("train", config.training.num_processes)
-        run_trainer(
-            config.training,
-            store_url=config.store_url,
-            policies_dir=config.policies_dir,
-            runs_dir=config.runs_dir,
-            serving_address=config.server_address,
-        )
+        try:
+            run_trainer(
+                config.training,
+                store_url=config.store_url,
+                policies_dir=config.policies_dir,
+                runs_dir=config.runs_dir,
+                serving_address=config.server_address,
+            )
+        except OperationalError as error:
+            raise fail(f"the store is away: {error.orig}", PASSING_CODE) from error
     else:
         from deploy.cli.train_plan import print_plan
 
@@ -156,10 +169,10 @@ def use_recipe(name_or_path: str) -> None:
         raise ConfigError(f"recipe {name_or_path}: {error}") from error
 
 
-def fail(message: str) -> typer.Exit:
+def fail(message: str, code: int = EXIT_FAILED) -> typer.Exit:
     """Prints what operators can mend, and returns what ends the command."""
     Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-    return typer.Exit(EXIT_FAILED)
+    return typer.Exit(code)
 
 
 @app.command()
@@ -178,6 +191,7 @@ def demo(
     dry_run: DryRun = False,
 ) -> None:
     """Show the whole loop: simulated users rank, a policy learns, serving swaps; ends with a report."""
+    from deploy.demo.progress import only_ours
     from deploy.demo.run import make_model, run_demo, set_up
     from deploy.up import child_environment
 
@@ -185,8 +199,11 @@ def demo(
     set_up(quick, load_config())
     os.environ.update(child_environment(load_config()))
     config = start(dry_run)
-    if config and not run_demo(config, make_model(quick, root), began_at or None):
-        raise typer.Exit(EXIT_FAILED)
+    if config:
+        with only_ours(config.data_dir / "logs" / "demo.log"):
+            passed = run_demo(config, make_model(quick, root), began_at or None)
+        if not passed:
+            raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("config")

@@ -1,9 +1,12 @@
 """Shows how far the demo is: bars on a terminal, else a line now and then; and remembers how long each stage took."""
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -11,6 +14,22 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from deploy.demo.result import Stage
 
 LINE_EVERY_SECONDS = 15.0
+
+
+@contextmanager
+def only_ours(log: Path) -> Iterator[None]:
+    """Keeps the terminal for the demo: what libraries say on standard error meanwhile goes to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 @dataclass

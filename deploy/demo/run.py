@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
+from rich.markup import escape
 
 from alignd.v1 import policy_service_pb2 as policy_pb
 from alignd.v1 import policy_service_pb2_grpc
@@ -30,21 +29,16 @@ from deploy.demo.report import print_report, write_html
 from deploy.demo.result import DemoResult
 from deploy.demo.summary import Observed, summarize
 from deploy.demo.users import Tally, Traffic, answers
+from deploy.demo.waiting import POLL_SECONDS, DemoError, beside, until_ended, until_serving
 from deploy.simulation.labelers import Labeler
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
 from feedback.durable import write_json
 
-START_TIMEOUT_SECONDS = 300.0
 TRAINING_TIMEOUT_SECONDS = 3600.0
 AFTER_SWAP_SECONDS = 3.0
-POLL_SECONDS = 0.5
 CALL_TIMEOUT_SECONDS = 30.0
-
-
-class DemoError(Exception):
-    """The demo cannot go on; the message says what to look at."""
 
 
 def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
@@ -73,9 +67,11 @@ def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
         start_new_session=True,
     )
     try:
-        observed = asyncio.run(tell(config, stages, tally, supervisor, began_at))
+        observed = asyncio.run(tell_while_it_runs(config, stages, tally, supervisor, began_at))
     except (DemoError, RunError, grpc.aio.AioRpcError) as error:
-        console.print(f"[red]The demo failed:[/] {error}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True)
+        console.print(
+            f"[red]The demo failed:[/] {escape(str(error))}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True
+        )
         return False
     finally:
         supervisor.send_signal(signal.SIGTERM)
@@ -109,24 +105,35 @@ def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
     console.print(f"The report with its plots: {page.resolve()}", highlight=False, soft_wrap=True)
 
 
-async def tell(
+async def tell_while_it_runs(
     config: AligndConfig,
     stages: Stages,
     tally: Tally,
     supervisor: subprocess.Popen[bytes],
     began_at: float | None,
 ) -> Observed:
+    """Tells the story, and no longer than `alignd up` runs. Raises what `tell` does, and DemoError if it ends."""
+    ended = asyncio.create_task(until_ended(supervisor, config.data_dir / "up.log"))
+    return await beside(ended, tell(config, stages, tally, began_at))
+
+
+async def tell(
+    config: AligndConfig,
+    stages: Stages,
+    tally: Tally,
+    began_at: float | None,
+) -> Observed:
     """Runs the story, stage by stage.
 
     Raises:
-        DemoError, RunError: a process or the training run gave up.
+        DemoError, RunError: what should have come did not, or the training run gave up.
         grpc.aio.AioRpcError: a call that the story cannot do without failed.
     """
     address = config.server_address
     held_out = load_prompts("held_out")[: config.simulation.held_out_prompts]
     prompts = load_prompts("train")
     with stages.stage("start the server on vLLM") as bar:
-        await until_serving(address, supervisor, bar)
+        await until_serving(address, bar)
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
         # Not the prompts that will be ranked: those go to the side of the split that their first sender is on.
@@ -138,9 +145,8 @@ async def tell(
     traffic = Traffic(address, prompts, labelers, config.simulation, tally)
     asking = asyncio.create_task(traffic.run())
     with stages.stage("learn, register, swap") as bar:
-        reference = asyncio.create_task(ask_reference(config, held_out, tally))
-        run, replica, policy = await until_swapped(config, supervisor, traffic, bar)
-        before = await reference
+        both = asyncio.gather(until_swapped(config, traffic, bar), ask_reference(config, held_out, tally))
+        (run, replica, policy), before = await beside(asking, both)
         await asyncio.sleep(AFTER_SWAP_SECONDS)
         traffic.stop()
         await asking
@@ -149,22 +155,6 @@ async def tell(
         after = await answers(address, held_out, config.simulation, tally, lambda done: bar.update(done, len(held_out)))
     since = first_ranking_at - began_at if began_at else None
     return Observed(before, after, run, replica, policy, since)
-
-
-async def until_serving(address: str, supervisor: subprocess.Popen[bytes], bar: Bar) -> None:
-    """Waits for the server's health."""
-    started = time.monotonic()
-    async with grpc.aio.insecure_channel(address) as channel:
-        health: Any = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() - started < START_TIMEOUT_SECONDS:
-            check_alive(supervisor)
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_SECONDS)
-                if response.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            bar.update(time.monotonic() - started, None, "loading vLLM")
-            await asyncio.sleep(POLL_SECONDS)
-    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s")
 
 
 async def ask_reference(config: AligndConfig, held_out: Sequence[str], tally: Tally) -> list[SampleResponse]:
@@ -201,14 +191,13 @@ async def rank(
 
 
 async def until_swapped(
-    config: AligndConfig, supervisor: subprocess.Popen[bytes], traffic: Traffic, bar: Bar
+    config: AligndConfig, traffic: Traffic, bar: Bar
 ) -> tuple[RunView, policy_pb.ReplicaStatus, policy_pb.Policy]:
     """Follows the trainer until the server serves what it made."""
     started = time.monotonic()
     async with grpc.aio.insecure_channel(config.server_address) as channel:
         policies = policy_service_pb2_grpc.PolicyServiceStub(channel)
         while time.monotonic() - started < TRAINING_TIMEOUT_SECONDS:
-            check_alive(supervisor)
             run = read_run(config.runs_dir)
             last = run.last
             traffic.busy = last["phase"] in ("evaluate", "register", "done")
@@ -226,11 +215,6 @@ async def until_swapped(
                     return run, replica, found.policy
             await asyncio.sleep(POLL_SECONDS)
     raise DemoError(f"no new policy in {TRAINING_TIMEOUT_SECONDS:.0f} s")
-
-
-def check_alive(supervisor: subprocess.Popen[bytes]) -> None:
-    if supervisor.poll() is not None:
-        raise DemoError(f"`alignd up` ended with {supervisor.returncode}")
 
 
 def make_model(quick: bool, root: Path) -> str:

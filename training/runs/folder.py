@@ -125,6 +125,11 @@ class RunFolder:
         write_json(path, {"reached": reached, "count": count})
         return count
 
+    @classmethod
+    def attempts(cls, runs_dir: Path) -> str:
+        """Returns what `begin_attempt` has counted of the runs that have not ended: another text after each attempt."""
+        return "".join(sorted(path.read_text() for path in runs_dir.glob("*/state/attempts.json")))
+
     def survived_attempt(self) -> None:
         """The trainer is alive: what ended the attempt is no reason to give the run up."""
         self._attempts.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""Says why a process ended, from its exit code and its log, and whether it may do better when it is started again."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+MOST_BYTES_READ = 1 << 18
+MOST_CHARACTERS = 400
+# As sysexits.h has it: what ended the process, such as a bus that is away, may be over by the next start.
+PASSING_CODE = os.EX_TEMPFAIL
+ASKED_TO_END = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
+# `some.module.SomeError: what was wrong`, also where a logger has put its time and place before each line.
+EXCEPTION = re.compile(r"^(?:.*\] )?(?P<kind>(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<said>\S.*)$")
+POINTS_ABOVE = "See root cause above"
+
+
+def can_recur(code: int) -> bool:
+    """Returns whether a process that ended with this code may end just so each time: nobody asked it to."""
+    return code not in ASKED_TO_END and code != PASSING_CODE
+
+
+def cause(log: Path, begin: int = 0) -> str:
+    """Returns in one line why the process ended that wrote to `log` from byte `begin` on.
+
+    That is the last exception in it, or the first where the last one points there; else the last words.
+    """
+    try:
+        with log.open("rb") as file:
+            file.seek(max(begin, log.stat().st_size - MOST_BYTES_READ))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        return str(error)
+    exceptions = [_without_module(found) for found in map(EXCEPTION.match, lines) if found]
+    if exceptions:
+        return exceptions[0 if POINTS_ABOVE in exceptions[-1] else -1][:MOST_CHARACTERS]
+    words = (line.strip() for line in reversed(lines) if any(map(str.isalpha, line)))
+    return next(words, "It said nothing")[:MOST_CHARACTERS]
+
+
+def place(code: int, why: str) -> str:
+    """Returns what is the same for two processes that ended at the same place: all but figures, such as times."""
+    return f"{code} {re.sub(r'[0-9]+', '#', why)}"
+
+
+def _without_module(found: re.Match[str]) -> str:
+    return f"{found['kind'].rpartition('.')[2]}: {found['said']}"
