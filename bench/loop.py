@@ -8,6 +8,7 @@ engine of the same settings for the same completions, in turns. `--quick` does b
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from alignd.v1 import inference_service_pb2, inference_service_pb2_grpc, types_pb2
 from bench.result import Figure, add_arguments, at_least, at_most, bench_result, report
+from deploy.endings import cause
 from deploy.models import make_tiny_llama, prepare_smollm2
 from deploy.simulation.prompts import load_prompts
 from deploy.up import free_port
@@ -37,6 +39,7 @@ NUM_COMPLETIONS = 4
 MAX_TOKENS = 64
 CONCURRENCY = 8
 START_TIMEOUT_SECONDS = 300.0
+POLL_SECONDS = 0.5
 # Requests served while training and swapping may not fail; a swap may hold new ones up for this long.
 SWAP_GOAL_SECONDS = 2.0
 OVERHEAD_GOAL = 0.03
@@ -105,7 +108,7 @@ async def overhead_figures(folder: Path, quick: bool) -> list[Figure]:
         engine = await asyncio.to_thread(start_engine, model, config)
         address = f"{config.host}:{config.port}"
         async with grpc.aio.insecure_channel(address) as channel:
-            await until_serving(channel)
+            await until_serving(channel, server, folder / "serve.log")
             stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
             sides: dict[str, Callable[[str, int], Awaitable[int]]] = {
                 "gRPC": lambda prompt, seed: ask_server(stub, prompt, seed),
@@ -188,12 +191,17 @@ def start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes]
         )
 
 
-async def until_serving(channel: grpc.aio.Channel) -> None:
+async def until_serving(channel: grpc.aio.Channel, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for the server's health. Raises RuntimeError at once if the server ends instead."""
     health: Any = health_pb2_grpc.HealthStub(channel)
     async with asyncio.timeout(START_TIMEOUT_SECONDS):
-        async for response in health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
-                return
+        while server.poll() is None:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_SECONDS)
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(POLL_SECONDS)
+    raise RuntimeError(f"`alignd serve` ended with {server.returncode}: {cause(log)}")
 
 
 if __name__ == "__main__":

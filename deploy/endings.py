@@ -10,8 +10,8 @@ MOST_CHARACTERS = 400
 # As sysexits.h has it: what ended the process, such as a bus that is away, may be over by the next start.
 PASSING_CODE = os.EX_TEMPFAIL
 ASKED_TO_END = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
-# `some.module.SomeError: what was wrong`, also where a logger has put its time and place before each line.
-EXCEPTION = re.compile(r"^(?:.*\] )?(?P<kind>(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<said>\S.*)$")
+# `some.module.SomeError: what was wrong`, also in a group, and where a logger has put its time and place before it.
+EXCEPTION = re.compile(r"^(?:.*\] | *\| )?(?P<kind>(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<said>\S.*)$")
 POINTS_ABOVE = "See root cause above"
 
 
@@ -40,7 +40,7 @@ def cause(log: Path, begin: int = 0) -> str:
 
 def place(code: int, why: str) -> str:
     """Returns what is the same for two processes that ended at the same place: all but figures, such as times."""
-    return f"{code} {re.sub(r'[0-9]+', '#', why)}"
+    return f"{code} {re.sub(r'[0-9][0-9.]*', '#', why)}"
 
 
 def _without_module(found: re.Match[str]) -> str:

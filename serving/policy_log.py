@@ -25,6 +25,10 @@ READ_BACK_TIMEOUT_SECONDS = 15.0
 POLL_SECONDS = 1.0
 
 
+class PolicyLogError(Exception):
+    """The topic is no longer followed, for a reason that nobody foresaw; the process has to start afresh."""
+
+
 class PolicyLog:
     """Follows the `policies` topic on `bus`."""
 
@@ -40,9 +44,14 @@ class PolicyLog:
         self.started = False
         """Whether all has been read that was in the topic at the start."""
         self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     async def start(self) -> None:
-        """Begins to follow, and returns when all that was in the topic has been read."""
+        """Begins to follow, and returns when all that was in the topic has been read.
+
+        Raises:
+            PolicyLogError: it cannot be followed.
+        """
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._follow, args=(loop,), name="policy-log", daemon=True)
         self._thread.start()
@@ -58,8 +67,15 @@ class PolicyLog:
             await asyncio.to_thread(self._thread.join)
 
     async def changed(self) -> None:
-        """Returns when the next event has been read."""
-        await self._changed.wait()
+        """Returns when the next event has been read.
+
+        Raises:
+            PolicyLogError: none will be.
+        """
+        if self._failure is None:
+            await self._changed.wait()
+        if self._failure is not None:
+            raise PolicyLogError(f"the policies topic is no longer followed: {self._failure}") from self._failure
 
     async def propose(self, event: events_pb2.PolicyEvent) -> Outcome:
         """Appends `event`, and returns what it came to.
@@ -109,6 +125,18 @@ class PolicyLog:
         return {}
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Reads the topic; without this thread all who wait for an event would wait for ever, so they are told."""
+        try:
+            self._read_topic(loop)
+        except Exception as error:
+            log.exception("the policies topic is no longer followed")
+            loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._wake()
+
+    def _read_topic(self, loop: asyncio.AbstractEventLoop) -> None:
         """Reads the topic for ever, from the beginning; what was read twice is dropped by its event id."""
         while not self._stop.is_set():
             try:

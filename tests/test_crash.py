@@ -89,7 +89,7 @@ def running_up(folder: Path, settings: Mapping[str, str]) -> Iterator[subprocess
     process = start("up", settings)
     seen: set[int] = set()
     try:
-        wait_until((folder / "var" / "up.json").is_file, 30, "alignd up")
+        wait_until((folder / "var" / "up.json").is_file, 30, "alignd up", process)
         yield process
         seen = set(pids(settings).values())
         seen |= {engine for pid in seen for engine in engine_processes(pid)}
@@ -100,12 +100,12 @@ def running_up(folder: Path, settings: Mapping[str, str]) -> Iterator[subprocess
     wait_until(lambda: not any(is_alive(pid) for pid in seen), 15, "the end of every process")
 
 
-def kill(verb: str, settings: Mapping[str, str]) -> None:
+def kill(verb: str, settings: Mapping[str, str], supervisor: "subprocess.Popen[bytes]") -> None:
     """Kills a process with all its threads at once, and sees it started again and nothing left of the old one."""
     pid = pids(settings)[verb]
     engines = engine_processes(pid)
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: pids(settings)[verb] != pid, RESTART_SECONDS, f"{verb} started again")
+    wait_until(lambda: pids(settings)[verb] != pid, RESTART_SECONDS, f"{verb} started again", supervisor)
     wait_until(lambda: not any(is_alive(engine) for engine in engines), 15, f"the end of the engine of {verb}")
 
 
@@ -141,7 +141,7 @@ def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path)
             for verb in ("relay", "ingest", "train", "relay", "ingest", "serve"):
                 wait_for_more(store_url)
                 time.sleep(chance.uniform(0, 1))
-                kill(verb, settings)
+                kill(verb, settings, supervisor)
             wait_until(lambda: is_serving(address, FEEDBACK), RESTART_SECONDS, "feedback taken again")
             wait_for_more(store_url)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from feedback.store.reader import Store
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def open_context(
     from transformers import AutoTokenizer
 
     def ask() -> tuple[TrainingConfig, Path, Path]:
+        if not client.is_serving():
+            logger.info("waiting for the server to serve a policy")
         while not client.is_serving():
             time.sleep(config.poll_seconds)
         parents = find_parents(client, START_SECONDS)

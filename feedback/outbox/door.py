@@ -1,6 +1,7 @@
 """The server's door to the outbox: an event is on disk when `append` returns."""
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from feedback.bus.contract import MAX_RECORD_BYTES, Record
 from feedback.outbox.file import Entry, OutboxConflict, OutboxError, OutboxFile, OutboxFull, Receipt
 
 __all__ = ["Outbox", "OutboxConflict", "OutboxError", "OutboxFull", "Receipt"]
+
+logger = logging.getLogger(__name__)
 
 GROUP_SIZE = 256
 
@@ -63,6 +66,10 @@ class Outbox:
                 outcomes = self._file.append([waiting.entry for waiting in group])
             except OutboxError as error:
                 outcomes = [error] * len(group)
+            except Exception as error:
+                # Not foreseen; but without this thread all who append would wait for ever.
+                logger.exception("the outbox could not write %d events", len(group))
+                outcomes = [OutboxError(f"an event could not be written: {error}")] * len(group)
             for waiting, outcome in zip(group, outcomes, strict=True):
                 _tell(waiting, outcome)
         self._file.close()

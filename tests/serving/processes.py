@@ -72,10 +72,13 @@ def log_of(verb: str, settings: Mapping[str, str]) -> Path:
     return Path(settings["ALIGND_DATA_DIR"]).parent / f"{verb}.log"
 
 
-def wait_until(is_done: Callable[[], bool], timeout_seconds: float, what: str) -> None:
-    """Returns when `is_done`. Raises AssertionError, which says what did not come about."""
+def wait_until(
+    is_done: Callable[[], bool], timeout_seconds: float, what: str, by: "subprocess.Popen[bytes] | None" = None
+) -> None:
+    """Returns when `is_done`. Raises AssertionError, which says what did not come about, or that `by` died first."""
     deadline = time.monotonic() + timeout_seconds
     while not is_done():
+        assert by is None or by.poll() is None, f"{what}: the process ended with {by and by.returncode} instead"
         assert time.monotonic() < deadline, f"{what}: not within {timeout_seconds:.0f} s"
         time.sleep(0.05)
 

@@ -21,7 +21,7 @@ from feedback.bus.topics import POLICIES, TOPICS
 from feedback.bus.url import open_bus
 from serving import policy_log
 from serving.errors import Refusal
-from serving.policy_log import PolicyLog
+from serving.policy_log import PolicyLog, PolicyLogError
 from serving.policy_service import PolicyService
 from tests.serving.policy_events import (
     STAGE_CANDIDATE,
@@ -176,6 +176,25 @@ async def test_a_bus_that_is_gone_is_unavailable(bus_url: str, monkeypatch: pyte
         with pytest.raises(Refusal) as raised:
             await followed.propose(events_pb2.PolicyEvent(registered=registered(1).registered))
         assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_who_waits_for_a_log_that_is_no_longer_followed_is_told(
+    bus_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    async with replica(bus_url) as first:
+        await first.propose(registered(1))
+        bus = await asyncio.to_thread(open_bus, bus_url)
+        monkeypatch.setattr(bus, "consume", broken)
+        starting = PolicyLog(bus)
+        with pytest.raises(PolicyLogError, match="nobody foresaw this"):
+            await asyncio.wait_for(starting.start(), TIMEOUT_SECONDS)
+        with pytest.raises(PolicyLogError):
+            await asyncio.wait_for(starting.changed(), TIMEOUT_SECONDS)
+        await starting.stop()
+        await asyncio.to_thread(bus.close)
 
 
 async def test_nothing_is_said_of_policies_before_the_log_was_read(bus_url: str) -> None:

@@ -64,7 +64,7 @@ def test_a_server_that_cannot_prove_the_live_version_serves_the_one_before_until
     asyncio.run(promote_unproved(tmp_path, Path(settings["ALIGND_SERVING__INITIAL_MODEL"])))
     process = start("serve", settings)
     try:
-        wait_until(lambda: is_serving(address_of(settings), "alignd.v1.PolicyService"), 60, "the port open")
+        wait_until(lambda: is_serving(address_of(settings), "alignd.v1.PolicyService"), 60, "the port open", process)
         with grpc.insecure_channel(address_of(settings)) as channel:
             stubs = Stubs(channel)
             refused(stubs.inference.Sample, sample_request(), grpc.StatusCode.UNAVAILABLE)
@@ -89,7 +89,7 @@ def test_a_server_that_cannot_prove_the_live_version_serves_the_one_before_until
 def test_a_stop_before_the_engine_is_up_does_not_wait_for_it(tmp_path: Path) -> None:
     settings = environment(tmp_path)
     process = start("serve", settings)
-    wait_until(lambda: bool(engine_processes(process.pid)), 120, "vLLM's process")
+    wait_until(lambda: bool(engine_processes(process.pid)), 120, "vLLM's process", process)
     engines = engine_processes(process.pid)
     time.sleep(1)
     began = time.monotonic()

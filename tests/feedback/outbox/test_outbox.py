@@ -188,6 +188,14 @@ async def test_a_file_that_breaks_is_reported_and_recovers(outbox: Outbox, path:
     assert stored_ids(path) == ["e1", "e2"]
 
 
+async def test_an_event_that_cannot_be_written_is_refused_and_the_next_one_is_taken(outbox: Outbox, path: Path) -> None:
+    unwritable = Record("topic", b"key", b"value", "half a character: \ud800")
+    with pytest.raises(OutboxError, match="surrogates not allowed"):
+        await asyncio.wait_for(outbox.append(unwritable, b"d", NOW), 20)
+    assert (await asyncio.wait_for(outbox.append(make_record(1), b"d", NOW), 20)).is_new
+    assert stored_ids(path) == ["e1"]
+
+
 def test_a_file_that_is_no_outbox_is_refused(path: Path) -> None:
     path.parent.mkdir()
     path.write_bytes(b"no database" * 1000)
