@@ -1,12 +1,10 @@
 """What hostile clients send, byte by byte, and what standard tools expect: the server stays up throughout."""
 
-import json
 import os
 import socket
 import struct
-import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -19,7 +17,7 @@ from alignd.v1 import feedback_service_pb2, inference_service_pb2, policy_servic
 from serving.config import ServingConfig
 from tests.serving.calls import TIMEOUT_SECONDS, Stubs, detail, draw, fields_of, refused, sample_request
 from tests.serving.processes import Server
-from tests.tools import find_tool
+from tests.serving.stock_client import StockClient, stock_clients
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -171,45 +169,34 @@ def test_reflection_tells_the_services_and_their_rules(stubs: Stubs) -> None:
     assert any(b"buf.validate" in each for each in file.file_descriptor_response.file_descriptor_proto)
 
 
-def grpcurl(address: str, *arguments: str, data: object = None) -> subprocess.CompletedProcess[str]:
-    """Runs a stock grpcurl, which knows the contracts by reflection alone."""
-    options: Sequence[str] = ("-d", json.dumps(data)) if data is not None else ()
-    command = [str(find_tool("grpcurl")), "-plaintext", "-max-time", "60", *options, address, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture(params=stock_clients(), ids=lambda each: each.name)
+def client(request: pytest.FixtureRequest) -> StockClient:
+    return request.param  # type: ignore[no-any-return]
 
 
-def answer(address: str, method: str, data: object) -> Any:
-    done = grpcurl(address, f"alignd.v1.{method}", data=data)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_grpcurl_samples_and_ranks(server: Server) -> None:
-    assert "alignd.v1.FeedbackService" in grpcurl(server.address, "list").stdout.split()
-    assert "SubmitRanking" in grpcurl(server.address, "describe", "alignd.v1.FeedbackService").stdout
+def test_a_stock_client_samples_and_ranks(server: Server, client: StockClient) -> None:
+    assert "alignd.v1.FeedbackService/SubmitRanking" in client.methods(server.address)
     prompt = {"chat": {"messages": [{"role": "ROLE_USER", "content": "Why?"}]}}
     asked = {"user_id": "curl", "prompt": prompt, "num_completions": 2, "sampling": {"max_tokens": 4}}
-    sample = answer(server.address, "InferenceService/Sample", asked)
+    sample = client.call(server.address, "alignd.v1.InferenceService/Sample", asked).message
     ranking = {
         "request_id": str(uuid.uuid4()),
         "feedback_token": sample["feedbackToken"],
         "user_id": "curl",
         "groups": [{"completion_ids": [each["completionId"]]} for each in sample["completions"]],
     }
-    assert answer(server.address, "FeedbackService/SubmitRanking", ranking)["rankingId"]
+    assert client.call(server.address, "alignd.v1.FeedbackService/SubmitRanking", ranking).message["rankingId"]
 
 
-def test_grpcurl_promotes(server: Server) -> None:
-    promoted = answer(server.address, "PolicyService/Promote", {"version": 1, "actor": "curl", "reason": "again"})
+def test_a_stock_client_promotes(server: Server, client: StockClient) -> None:
+    promotion = {"version": 1, "actor": "curl", "reason": "again"}
+    promoted = client.call(server.address, "alignd.v1.PolicyService/Promote", promotion).message
     assert promoted["policy"]["stage"] == "STAGE_LIVE"
 
 
-def test_grpcurl_reads_the_fields_of_an_error(server: Server) -> None:
-    done = grpcurl(server.address, "alignd.v1.InferenceService/Sample", data={"num_completions": 17})
-    assert done.returncode != 0
-    assert "Code: InvalidArgument" in done.stderr
-    assert "google.rpc.BadRequest" in done.stderr
-    for field in ("user_id", "prompt", "num_completions"):
-        assert f'"field": "{field}"' in done.stderr
-    missing = grpcurl(server.address, "alignd.v1.PolicyService/Promote", data={"version": 99, "actor": "curl"})
-    assert "Code: NotFound" in missing.stderr
+def test_a_stock_client_reads_the_fields_of_an_error(server: Server, client: StockClient) -> None:
+    refused = client.call(server.address, "alignd.v1.InferenceService/Sample", {"num_completions": 17})
+    assert refused.code == "invalid_argument"
+    assert set(refused.fields) == {"user_id", "prompt", "num_completions"}
+    missing = client.call(server.address, "alignd.v1.PolicyService/Promote", {"version": 99, "actor": "curl"})
+    assert missing.code == "not_found"
