@@ -228,7 +228,10 @@ def make_model(quick: bool, root: Path) -> str:
     if quick:
         make_tiny_llama(model_folder(quick, root))
         return "a tiny random Llama"
-    prepare_smollm2(model_folder(quick, root))
+    folder = model_folder(quick, root)
+    if not folder.is_dir():
+        Console().print(f"writing SmolLM2-135M-Instruct to {folder} …", highlight=False, soft_wrap=True)
+    prepare_smollm2(folder)
     return "SmolLM2-135M-Instruct"
 
 

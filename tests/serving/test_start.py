@@ -17,6 +17,7 @@ from feedback.bus.url import open_bus
 from serving.bootstrap import import_first
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
+from serving.vllm_engine import EngineError, start_engine
 from tests.serving.calls import TIMEOUT_SECONDS, Stubs, draw, refused, sample_request
 from tests.serving.policy_events import STAGE_CANDIDATE, moved
 from tests.serving.processes import (
@@ -84,6 +85,11 @@ def test_a_server_that_cannot_prove_the_live_version_serves_the_one_before_until
     finally:
         process.kill()
         process.wait()
+
+
+def test_compiling_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"serving\.compile is for a GPU"):
+        start_engine(tmp_path, ServingConfig(compile=True))
 
 
 def test_a_stop_before_the_engine_is_up_does_not_wait_for_it(tmp_path: Path) -> None:
