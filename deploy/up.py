@@ -103,8 +103,10 @@ class Supervisor:
         if not can_recur(code):
             service.place, service.same_ends = "", 0
             return
-        # A run that takes the trainer down with it is given up by the trainer itself, which counts its attempts.
-        ended_at = place(code, why) + RunFolder.attempts(self.folder / "runs")
+        ended_at = place(code, why)
+        if service.verb == "train":
+            # A run that takes the trainer down with it is given up by the trainer itself, which counts its attempts.
+            ended_at += RunFolder.attempts(self.folder / "runs")
         again = service.failures > 1 and ended_at == service.place
         service.place, service.same_ends = ended_at, service.same_ends + 1 if again else 1
         if service.same_ends == MOST_SAME_ENDS:

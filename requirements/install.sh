@@ -55,25 +55,21 @@ unpack_libnuma() (
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
-    repository=$PWD
-    cd "$work"
     # Package lists of its own, should the system have none.
     own=(-o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work/cache" -o Debug::NoLocking=1)
-    apt-get -qq download libnuma1 2>/dev/null || { apt-get -qq "${own[@]}" update && apt-get -qq "${own[@]}" download libnuma1; }
-    dpkg-deb -x libnuma1_*.deb unpacked
-    cp -L unpacked/usr/lib/*/libnuma.so.1 "$repository/.venv/lib/"
-    packages=$("$repository/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' >"$packages/libnuma.pth"
+    packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    { (cd "$work" && apt-get -qq download libnuma1) 2>/dev/null ||
+        (cd "$work" && apt-get -qq "${own[@]}" update && apt-get -qq "${own[@]}" download libnuma1); } &&
+        dpkg-deb -x "$work"/libnuma1_*.deb "$work/unpacked" &&
+        cp -L "$work"/unpacked/usr/lib/*/libnuma.so.1 .venv/lib/ &&
+        echo 'import ctypes, sys; ctypes.CDLL(sys.prefix + "/lib/libnuma.so.1")' >"$packages/libnuma.pth"
 )
 
 if [[ $engine == cpu ]] && ! has_libnuma && command -v apt-get >/dev/null; then
     say "installing libnuma1, which vLLM needs"
-    if ((EUID == 0)); then
-        export DEBIAN_FRONTEND=noninteractive
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends libnuma1; } >/dev/null || unpack_libnuma || true
-    else
-        unpack_libnuma || true
-    fi
+    as_root() { ((EUID == 0)) && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libnuma1 >/dev/null; }
+    # If neither can be done, the check below says what to install.
+    as_root || unpack_libnuma || true
 fi
 
 say "loading vLLM for the first time"
