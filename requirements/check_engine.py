@@ -5,7 +5,7 @@
 
 import sys
 
-from feedback.vllm_settings import MissingError, check_compiler, prepare_cpu
+from policies.vllm_settings import MissingError, check_compiler, prepare_cpu
 
 
 def main(engine: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED, FinishReason
-from feedback.vllm_settings import check_compiler, cpu_options, prepare_cpu
+from policies.vllm_settings import check_compiler, cpu_options, prepare_cpu
 from serving.config import ServingConfig
 
 FINISH_REASONS: dict[str | None, FinishReason] = {

@@ -67,8 +67,8 @@ def serve(dry_run: DryRun = False) -> None:
     if config:
         import asyncio
 
-        from feedback.bus import BusError
-        from feedback.outbox import OutboxError
+        from feedback.bus.contract import BusError
+        from feedback.outbox.door import OutboxError
         from serving.bootstrap import NoPolicyError
         from serving.server import Places, serve
 

@@ -14,8 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.demo.progress import Bar
 from deploy.endings import cause
 
-START_TIMEOUT_S = 300.0
-POLL_S = 0.5
+START_TIMEOUT_SECONDS = 300.0
+POLL_SECONDS = 0.5
 T = TypeVar("T")
 
 
@@ -26,7 +26,7 @@ class DemoError(Exception):
 async def until_ended(supervisor: subprocess.Popen[bytes], log: Path) -> None:
     """Raises DemoError, with its last words, once `alignd up` has ended."""
     while supervisor.poll() is None:
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(POLL_SECONDS)
     raise DemoError(cause(log))
 
 
@@ -45,11 +45,11 @@ async def until_serving(address: str, bar: Bar) -> None:
     started = time.monotonic()
     async with grpc.aio.insecure_channel(address) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
-        while time.monotonic() - started < START_TIMEOUT_S:
+        while time.monotonic() - started < START_TIMEOUT_SECONDS:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_S)
+                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_SECONDS)
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             bar.update(time.monotonic() - started, None, "loading vLLM")
-            await asyncio.sleep(POLL_S)
-    raise DemoError(f"the server was not ready in {START_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(POLL_SECONDS)
+    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s")

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 
 from tests.tools import find_tool
 
-TIMEOUT_S = 60
+TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def stock_clients() -> list[StockClient]:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT_SECONDS, check=False)
 
 
 def _buf(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +73,7 @@ def _buf_call(address: str, method: str, data: object) -> Answer:
 
 
 def _grpcurl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return _run(str(find_tool("grpcurl")), "-plaintext", "-max-time", str(TIMEOUT_S), *arguments)
+    return _run(str(find_tool("grpcurl")), "-plaintext", "-max-time", str(TIMEOUT_SECONDS), *arguments)
 
 
 def _grpcurl_methods(address: str) -> Sequence[str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from feedback.vllm_settings import cpu_options, prepare_cpu, whole_prefill
 from policies.precision import compute_dtype, dtype_name
+from policies.vllm_settings import cpu_options, prepare_cpu, whole_prefill
 from training.models.device import training_device
 from training.models.parallel import ALONE, Ranks
 

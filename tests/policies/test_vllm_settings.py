@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from feedback import vllm_settings
-from feedback.vllm_settings import MissingError, check_compiler, cpu_options, prepare_cpu
+from policies.vllm_settings import MissingError, check_compiler, cpu_options, prepare_cpu
 
 COMPILED = """
 import sys, torch, torch._dynamo
-from feedback.vllm_settings import prepare_cpu
+from policies.vllm_settings import prepare_cpu
 if sys.argv[1] == "prepared":
     prepare_cpu()
 print(torch.compile(lambda ones: ones + 1)(torch.ones(2)).tolist())
