@@ -15,7 +15,7 @@ ROOMS := policies serving feedback training deploy bench
 PINS := requirements/$(ENGINE).txt requirements/dev.txt requirements/install.sh requirements/uv.py requirements/check_engine.py pyproject.toml
 READY := .venv/.ready-$(ENGINE)-$(shell cat $(PINS) | sha256sum | cut -c 1-16)
 
-.PHONY: help setup demo test lint format proto bench lock clean
+.PHONY: help setup demo test lint format proto bench lock client clean
 
 help: ## list these tasks
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ test: setup ## run the tests
 lint: setup ## check style, types, who imports whom, and the contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy $(ROOMS) protos/generate.py
+	$(BIN)/mypy $(ROOMS) protos/client protos/generate.py
 	$(BIN)/lint-imports
 	$(BIN)/python protos/generate.py --check
 
@@ -60,6 +60,9 @@ lock: setup ## pin anew, for Python 3.11 on Linux x86-64, what pyproject.toml as
 		$(COMPILE) pyproject.toml --extra cpu --extra demo -o requirements/cpu.txt $(TORCH_CPU)
 	UV_FIND_LINKS= $(COMPILE) pyproject.toml --extra gpu --extra demo -o requirements/gpu.txt
 	$(COMPILE) --group dev --constraint requirements/cpu.txt -o requirements/dev.txt
+
+client: setup ## build the wheel of alignd-client, which applications install, into dist/
+	$(BIN)/python requirements/uv.py build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir dist protos/client
 
 clean: ## remove caches and built packages; never var/, where the data is, nor .venv
 	rm -rf dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -51,6 +51,9 @@ def generate(target: Path) -> None:
         run_protoc(f"--descriptor_set_in={image}", f"--grpc_python_out={target}",
                    *(name for name in names if name.endswith("_service.proto")))  # fmt: skip
         lint(image)
+    for package in ("alignd/v1", "buf/validate"):
+        # So that type checkers read the stubs of an installed package.
+        Path(target, package, "py.typed").touch()
 
 
 def lint(image: Path) -> None:
@@ -64,7 +67,7 @@ def lint(image: Path) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix in {".py", ".pyi"})
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix in {".py", ".pyi", ".typed"})
     return {str(path.relative_to(folder)) for path in found}
 
 
