@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-import protovalidate
 from google.protobuf import descriptor_pool, empty_pb2, message_factory
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from serving.errors import Refusal, Violation, bad_field, bad_fields, to_status
+from alignd.client.rules import broken_rules
+from serving.errors import Refusal, Violation, bad_field, bad_fields, trailing_metadata
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ def unary_boundary(method: Callable[..., Awaitable[Message]], message_class: typ
         try:
             return await method(parse(raw, message_class), context)
         except Refusal as refusal:
-            await context.abort_with_status(to_status(refusal))
+            await refuse(context, refusal)
         except Exception as error:
             if is_abort(error):
                 raise
             log.exception("%s failed", message_class.__name__)
-            await context.abort_with_status(to_status(internal()))
-        raise AssertionError("abort_with_status raises")
+            await refuse(context, internal())
+        raise AssertionError("refuse raises")
 
     return handle
 
@@ -76,14 +76,19 @@ def stream_boundary(
             async for response in method(parse(raw, message_class), context):
                 yield response
         except Refusal as refusal:
-            await context.abort_with_status(to_status(refusal))
+            await refuse(context, refusal)
         except Exception as error:
             if is_abort(error):
                 raise
             log.exception("%s failed", message_class.__name__)
-            await context.abort_with_status(to_status(internal()))
+            await refuse(context, internal())
 
     return handle
+
+
+async def refuse(context: Any, refusal: Refusal) -> None:
+    """Answers a call with a refusal; always raises, as gRPC's abort does."""
+    await context.abort(refusal.code, refusal.message, trailing_metadata(refusal, context.time_remaining()))
 
 
 def is_abort(error: Exception) -> bool:
@@ -108,20 +113,10 @@ def parse(raw: bytes, message_class: type[Message]) -> Message:
         if field:
             raise bad_field(field, "must be valid UTF-8") from None
         raise bad_field("request", f"is not a serialised {message_class.DESCRIPTOR.full_name}") from None
-    violations = protovalidate.collect_violations(message)
+    violations = broken_rules(message)
     if violations:
-        raise bad_fields([Violation(path(found), found.proto.message) for found in violations])
+        raise bad_fields([Violation(each.field, each.description) for each in violations])
     return message
-
-
-def path(found: protovalidate.Violation) -> str:
-    """Returns a violation's field path, such as "groups[2].completion_ids[0]"."""
-    steps = []
-    for element in found.proto.field.elements if found.proto.field else ():
-        subscript = element.subscript
-        index = f"[{subscript.value}]" if subscript is not None and subscript.field == "index" else ""
-        steps.append(f"{element.field_name}{index}")
-    return ".".join(steps) or "request"
 
 
 def find_invalid_utf8(raw: bytes, descriptor: Any) -> str:

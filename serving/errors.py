@@ -1,7 +1,8 @@
 """The refusals that RPCs answer with, and how they look on the wire.
 
 Every refusal is a google.rpc.Status with one ErrorInfo (an UPPER_SNAKE reason, domain "alignd", and the values that the
-message mentions), a BadRequest that names each field at fault, and a RetryInfo where trying again later can help.
+message mentions), a BadRequest that names each field at fault, and a RetryInfo where trying again later can help. The
+delay in it stands beside it as grpc-retry-pushback-ms too, by which gRPC itself waits before it tries again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 DOMAIN = "alignd"
 # gRPC sends a status as metadata, all of it thrice and in part as base64, and peers take 8 KiB of that. Beyond it a
 # caller would hear of nothing but the size.
 MOST_CHARACTERS, LONGEST = 1_800, 400
+DETAILS_KEY = "grpc-status-details-bin"
+PUSHBACK = "grpc-retry-pushback-ms"
+DO_NOT_RETRY = "-1"
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,23 @@ def exhausted(reason: str, message: str, retry_after_seconds: float = 1.0) -> Re
     return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, reason, message, retry_after_seconds=retry_after_seconds)
 
 
-def to_status(refusal: Refusal) -> grpc.Status:
-    """Returns the refusal as gRPC sends it."""
+def trailing_metadata(refusal: Refusal, time_left_seconds: float | None) -> tuple[tuple[str, str | bytes], ...]:
+    """Returns the refusal's details as gRPC sends them.
+
+    Args:
+        refusal: what is refused, and why.
+        time_left_seconds: until the caller's deadline; None if there is none. A caller whose deadline comes first is
+            told not to try again: it would wait for nothing, and then hear of the deadline alone.
+    """
+    details = (DETAILS_KEY, to_status(refusal).SerializeToString())
+    if refusal.retry_after_seconds is None:
+        return (details,)
+    in_time = time_left_seconds is None or refusal.retry_after_seconds < time_left_seconds
+    return (details, (PUSHBACK, str(round(refusal.retry_after_seconds * 1000)) if in_time else DO_NOT_RETRY))
+
+
+def to_status(refusal: Refusal) -> status_pb2.Status:
+    """Returns the refusal as a google.rpc.Status."""
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata)
     ]
@@ -116,4 +134,4 @@ def to_status(refusal: Refusal) -> grpc.Status:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    return rpc_status.to_status(status)
+    return status

@@ -8,14 +8,23 @@ import pytest
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from serving.errors import DOMAIN, Refusal, Violation, bad_fields, exhausted, not_permitted, to_status, unavailable
+from serving.errors import (
+    DETAILS_KEY,
+    DOMAIN,
+    Refusal,
+    Violation,
+    bad_fields,
+    exhausted,
+    not_permitted,
+    to_status,
+    trailing_metadata,
+    unavailable,
+)
 
 
 def unpacked(refusal: Refusal, kind: type[Message]) -> Any:
     """The detail of a kind in the refusal's google.rpc.Status, or None."""
-    ((key, value),) = to_status(refusal).trailing_metadata
-    assert key == "grpc-status-details-bin"
-    for packed in status_pb2.Status.FromString(value).details:
+    for packed in to_status(refusal).details:
         found = kind()
         if packed.Unpack(found):
             return found
@@ -42,15 +51,23 @@ def test_each_field_at_fault_is_in_the_bad_request() -> None:
     ],
 )
 def test_code_reason_and_retry_delay(refusal: Refusal, code: grpc.StatusCode, retry_seconds: float | None) -> None:
-    status = to_status(refusal)
-    assert status.code is code
-    assert status.details == refusal.message
-    wire = status_pb2.Status.FromString(status.trailing_metadata[0][1])
+    assert refusal.code is code
+    sent = dict(trailing_metadata(refusal, None))
+    wire = status_pb2.Status.FromString(sent.pop(DETAILS_KEY))
     assert (wire.code, wire.message) == (code_pb2.Code.Value(code.name), refusal.message)
+    assert sent == ({} if retry_seconds is None else {"grpc-retry-pushback-ms": str(round(retry_seconds * 1000))})
     info = unpacked(refusal, error_details_pb2.ErrorInfo)
     assert (info.reason, info.domain) == (refusal.reason, DOMAIN)
     retry = unpacked(refusal, error_details_pb2.RetryInfo)
     assert (retry.retry_delay.ToMilliseconds() / 1000 if retry else None) == retry_seconds
+
+
+def test_a_caller_whose_deadline_comes_first_is_told_not_to_try_again() -> None:
+    refusal = exhausted("OUTBOX_FULL", "no room", 30.0)
+    assert [dict(trailing_metadata(refusal, left))["grpc-retry-pushback-ms"] for left in (31.0, 29.0)] == [
+        "30000",
+        "-1",
+    ]
 
 
 def test_values_that_the_message_mentions_are_in_its_metadata() -> None:
@@ -64,9 +81,8 @@ def test_a_refusal_has_room_in_what_grpc_sends(length: int) -> None:
     """Its peers take 8 KiB of metadata, and otherwise tell the caller of nothing but that."""
     violations = [Violation(f"groups[{index}].completion_ids[{index}]", "x" * length) for index in range(256)]
     refusal = bad_fields(violations)
-    status = to_status(refusal)
-    ((key, value),) = status.trailing_metadata
-    assert len(key) + len(base64.b64encode(value)) + len(status.details) < 8 * 1024 - 512
+    ((key, value),) = trailing_metadata(refusal, None)
+    assert len(key) + len(base64.b64encode(value)) + len(refusal.message) < 8 * 1024 - 512
     named = unpacked(refusal, error_details_pb2.BadRequest).field_violations
     assert [each.field for each in named] == [each.field for each in violations[: len(named)]]
     assert len(named) >= 3
