@@ -184,6 +184,39 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         raise EngineError(f"vLLM did not start: {' '.join(str(error).split())}") from error
 
 
+def try_model(folder: Path, config: ServingConfig) -> bool:
+    """Loads all of a model but its weights, as an engine would; returns whether its tokenizer has a chat template.
+
+    Leaves vLLM in the process that calls it, which had better end.
+
+    Raises:
+        EngineError: no completions can be drawn from it; says why.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers import AutoTokenizer
+    from vllm import AsyncEngineArgs
+
+    try:
+        model = AsyncEngineArgs(model=str(folder), max_model_len=config.max_model_len).create_model_config()
+    except _vllm_errors() as error:
+        raise EngineError(f"vLLM does not take it: {_first_sentence(str(error))}") from error
+    if model.runner_type != "generate" or model.is_encoder_decoder:
+        raise EngineError(f"{model.architectures[0]} is no model that continues a prompt (a causal language model)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # Anything, since what is in somebody's files decides what transformers stumbles over.
+        raise EngineError(f"its tokenizer does not load: {_first_sentence(str(error))}") from error
+    return bool(tokenizer.chat_template)
+
+
+def _first_sentence(text: str) -> str:
+    """What went wrong, without pydantic's words before it and the advice after it."""
+    said = text.partition("Value error, ")[2] or text
+    return said.strip().split(". ")[0].splitlines()[0]
+
+
 def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16", "float32"]:
     """What was asked for, or what the trainer takes too."""
     import torch

@@ -41,6 +41,12 @@ def up(
     without: Annotated[
         list[str], typer.Option(help="Leave this process out, such as train while `alignd sft` runs; may be repeated.")
     ] = [],  # noqa: B006 (typer wants a list, and makes a new one)
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Begin with this model: a Hugging Face model folder, or a name on the hub (org/name[@revision])."
+        ),
+    ] = "",
     recipe: Recipe = "",
     dry_run: DryRun = False,
 ) -> None:
@@ -51,6 +57,10 @@ def up(
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: takes one of {', '.join(VERBS)}", param_hint="--without")
     use_recipe(recipe)
+    if model:
+        from deploy.own_model import use_model
+
+        use_model(model, dry_run)
     config = start(dry_run)
     if config:
         services = [Service(verb) for verb in VERBS if verb not in without]
