@@ -19,6 +19,7 @@ import grpc
 from rich.console import Console
 from rich.markup import escape
 
+from alignd.client import AligndError
 from alignd.v1 import policy_service_pb2 as policy_pb
 from alignd.v1 import policy_service_pb2_grpc
 from alignd.v1.inference_service_pb2 import SampleResponse
@@ -68,7 +69,7 @@ def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
     )
     try:
         observed = asyncio.run(tell_while_it_runs(config, stages, tally, supervisor, began_at))
-    except (DemoError, RunError, grpc.aio.AioRpcError) as error:
+    except (DemoError, RunError, AligndError, grpc.aio.AioRpcError) as error:
         console.print(
             f"[red]The demo failed:[/] {escape(str(error))}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True
         )
@@ -127,7 +128,7 @@ async def tell(
 
     Raises:
         DemoError, RunError: what should have come did not, or the training run gave up.
-        grpc.aio.AioRpcError: a call that the story cannot do without failed.
+        AligndError, grpc.aio.AioRpcError: a call that the story cannot do without failed.
     """
     address = config.server_address
     held_out = load_prompts("held_out")[: config.simulation.held_out_prompts]

@@ -5,10 +5,7 @@ import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-import grpc
-
-from alignd.v1 import inference_service_pb2 as pb
-from alignd.v1 import inference_service_pb2_grpc, types_pb2
+from alignd.client import AsyncClient, SampleResponse, SamplingParams
 from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler
 from deploy.simulation.user import Turn, as_prompt, run_users
@@ -72,29 +69,27 @@ class Traffic:
 
 async def answers(
     address: str, prompts: Sequence[str], config: SimulationConfig, tally: Tally, on_answer: Callable[[int], None]
-) -> list[pb.SampleResponse]:
+) -> list[SampleResponse]:
     """Returns one completion of each prompt from the live policy, for people to compare.
 
     Raises:
-        grpc.aio.AioRpcError: a request failed.
+        AligndError: a request failed; none is tried twice.
     """
     done = itertools.count(1)
     in_flight = asyncio.Semaphore(config.num_users)
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
+    async with AsyncClient(address, timeout=config.deadline_seconds, max_attempts=1) as client:
 
-        async def ask(prompt: str) -> pb.SampleResponse:
-            request = pb.SampleRequest(
-                user_id="demo-held-out",
-                prompt=as_prompt(config.system_prompt, prompt),
-                num_completions=1,
-                sampling=types_pb2.SamplingParams(max_tokens=config.max_tokens),
-            )
+        async def ask(prompt: str) -> SampleResponse:
             async with in_flight:
-                response: pb.SampleResponse = await stub.Sample(request, timeout=config.deadline_seconds)
+                response = await client.sample(
+                    as_prompt(config.system_prompt, prompt),
+                    user_id="demo-held-out",
+                    num_completions=1,
+                    sampling=SamplingParams(max_tokens=config.max_tokens),
+                )
             tally.samples += 1
             on_answer(next(done))
             return response
 
-        asked: list[Awaitable[pb.SampleResponse]] = [ask(prompt) for prompt in prompts]
+        asked: list[Awaitable[SampleResponse]] = [ask(prompt) for prompt in prompts]
         return list(await asyncio.gather(*asked))

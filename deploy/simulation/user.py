@@ -9,20 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import grpc
-
-from alignd.v1 import (
-    feedback_service_pb2,
-    feedback_service_pb2_grpc,
-    inference_service_pb2,
-    inference_service_pb2_grpc,
-    types_pb2,
-)
+from alignd.client import AligndError, AsyncClient, SampleResponse, SamplingParams
+from alignd.v1 import types_pb2
 from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
 from deploy.simulation.utility import Utility, load_utility, measure
@@ -61,40 +53,33 @@ class Turn:
 class _Application:
     """What the application holds that users sit in front of."""
 
-    inference: inference_service_pb2_grpc.InferenceServiceStub
-    feedback: feedback_service_pb2_grpc.FeedbackServiceStub
+    client: AsyncClient
     config: SimulationConfig
     utility: Utility
     # Utilities are measured off the event loop, on one thread: they may hold a model that is not safe to share.
     thread: ThreadPoolExecutor
 
-    async def sample(self, user_id: str, prompt: str) -> inference_service_pb2.SampleResponse:
-        request = inference_service_pb2.SampleRequest(
+    async def sample(self, user_id: str, prompt: str) -> SampleResponse:
+        return await self.client.sample(
+            as_prompt(self.config.system_prompt, prompt),
             user_id=user_id,
-            prompt=as_prompt(self.config.system_prompt, prompt),
             num_completions=self.config.num_completions,
-            sampling=types_pb2.SamplingParams(max_tokens=self.config.max_tokens),
+            sampling=SamplingParams(max_tokens=self.config.max_tokens),
         )
-        sample: inference_service_pb2.SampleResponse = await self.inference.Sample(
-            request, timeout=self.config.deadline_seconds
-        )
-        return sample
 
     async def utilities(self, prompt: str, texts: list[str]) -> list[float]:
         return await asyncio.get_running_loop().run_in_executor(self.thread, measure, self.utility, prompt, texts)
 
-    async def rank(self, labeler: Labeler, prompt: str, sample: inference_service_pb2.SampleResponse) -> None:
+    async def rank(self, labeler: Labeler, prompt: str, sample: SampleResponse) -> None:
         texts = [completion.text for completion in sample.completions]
         ids = [completion.completion_id for completion in sample.completions]
         groups = labeler.rank(prompt, texts, await self.utilities(prompt, texts))
-        request = feedback_service_pb2.SubmitRankingRequest(
-            request_id=str(uuid.uuid4()),
-            feedback_token=sample.feedback_token,
+        await self.client.rank(
+            sample.feedback_token,
+            [[ids[i] for i in group] for group in groups],
             user_id=labeler.user_id,
-            groups=[types_pb2.RankingGroup(completion_ids=[ids[i] for i in group]) for group in groups],
-            shown_completion_ids=random.Random(f"{labeler.seed} {prompt}").sample(ids, len(ids)),
+            shown=random.Random(f"{labeler.seed} {prompt}").sample(ids, len(ids)),
         )
-        await self.feedback.SubmitRanking(request, timeout=self.config.deadline_seconds)
 
     async def turn(self, labeler: Labeler, prompt: str) -> Turn:
         started = time.monotonic()
@@ -105,8 +90,8 @@ class _Application:
             sample = await self.sample(labeler.user_id, prompt)
             sampled, versions = time.monotonic(), tuple(item.policy.version for item in sample.completions)
             await self.rank(labeler, prompt, sample)
-        except grpc.aio.AioRpcError as failure:
-            error = f"{failure.code().name}: {failure.details()}"
+        except AligndError as failure:
+            error = str(failure)
         ended = time.monotonic()
         sample_seconds = (sampled or ended) - started
         ranking_seconds = None if sampled is None else ended - sampled
@@ -148,8 +133,8 @@ async def run_users(
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_SECONDS)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
-        async with grpc.aio.insecure_channel(address) as channel:
-            application = _open_application(channel, config, thread)
+        async with _client(address, config) as client:
+            application = _Application(client, config, load_utility(config.utility), thread)
             shares = [prompts[i :: len(labelers)] for i in range(len(labelers))]
             await asyncio.gather(*map(work, [application] * len(labelers), labelers, shares))
     return turns
@@ -159,11 +144,11 @@ async def calibrated_labelers(address: str, prompts: Sequence[str], config: Simu
     """`config.num_users` labelers who agree on the share `config.agreement` of comparisons of what the server writes.
 
     Samples the first `config.calibration_prompts` of `prompts`, and ranks nothing. Raises CalibrationError if their
-    utilities differ too little, and grpc.aio.AioRpcError if a request fails.
+    utilities differ too little, and AligndError if a request fails.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
-        async with grpc.aio.insecure_channel(address) as channel:
-            application = _open_application(channel, config, thread)
+        async with _client(address, config) as client:
+            application = _Application(client, config, load_utility(config.utility), thread)
             in_flight = asyncio.Semaphore(config.num_users)
 
             async def utilities(prompt: str) -> list[float]:
@@ -175,11 +160,5 @@ async def calibrated_labelers(address: str, prompts: Sequence[str], config: Simu
     return make_labelers(config.num_users, config.seed, calibrate_temperature(groups, config.agreement))
 
 
-def _open_application(channel: grpc.aio.Channel, config: SimulationConfig, thread: ThreadPoolExecutor) -> _Application:
-    return _Application(
-        inference=inference_service_pb2_grpc.InferenceServiceStub(channel),
-        feedback=feedback_service_pb2_grpc.FeedbackServiceStub(channel),
-        config=config,
-        utility=load_utility(config.utility),
-        thread=thread,
-    )
+def _client(address: str, config: SimulationConfig) -> AsyncClient:
+    return AsyncClient(address, timeout=config.deadline_seconds, max_attempts=1)
