@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from feedback import vllm_settings
+from policies import vllm_settings
 from policies.vllm_settings import MissingError, check_compiler, cpu_options, prepare_cpu
 
 COMPILED = """
