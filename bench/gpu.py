@@ -40,16 +40,16 @@ from training.ppo.rollouts import RolloutEngine
 from training.recipes import load_recipe
 from training.rewards.fit import fit
 
-RECIPE = "gpu-1.3b"
+_RECIPE = "gpu-1.3b"
 # The first warms up.
-NUM_ROUNDS, NUM_PROMPTS, NUM_RANKINGS, MOST_RANKED = 3, 16, 24, 9
-NO_LIMIT = 1e9
+NUM_ROUNDS, _NUM_PROMPTS, _NUM_RANKINGS, _MOST_RANKED = 3, 16, 24, 9
+_NO_LIMIT = 1e9
 # No rollout ends by itself: that few of the policy's tokens are this one.
-EOS, FIRST_TOKEN = 2, 16
-TINY_REWARD_MODEL = {"num_layers": 3, "num_trained_layers": 1, "max_rankings": 8}
-TINY_PPO = {"max_tokens": 32, "max_prompt_tokens": 32, "prompts_per_round": 4}
-TINY_PTX = {"examples_per_episode": 1.0, "sequence_tokens": 32}
-TINY_CACHE_MIB = 64
+_EOS, _FIRST_TOKEN = 2, 16
+_TINY_REWARD_MODEL = {"num_layers": 3, "num_trained_layers": 1, "max_rankings": 8}
+_TINY_PPO = {"max_tokens": 32, "max_prompt_tokens": 32, "prompts_per_round": 4}
+_TINY_PTX = {"examples_per_episode": 1.0, "sequence_tokens": 32}
+_TINY_CACHE_MIB = 64
 
 
 @dataclass
@@ -79,17 +79,17 @@ def main() -> None:
 
 def recipe(quick: bool) -> TrainingConfig:
     """The recipe, of few rounds of a batch of one optimizer step, without what would stop it."""
-    values = load_recipe(RECIPE).model_dump()
-    values["reward_model"] |= {"max_rankings": NUM_RANKINGS, "held_out_share": 0.0}
+    values = load_recipe(_RECIPE).model_dump()
+    values["reward_model"] |= {"max_rankings": _NUM_RANKINGS, "held_out_share": 0.0}
     values["ppo"] |= {
-        "num_rounds": NUM_ROUNDS, "prompts_per_round": NUM_PROMPTS, "num_minibatches": 1,
-        "max_kl": NO_LIMIT, "max_sampler_gap": NO_LIMIT, "max_held_out_drop": NO_LIMIT,
+        "num_rounds": NUM_ROUNDS, "prompts_per_round": _NUM_PROMPTS, "num_minibatches": 1,
+        "max_kl": _NO_LIMIT, "max_sampler_gap": _NO_LIMIT, "max_held_out_drop": _NO_LIMIT,
     }  # fmt: skip
     if quick:
-        values["reward_model"] |= TINY_REWARD_MODEL
-        values["ppo"] |= TINY_PPO
-        values["ppo"]["ptx"] |= TINY_PTX
-        values["kv_cache_mib"] = TINY_CACHE_MIB
+        values["reward_model"] |= _TINY_REWARD_MODEL
+        values["ppo"] |= _TINY_PPO
+        values["ppo"]["ptx"] |= _TINY_PTX
+        values["kv_cache_mib"] = _TINY_CACHE_MIB
     return TrainingConfig.model_validate(values)
 
 
@@ -101,7 +101,7 @@ def write_model(folder: Path, quick: bool) -> Path:
     config = Qwen2Config(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
         num_key_value_heads=keys, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=4096,
-        bos_token_id=1, eos_token_id=EOS,
+        bos_token_id=1, eos_token_id=_EOS,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(training_device()):
@@ -113,22 +113,22 @@ def write_model(folder: Path, quick: bool) -> Path:
 def run(config: TrainingConfig, model: Path) -> Found:
     """Fits the reward model and runs PPO, as training.run does."""
     found, drawn = Found(), random.Random(0)
-    with watched(found, "reward model"):
+    with _watched(found, "reward model"):
         started = time.perf_counter()
         engine = RolloutEngine(
             model,
             max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_mib=config.kv_cache_mib,
-            eos_token_id=EOS,
+            eos_token_id=_EOS,
             seed=0,
         )
         found.engine_seconds = time.perf_counter() - started
         shared = SharedLayers(load_model(model))
-        tokens = token_source(drawn, shared.head_VD.shape[0])
-        rewards, found.fit_seconds = fitted(shared, config, tokens)
+        tokens = _token_source(drawn, shared.head_VD.shape[0])
+        rewards, found.fit_seconds = _fitted(shared, config, tokens)
     held_out_model = RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": 0}))
-    with watched(found, "start of PPO"):
+    with _watched(found, "start of PPO"):
         policy = upper_layers_of(model, shared, config.ppo.num_frozen_layers, config.ppo.lora)
     learner = make_learner(policy, rewards, held_out_model, config.ppo)
     hooks = ppo.PpoHooks(
@@ -137,13 +137,13 @@ def run(config: TrainingConfig, model: Path) -> Found:
         log=lambda index, count, metrics: found.rounds.append(metrics),
         pretraining=(tokens(config.ppo.ptx.sequence_tokens) for _ in itertools.count()),
     )
-    with watched(found, "update"):
+    with _watched(found, "update"):
         ppo.train(learner, config.ppo, hooks, seed=0)
     return found
 
 
 @contextmanager
-def watched(found: Found, moment: Moment) -> Iterator[None]:
+def _watched(found: Found, moment: Moment) -> Iterator[None]:
     """Notes the most that torch holds on the GPU inside: the engine's too, which is in this process."""
     if training_device().type != "cuda":
         yield
@@ -153,12 +153,12 @@ def watched(found: Found, moment: Moment) -> Iterator[None]:
     found.peaks[moment] = torch.cuda.max_memory_allocated()
 
 
-def token_source(drawn: random.Random, vocabulary: int) -> Callable[[int], tuple[int, ...]]:
+def _token_source(drawn: random.Random, vocabulary: int) -> Callable[[int], tuple[int, ...]]:
     """Draws so many tokens."""
-    return lambda count: tuple(drawn.choices(range(FIRST_TOKEN, vocabulary), k=count))
+    return lambda count: tuple(drawn.choices(range(_FIRST_TOKEN, vocabulary), k=count))
 
 
-def fitted(
+def _fitted(
     shared: SharedLayers, config: TrainingConfig, tokens: Callable[[int], tuple[int, ...]]
 ) -> tuple[RewardModel, float]:
     """A reward model fitted to rankings like the rollouts, and the seconds of that; the longest ranking warms it up."""
@@ -177,7 +177,7 @@ def fitted(
         fit(model, examples, config.reward_model, seed=0, warm=True, log=lambda *_: None)
         return time.perf_counter() - started
 
-    seconds(2, MOST_RANKED)
+    seconds(2, _MOST_RANKED)
     return model, seconds(config.reward_model.max_rankings, config.ppo.rollouts_per_prompt)
 
 

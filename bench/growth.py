@@ -42,20 +42,20 @@ from training.ppo import rounds as ppo
 from training.ppo.learner import make_learner
 from training.ppo.rollouts import Request, Rollout
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+_RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 NUM_ROUNDS = 3  # the first warms up
-NO_LIMIT = 1e9
-FROZEN_SHARE = 2 / 3
-LAST_SPECIAL_TOKEN = 16
+_NO_LIMIT = 1e9
+_FROZEN_SHARE = 2 / 3
+_LAST_SPECIAL_TOKEN = 16
 Shapes = dict[str, tuple[int, ...]]
 # Layers, width, width between a layer's two halves, heads, heads of keys: SmolLM2's sizes, and one below them.
-SIZES: Shapes = {"30M": (12, 320, 864, 5, 5), "135M": (30, 576, 1536, 9, 3), "360M": (32, 960, 2560, 15, 5)}
+_SIZES: Shapes = {"30M": (12, 320, 864, 5, 5), "135M": (30, 576, 1536, 9, 3), "360M": (32, 960, 2560, 15, 5)}
 TINY_SIZES: Shapes = {"tiny": (3, 64, 128, 2, 2), "small": (4, 64, 128, 2, 2)}
-VOCABULARY, TINY_VOCABULARY = 49_152, 512
+_VOCABULARY, _TINY_VOCABULARY = 49_152, 512
 
 
 @dataclass(frozen=True)
-class Point:
+class _Point:
     """What one round is made of."""
 
     model: str
@@ -66,7 +66,7 @@ class Point:
 
 
 Axes = dict[str, tuple[str, tuple[int, ...]]]
-AXES: Axes = {
+_AXES: Axes = {
     "completions of a prompt (K)": ("k", (1, 2, 4, 8)),
     "tokens of a completion": ("completion_tokens", (32, 64, 128, 256)),
     "prompts of a round": ("num_prompts", (4, 8, 16, 32)),
@@ -101,17 +101,17 @@ def main() -> None:
     measured_roofs = roofs(arguments.quick)
     bandwidth, products = measured_roofs[1].value, matmul_roof(measured_roofs).value
     hardware = Hardware("this machine", bandwidth, products, memory_gib=1.0, computes_in=CPU_DTYPE)
-    sizes, axes = (TINY_SIZES, QUICK_AXES) if arguments.quick else (SIZES, AXES)
-    found = run_all(sizes, axes, hardware, RESULTS.parent.parent / "var" / "bench" / "growth")
+    sizes, axes = (TINY_SIZES, QUICK_AXES) if arguments.quick else (_SIZES, _AXES)
+    found = run_all(sizes, axes, hardware, _RESULTS.parent.parent / "var" / "bench" / "growth")
     result = bench_result("growth", [*measured_roofs, *figures(found)])
     report(result, arguments.json)
     if not arguments.quick:
-        write_page(found, result, RESULTS)
+        write_page(found, result, _RESULTS)
 
 
 def run_all(sizes: Shapes, axes: Axes, hardware: Hardware, work: Path) -> list[Measured]:
     """Measures each axis from the second model on, and each model."""
-    middle = Point(list(sizes)[min(1, len(sizes) - 1)])
+    middle = _Point(list(sizes)[min(1, len(sizes) - 1)])
     points = [
         (axis, value, replace(middle, **{field: value}))  # type: ignore[arg-type]
         for axis, (field, values) in axes.items()
@@ -119,26 +119,26 @@ def run_all(sizes: Shapes, axes: Axes, hardware: Hardware, work: Path) -> list[M
     ]
     found = []
     for axis, x, point in points:
-        found.append(measure(axis, float(x), point, sizes[point.model], hardware, work))
+        found.append(_measure(axis, float(x), point, sizes[point.model], hardware, work))
     for name, shape in sizes.items():
-        found.append(measure("parameters of the model", 0.0, Point(name), shape, hardware, work))
+        found.append(_measure("parameters of the model", 0.0, _Point(name), shape, hardware, work))
     return found
 
 
-def measure(axis: str, x: float, point: Point, shape: Sequence[int], hardware: Hardware, work: Path) -> Measured:
+def _measure(axis: str, x: float, point: _Point, shape: Sequence[int], hardware: Hardware, work: Path) -> Measured:
     """Runs the rounds of one point."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY if point.model in SIZES else TINY_VOCABULARY,
+        vocab_size=_VOCABULARY if point.model in _SIZES else _TINY_VOCABULARY,
         num_hidden_layers=shape[0], hidden_size=shape[1],
         intermediate_size=shape[2], num_attention_heads=shape[3], num_key_value_heads=shape[4],
         tie_word_embeddings=True, max_position_embeddings=2048,
     )  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     (work / "config.json").write_text(config.to_json_string(use_diff=False))
-    size, recipe = read_model(work / "config.json"), training_config(point, shape[0])
+    size, recipe = read_model(work / "config.json"), _training_config(point, shape[0])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=CPU_DTYPE, attn_implementation="sdpa").eval()
-    rounds = run_rounds(model, recipe, point)[1:]
+    rounds = _run_rounds(model, recipe, point)[1:]
     plan = make_plan(recipe, size, hardware, point.prompt_tokens, point.completion_tokens)
     phases = {phase.name: phase.seconds for phase in plan.round}
     scoring, update = (tuple(each[f"seconds/{name}"] for each in rounds) for name in ("scoring", "update"))
@@ -152,20 +152,20 @@ def measure(axis: str, x: float, point: Point, shape: Sequence[int], hardware: H
     return found
 
 
-def training_config(point: Point, num_layers: int) -> TrainingConfig:
+def _training_config(point: _Point, num_layers: int) -> TrainingConfig:
     """The recipe as shipped, of this size, without what would stop it: random tokens are no policy's."""
-    frozen = round(num_layers * FROZEN_SHARE)
+    frozen = round(num_layers * _FROZEN_SHARE)
     return TrainingConfig(
         reward_model=RewardModelConfig(num_layers=frozen, num_trained_layers=0),
         ppo=PpoConfig(
             num_rounds=NUM_ROUNDS, prompts_per_round=point.num_prompts, rollouts_per_prompt=point.k,
             max_tokens=point.completion_tokens, max_prompt_tokens=point.prompt_tokens, num_minibatches=1,
-            num_frozen_layers=frozen, max_kl=NO_LIMIT, max_sampler_gap=NO_LIMIT, max_held_out_drop=NO_LIMIT,
+            num_frozen_layers=frozen, max_kl=_NO_LIMIT, max_sampler_gap=_NO_LIMIT, max_held_out_drop=_NO_LIMIT,
         ),
     )  # fmt: skip
 
 
-def run_rounds(model: Any, recipe: TrainingConfig, point: Point) -> list[dict[str, Any]]:
+def _run_rounds(model: Any, recipe: TrainingConfig, point: _Point) -> list[dict[str, Any]]:
     """The metrics of each round of PPO on random tokens."""
     config, shared = recipe.ppo, SharedLayers(model.requires_grad_(False))
     rewards = RewardModel(shared, recipe.reward_model)
@@ -174,7 +174,7 @@ def run_rounds(model: Any, recipe: TrainingConfig, point: Point) -> list[dict[st
     drawn, vocabulary = random.Random(0), shared.head_VD.shape[0]
 
     def tokens(count: int) -> tuple[int, ...]:
-        return tuple(drawn.randrange(LAST_SPECIAL_TOKEN, vocabulary) for _ in range(count))
+        return tuple(drawn.randrange(_LAST_SPECIAL_TOKEN, vocabulary) for _ in range(count))
 
     def draw(request: Request) -> list[list[Rollout]]:
         count = point.completion_tokens
@@ -205,7 +205,7 @@ def figures(found: Sequence[Measured]) -> list[Figure]:
 
 def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> None:
     """Writes growth.md and growth.svg."""
-    draw(found, folder / "growth.svg")
+    _draw(found, folder / "growth.svg")
     lines = [
         "# How cost grows", "", f"`{result.command}` on {circumstances(result)}.", "",
         "Scoring and update of one round of PPO, a third of the layers trained as in the recipe, one optimizer step a "
@@ -218,7 +218,7 @@ def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> 
     (folder / "growth.md").write_text("\n".join(lines))
 
 
-def draw(found: Sequence[Measured], path: Path) -> None:
+def _draw(found: Sequence[Measured], path: Path) -> None:
     """A panel an axis: measured seconds, and predicted ones dashed."""
     axes_names = list(dict.fromkeys(each.axis for each in found))
     canvas = Canvas(figsize=(3.2 * len(axes_names), 3.2))

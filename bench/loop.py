@@ -34,15 +34,15 @@ from policies.rendering import prompt_token_ids
 from serving.config import ServingConfig
 from serving.vllm_engine import Draw, Engine, start_engine
 
-ROOT = Path(__file__).resolve().parent.parent
-NUM_COMPLETIONS = 4
-MAX_TOKENS = 64
-CONCURRENCY = 8
-START_TIMEOUT_SECONDS = 300.0
+_ROOT = Path(__file__).resolve().parent.parent
+_NUM_COMPLETIONS = 4
+_MAX_TOKENS = 64
+_CONCURRENCY = 8
+_START_TIMEOUT_SECONDS = 300.0
 POLL_SECONDS = 0.5
 # Requests served while training and swapping may not fail; a swap may hold new ones up for this long.
-SWAP_GOAL_SECONDS = 2.0
-OVERHEAD_GOAL = 0.03
+_SWAP_GOAL_SECONDS = 2.0
+_OVERHEAD_GOAL = 0.03
 
 
 def main() -> None:
@@ -50,21 +50,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     arguments = parser.parse_args()
-    figures = demo_figures(arguments.quick)
+    figures = _demo_figures(arguments.quick)
     with tempfile.TemporaryDirectory() as folder:
-        figures += asyncio.run(overhead_figures(Path(folder), arguments.quick))
+        figures += asyncio.run(_overhead_figures(Path(folder), arguments.quick))
     report(bench_result("loop", figures), arguments.json)
 
 
-def demo_figures(quick: bool) -> list[Figure]:
+def _demo_figures(quick: bool) -> list[Figure]:
     """Returns what `make demo` in a fresh clone took."""
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder, "alignd")
         began_at = time.monotonic()
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        subprocess.run(["git", "clone", "--quiet", str(_ROOT), str(clone)], check=True)
         cloned = time.monotonic() - began_at
         subprocess.run(
-            ["make", "demo", *(["QUICK=1"] if quick else [])], cwd=clone, check=True, env=outer_environment()
+            ["make", "demo", *(["QUICK=1"] if quick else [])], cwd=clone, check=True, env=_outer_environment()
         )
         whole = time.monotonic() - began_at
         (path,) = clone.glob("var/demo-*/report.json")
@@ -78,7 +78,7 @@ def demo_figures(quick: bool) -> list[Figure]:
             120.0 if quick else 900.0, Figure("demo after set-up", sum(s["seconds"] for s in found["stages"]), "s")
         ),
         *(Figure(f"stage: {stage['name']}", stage["seconds"], "s") for stage in found["stages"]),
-        at_most(SWAP_GOAL_SECONDS, Figure("swap: nothing admitted", found["swap"]["pause_seconds"], "s")),
+        at_most(_SWAP_GOAL_SECONDS, Figure("swap: nothing admitted", found["swap"]["pause_seconds"], "s")),
         Figure("swap: old requests finish first", found["swap"]["drain_seconds"], "s"),
         at_most(0.0, Figure("requests failed", found["traffic"]["failed"], "requests")),
         Figure("samples served", found["traffic"]["samples_served"], "requests"),
@@ -93,41 +93,41 @@ def demo_figures(quick: bool) -> list[Figure]:
     ]
 
 
-def outer_environment() -> dict[str, str]:
+def _outer_environment() -> dict[str, str]:
     """Returns the environment without what would make the clone's make think it is part of ours."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "VIRTUAL_ENV"))}
 
 
-async def overhead_figures(folder: Path, quick: bool) -> list[Figure]:
+async def _overhead_figures(folder: Path, quick: bool) -> list[Figure]:
     """Returns the tokens per second of the server and of the bare engine, measured in turns, and the difference."""
     model = make_tiny_llama(folder / "model") if quick else prepare_smollm2(folder / "model")
     config = ServingConfig(initial_model=model, port=free_port("127.0.0.1"), max_model_len=512)
-    prompts = load_prompts("train")[: CONCURRENCY * (1 if quick else 2)]
-    server = start_server(config, folder)
+    prompts = load_prompts("train")[: _CONCURRENCY * (1 if quick else 2)]
+    server = _start_server(config, folder)
     try:
         engine = await asyncio.to_thread(start_engine, model, config)
         address = f"{config.host}:{config.port}"
         async with grpc.aio.insecure_channel(address) as channel:
-            await until_serving(channel, server, folder / "serve.log")
+            await _until_serving(channel, server, folder / "serve.log")
             stub = inference_service_pb2_grpc.InferenceServiceStub(channel)
             sides: dict[str, Callable[[str, int], Awaitable[int]]] = {
-                "gRPC": lambda prompt, seed: ask_server(stub, prompt, seed),
-                "bare": lambda prompt, seed: ask_engine(engine, prompt, seed),
+                "gRPC": lambda prompt, seed: _ask_server(stub, prompt, seed),
+                "bare": lambda prompt, seed: _ask_engine(engine, prompt, seed),
             }
             rates: dict[str, list[float]] = {name: [] for name in sides}
             for turn in range(2 if quick else 6):
                 for name, ask in sides.items():
-                    rate = await tokens_per_second(ask, prompts, turn)
+                    rate = await _tokens_per_second(ask, prompts, turn)
                     if turn:  # the first turn warms both up
                         rates[name].append(rate)
         engine.shutdown()
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
-    return compare(rates["gRPC"], rates["bare"])
+    return _compare(rates["gRPC"], rates["bare"])
 
 
-def compare(ours: list[float], bare: list[float]) -> list[Figure]:
+def _compare(ours: list[float], bare: list[float]) -> list[Figure]:
     overhead = [1 - mine / other for mine, other in zip(ours, bare, strict=True)]
     middle = statistics.median(overhead)
     return [
@@ -135,13 +135,13 @@ def compare(ours: list[float], bare: list[float]) -> list[Figure]:
             "tokens over gRPC", statistics.median(ours), "tokens/s", min(ours), max(ours), peer=statistics.median(bare)
         ),
         Figure("tokens from the bare engine", statistics.median(bare), "tokens/s", min(bare), max(bare)),
-        at_most(OVERHEAD_GOAL, Figure("overhead of gRPC", middle, "share", min(overhead), max(overhead))),
+        at_most(_OVERHEAD_GOAL, Figure("overhead of gRPC", middle, "share", min(overhead), max(overhead))),
     ]
 
 
-async def tokens_per_second(ask: Callable[[str, int], Awaitable[int]], prompts: list[str], seed: int) -> float:
-    """Returns the rate at which `ask` yields tokens with CONCURRENCY requests in flight."""
-    in_flight = asyncio.Semaphore(CONCURRENCY)
+async def _tokens_per_second(ask: Callable[[str, int], Awaitable[int]], prompts: list[str], seed: int) -> float:
+    """Returns the rate at which `ask` yields tokens with _CONCURRENCY requests in flight."""
+    in_flight = asyncio.Semaphore(_CONCURRENCY)
 
     async def one(prompt: str) -> int:
         async with in_flight:
@@ -152,32 +152,32 @@ async def tokens_per_second(ask: Callable[[str, int], Awaitable[int]], prompts: 
     return sum(counts) / (time.perf_counter() - started)
 
 
-def as_prompt(text: str) -> types_pb2.Prompt:
+def _as_prompt(text: str) -> types_pb2.Prompt:
     return types_pb2.Prompt(chat=types_pb2.Chat(messages=[types_pb2.Message(role=types_pb2.ROLE_USER, content=text)]))
 
 
-async def ask_server(stub: Any, prompt: str, seed: int) -> int:
+async def _ask_server(stub: Any, prompt: str, seed: int) -> int:
     """Returns how many tokens a Sample request gave."""
     request = inference_service_pb2.SampleRequest(
         user_id="bench",
-        prompt=as_prompt(prompt),
-        num_completions=NUM_COMPLETIONS,
-        sampling=types_pb2.SamplingParams(max_tokens=MAX_TOKENS, seed=seed),
+        prompt=_as_prompt(prompt),
+        num_completions=_NUM_COMPLETIONS,
+        sampling=types_pb2.SamplingParams(max_tokens=_MAX_TOKENS, seed=seed),
     )
-    response = await stub.Sample(request, timeout=START_TIMEOUT_SECONDS)
+    response = await stub.Sample(request, timeout=_START_TIMEOUT_SECONDS)
     return sum(completion.num_tokens for completion in response.completions)
 
 
-async def ask_engine(engine: Engine, prompt: str, seed: int) -> int:
+async def _ask_engine(engine: Engine, prompt: str, seed: int) -> int:
     """Returns how many tokens the same request gave without a server."""
-    draw = Draw(NUM_COMPLETIONS, temperature=1.0, top_p=1.0, max_tokens=MAX_TOKENS, seed=seed)
-    token_ids = prompt_token_ids(engine.tokenizer, as_prompt(prompt))
+    draw = Draw(_NUM_COMPLETIONS, temperature=1.0, top_p=1.0, max_tokens=_MAX_TOKENS, seed=seed)
+    token_ids = prompt_token_ids(engine.tokenizer, _as_prompt(prompt))
     request_id = f"bench-{time.monotonic_ns()}"
     batches = [batch async for batch in engine.generate(request_id, token_ids, draw, "bench", stream=False)]
     return sum(delta.num_tokens for batch in batches for delta in batch)
 
 
-def start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes]:
+def _start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes]:
     """Starts `alignd serve` with the settings of `config`."""
     settings = {
         "ALIGND_DATA_DIR": str(folder / "data"),
@@ -191,10 +191,10 @@ def start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes]
         )
 
 
-async def until_serving(channel: grpc.aio.Channel, server: subprocess.Popen[bytes], log: Path) -> None:
+async def _until_serving(channel: grpc.aio.Channel, server: subprocess.Popen[bytes], log: Path) -> None:
     """Waits for the server's health. Raises RuntimeError at once if the server ends instead."""
     health: Any = health_pb2_grpc.HealthStub(channel)
-    async with asyncio.timeout(START_TIMEOUT_SECONDS):
+    async with asyncio.timeout(_START_TIMEOUT_SECONDS):
         while server.poll() is None:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_SECONDS)

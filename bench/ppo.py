@@ -31,13 +31,13 @@ from deploy.simulation.prompts import load_prompts
 from policies.precision import short_name
 from training.ppo.learner import ADAM_BETAS, ADAM_EPS
 
-ROOT = Path(__file__).resolve().parent.parent
-BATCH, RESPONSE_TOKENS, NUM_EPOCHS = 16, 48, 4
-MAX_PROMPT_TOKENS = 64
-SPEED_GOAL, ROOF_GOAL = 6.0, 0.3
-SHARED_SHARE = 2 / 3
+_ROOT = Path(__file__).resolve().parent.parent
+_BATCH, _RESPONSE_TOKENS, _NUM_EPOCHS = 16, 48, 4
+_MAX_PROMPT_TOKENS = 64
+_SPEED_GOAL, _ROOF_GOAL = 6.0, 0.3
+_SHARED_SHARE = 2 / 3
 
-Updates = list[dict[str, Any]]
+_Updates = list[dict[str, Any]]
 
 
 def main() -> None:
@@ -51,24 +51,24 @@ def main() -> None:
     measured = roofs()
     trl_python(VENV)
     with tempfile.TemporaryDirectory() as scratch:
-        sides, job = run_sides(Path(scratch), arguments.quick, updates, seeds)
-        figures = [*measured, *compare(sides, job, roof=matmul_roof(measured))]
+        sides, job = _run_sides(Path(scratch), arguments.quick, updates, seeds)
+        figures = [*measured, *_compare(sides, job, roof=matmul_roof(measured))]
     report(bench_result("ppo", figures), arguments.json)
 
 
-def run_sides(
+def _run_sides(
     scratch: Path, quick: bool, num_updates: int, num_seeds: int
-) -> tuple[dict[str, Updates], dict[str, Any]]:
+) -> tuple[dict[str, _Updates], dict[str, Any]]:
     """Runs each side in turn, with one seed after the other; the first update of a process warms it up."""
     model = make_tiny_llama(scratch / "model") if quick else prepare_smollm2(scratch / "model")
     num_layers = AutoConfig.from_pretrained(model).num_hidden_layers
-    job = make_job(model, scratch / "score.safetensors", num_updates)
-    run: dict[str, Callable[[dict[str, Any], Path], Updates]] = {
+    job = _make_job(model, scratch / "score.safetensors", num_updates)
+    run: dict[str, Callable[[dict[str, Any], Path], _Updates]] = {
         "TRL": run_trl_ppo,
-        "whole": lambda job, folder: run_ours(job, folder, 0),
-        "shared": lambda job, folder: run_ours(job, folder, round(num_layers * SHARED_SHARE)),
+        "whole": lambda job, folder: _run_ours(job, folder, 0),
+        "shared": lambda job, folder: _run_ours(job, folder, round(num_layers * _SHARED_SHARE)),
     }
-    sides: dict[str, Updates] = {name: [] for name in run}
+    sides: dict[str, _Updates] = {name: [] for name in run}
     for seed in range(num_seeds):
         for name, run_side in run.items():
             updates = run_side({**job, "seed": seed}, scratch / f"{name}-{seed}")
@@ -77,7 +77,7 @@ def run_sides(
     return sides, job
 
 
-def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
+def _make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
     """What both sides run: a score that is a random direction of the hidden state, of about unit variance."""
     width = AutoConfig.from_pretrained(model).hidden_size
     generator = torch.Generator().manual_seed(0)
@@ -91,8 +91,8 @@ def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
     )
     return {
         "model": str(model), "score_head": str(head),
-        "prompts": [chat for chat in chats if len(chat) <= MAX_PROMPT_TOKENS][: BATCH * num_updates],
-        "num_updates": num_updates, "batch": BATCH, "response_tokens": RESPONSE_TOKENS, "num_ppo_epochs": NUM_EPOCHS,
+        "prompts": [chat for chat in chats if len(chat) <= _MAX_PROMPT_TOKENS][: _BATCH * num_updates],
+        "num_updates": num_updates, "batch": _BATCH, "response_tokens": _RESPONSE_TOKENS, "num_ppo_epochs": _NUM_EPOCHS,
         "num_mini_batches": 1, "learning_rate": 1e-5, "adam_beta2": ADAM_BETAS[1], "adam_eps": ADAM_EPS,
         "kl_coef": 0.05, "cliprange": 0.2, "vf_coef": 0.1, "gamma": 1.0,
         "lam": 0.95, "missing_eos_penalty": None, "temperature": 1.0, "precision": short_name(CPU_DTYPE), "seed": 0,
@@ -100,18 +100,18 @@ def make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_ours(job: dict[str, Any], folder: Path, shared_layers: int) -> Updates:
+def _run_ours(job: dict[str, Any], folder: Path, shared_layers: int) -> _Updates:
     """Runs alignd's PPO in a process of its own."""
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "bench.ppo_ours", str(folder / "job.json"), str(folder / "updates.jsonl")]
-    done = subprocess.run([*command, str(shared_layers)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(shared_layers)], cwd=_ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"alignd's PPO failed:\n{done.stderr[-2000:]}")
     return [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
 
 
-def compare(sides: dict[str, Updates], job: dict[str, Any], roof: Figure) -> list[Figure]:
+def _compare(sides: dict[str, _Updates], job: dict[str, Any], roof: Figure) -> list[Figure]:
     """Speeds with TRL's beside them, what the updates reached, and ours as a share of the roof."""
     seconds = {name: [update["seconds"] for update in updates] for name, updates in sides.items()}
     peer = statistics.median(seconds["TRL"])
@@ -119,14 +119,14 @@ def compare(sides: dict[str, Updates], job: dict[str, Any], roof: Figure) -> lis
     for name in ("whole", "shared"):
         figures.append(spread(f"{name}: seconds an update", "s", seconds[name], peer=peer))
         faster = times_as_fast(f"{name}: times as fast as TRL", seconds[name], seconds["TRL"])
-        figures.append(at_least(SPEED_GOAL, faster))
+        figures.append(at_least(_SPEED_GOAL, faster))
         episodes = [job["batch"] / each for each in seconds[name]]
         figures.append(spread(f"{name}: episodes a second", "1/s", episodes, peer=job["batch"] / peer))
         for part in ("rollouts", "scoring", "update"):
             figures.append(spread(f"{name}: {part}", "s", [each[f"seconds/{part}"] for each in sides[name]]))
-        rates = [update_gflop(job, each["length"], name == "shared") / each["seconds/update"] for each in sides[name]]
+        rates = [_update_gflop(job, each["length"], name == "shared") / each["seconds/update"] for each in sides[name]]
         figures.append(
-            at_least(ROOF_GOAL, spread(f"{name}: update, share of {roof.name}", "", [r / roof.value for r in rates]))
+            at_least(_ROOF_GOAL, spread(f"{name}: update, share of {roof.name}", "", [r / roof.value for r in rates]))
         )
         gaps = [each["sampler_gap"] for each in sides[name]]
         figures.append(spread(f"{name}: mean difference of the sampler's log-probabilities", "nats", gaps))
@@ -137,7 +137,7 @@ def compare(sides: dict[str, Updates], job: dict[str, Any], roof: Figure) -> lis
     return figures
 
 
-def update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> float:
+def _update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> float:
     """Matrix products of one update in GFLOP, without attention's: 2 a parameter and token forward, 4 backward.
 
     Layers see prompts too. The output embedding sees completions alone and is frozen: 2 for logits, 2 for their slope.
@@ -146,7 +146,7 @@ def update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> fl
     width, head_width = config.hidden_size, config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads + config.num_key_value_heads
     layer = 2 * width * heads * head_width + 3 * width * config.intermediate_size
-    trained = config.num_hidden_layers - (round(config.num_hidden_layers * SHARED_SHARE) if is_shared else 0)
+    trained = config.num_hidden_layers - (round(config.num_hidden_layers * _SHARED_SHARE) if is_shared else 0)
     completion_tokens = job["batch"] * mean_length
     tokens = completion_tokens + sum(map(len, job["prompts"])) / len(job["prompts"]) * job["batch"]
     layers = (1 if is_shared else 2) * trained * layer * tokens

@@ -26,8 +26,8 @@ from training.ppo import rounds as ppo
 from training.ppo.learner import make_learner
 from training.ppo.rollouts import RolloutEngine
 
-KV_CACHE_MIB = 256
-NO_LIMIT = 1e9
+_KV_CACHE_MIB = 256
+_NO_LIMIT = 1e9
 
 
 def main() -> None:
@@ -36,22 +36,22 @@ def main() -> None:
     job = json.loads(job_path.read_text())
     torch.set_num_threads(job["threads"])
     model, num_layers = Path(job["model"]), AutoConfig.from_pretrained(job["model"]).num_hidden_layers
-    config = ppo_config(job, shared_layers)
+    config = _ppo_config(job, shared_layers)
     engine = RolloutEngine(
         model,
         max_model_len=max(map(len, job["prompts"])) + job["response_tokens"],
         max_num_seqs=job["batch"],
-        kv_cache_mib=KV_CACHE_MIB,
+        kv_cache_mib=_KV_CACHE_MIB,
         eos_token_id=AutoTokenizer.from_pretrained(job["model"]).eos_token_id,
         seed=job["seed"],
     )
     shared = SharedLayers(load_model(model))
-    rewards = reward_model(shared, Path(job["score_head"]), num_layers, 0)
+    rewards = _reward_model(shared, Path(job["score_head"]), num_layers, 0)
     # The peer trains a whole value model; the recipe as shipped trains a head on the layers that all models share.
-    value_start = rewards if shared_layers else reward_model(shared, Path(job["score_head"]), num_layers, num_layers)
+    value_start = rewards if shared_layers else _reward_model(shared, Path(job["score_head"]), num_layers, num_layers)
     policy = upper_layers_of(model, shared, shared_layers, LoraConfig())
     learner = make_learner(policy, value_start, rewards, config)
-    updates, clock = itertools.count(1), Stopwatch()
+    updates, clock = itertools.count(1), _Stopwatch()
 
     def log(index: int, count: int, metrics: dict[str, Any]) -> None:
         line = {
@@ -78,7 +78,7 @@ def main() -> None:
     ppo.train(learner, config, hooks, seed=job["seed"])
 
 
-class Stopwatch:
+class _Stopwatch:
     """Seconds from one lap to the next."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Stopwatch:
         return seconds
 
 
-def ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
+def _ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
     """The job in our words. The peer clips no gradients and no scores, and never stops itself."""
     return PpoConfig(
         num_rounds=job["num_updates"],
@@ -106,20 +106,20 @@ def ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
         num_warmup_rounds=0,
         kl_coef=job["kl_coef"],
         missing_eos_penalty=job["missing_eos_penalty"] or 0.0,
-        score_clip=NO_LIMIT,
+        score_clip=_NO_LIMIT,
         gamma=job["gamma"],
         gae_lambda=job["lam"],
         clip_range=job["cliprange"],
         value_clip_range=job["cliprange"],
         value_coef=job["vf_coef"],
-        max_grad_norm=NO_LIMIT,
-        max_kl=NO_LIMIT,
-        max_sampler_gap=NO_LIMIT,
-        max_held_out_drop=NO_LIMIT,
+        max_grad_norm=_NO_LIMIT,
+        max_kl=_NO_LIMIT,
+        max_sampler_gap=_NO_LIMIT,
+        max_held_out_drop=_NO_LIMIT,
     )
 
 
-def reward_model(shared: SharedLayers, head: Path, num_layers: int, num_trained_layers: int) -> RewardModel:
+def _reward_model(shared: SharedLayers, head: Path, num_layers: int, num_trained_layers: int) -> RewardModel:
     """The job's score: linear in the normed hidden state at the last token, and not in the mean that ours reads too."""
     model = RewardModel(shared, RewardModelConfig(num_layers=num_layers, num_trained_layers=num_trained_layers))
     weight_D = load_file(head)["score.weight"][0].float()

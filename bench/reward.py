@@ -35,10 +35,10 @@ from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel
 from training.rewards.fit import fit, shuffled_batches
 
-KS = (4, 6, 9)
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 128
+_KS = (4, 6, 9)
+_MAX_PROMPT_TOKENS, _MAX_COMPLETION_TOKENS = 256, 128
 MAX_TRL_BATCH = 12
-SEED = 0
+_SEED = 0
 
 
 def main() -> None:
@@ -52,9 +52,9 @@ def main() -> None:
         folder = Path(scratch)
         model = make_tiny_llama(folder / "model") if arguments.quick else prepare_smollm2(folder / "model")
         tokenizer = AutoTokenizer.from_pretrained(model)
-        for k in KS:
+        for k in _KS:
             examples = rankings(tokenizer, k, count=2 if arguments.quick else arguments.rankings)
-            figures += compare(k, examples, model, tokenizer, folder)
+            figures += _compare(k, examples, model, tokenizer, folder)
     report(bench_result("reward", figures), arguments.json)
 
 
@@ -74,26 +74,26 @@ def rankings(tokenizer: PreTrainedTokenizerBase, k: int, count: int) -> list[Ran
         answers = [found[index].chosen, found[index].rejected]
         answers += [other.chosen for other in found[count + index * (k - 2) : count + (index + 1) * (k - 2)]]
         completions = [
-            (*tokenizer.encode(text, add_special_tokens=False)[:MAX_COMPLETION_TOKENS], tokenizer.eos_token_id)
+            (*tokenizer.encode(text, add_special_tokens=False)[:_MAX_COMPLETION_TOKENS], tokenizer.eos_token_id)
             for text in answers
         ]
         ranks = tuple(drawn.sample(range(k), k))
         examples.append(
-            RankedExample(Group(tuple(prompt[-MAX_PROMPT_TOKENS:]), tuple(completions)), ranks, f"l{index}", index)
+            RankedExample(Group(tuple(prompt[-_MAX_PROMPT_TOKENS:]), tuple(completions)), ranks, f"l{index}", index)
         )
     return examples
 
 
-def compare(
+def _compare(
     k: int, examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[Figure]:
     """Both sides on these rankings, in turns; the first step of each run warms up and does not count."""
     # TRL gets them in the order that ours takes them, so that the same rankings count on both sides.
-    in_turn = [examples[index] for (index,) in shuffled_batches([len(each.group) for each in examples], 1, SEED)]
+    in_turn = [examples[index] for (index,) in shuffled_batches([len(each.group) for each in examples], 1, _SEED)]
     ours, peer = [], []
     for _ in range(2):
-        ours += run_ours(examples, model)
-        peer += run_trl(in_turn, model, tokenizer, folder)
+        ours += _run_ours(examples, model)
+        peer += _run_trl(in_turn, model, tokenizer, folder)
     rates, peer_rates = ([1 / seconds for seconds in side] for side in (ours, peer))
     shared = sum(len(example.group) for example in examples)
     prompts = [len(example.group.prompt) for example in examples]
@@ -137,19 +137,19 @@ def trl_batch(num_pairs: int) -> int:
     return max(size for size in range(1, MAX_TRL_BATCH + 1) if num_pairs % size == 0)
 
 
-def run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
+def _run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
     """Seconds of each optimizer step but the first."""
     shared = SharedLayers(load_model(model))
     config = RewardModelConfig(num_layers=shared.num_layers, num_trained_layers=shared.num_layers, batch_size=1)
     ended = []
     fit(
-        RewardModel(shared, config), examples, config, seed=SEED, warm=True,
+        RewardModel(shared, config), examples, config, seed=_SEED, warm=True,
         log=lambda step, num_steps, metrics: ended.append(time.perf_counter()),
     )  # fmt: skip
     return [after - before for before, after in itertools.pairwise(ended)]
 
 
-def run_trl(
+def _run_trl(
     examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[float]:
     """Seconds of each optimizer step but the first, on the same rankings as pairs."""
@@ -164,7 +164,7 @@ def run_trl(
     num_pairs = len(rows) // len(examples)
     scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     scored.get_input_embeddings().requires_grad_(False)
-    clock = Clock()
+    clock = _Clock()
     trainer = RewardTrainer(
         model=scored,
         args=RewardConfig(
@@ -192,7 +192,7 @@ def run_trl(
     return [after - before for before, after in itertools.pairwise(clock.ended)]
 
 
-class Clock(TrainerCallback):
+class _Clock(TrainerCallback):
     """Notes when each step ends."""
 
     def __init__(self) -> None:

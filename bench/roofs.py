@@ -22,14 +22,14 @@ from policies.precision import compute_dtype, short_name
 Reader = Callable[[Tensor], Tensor]
 
 # Read from memory alone: larger than the last cache of any CPU now made. Quick runs read from the cache.
-MEMORY_BYTES, QUICK_MEMORY_BYTES = 2**30, 2**20
+_MEMORY_BYTES, _QUICK_MEMORY_BYTES = 2**30, 2**20
 # Square matrices: small ones are not split well among threads, large ones leave the caches.
-SIZES, QUICK_SIZES = (512, 1024, 2048, 3072), (64,)
+_SIZES, _QUICK_SIZES = (512, 1024, 2048, 3072), (64,)
 REPETITIONS = 4
 # What training computes in on this machine's CPU.
 CPU_DTYPE = compute_dtype(torch.device("cpu"))
 # A CPU without instructions for bf16 multiplies it so slowly that larger matrices would take minutes, and show no more.
-SLOW_SECONDS = 0.5
+_SLOW_SECONDS = 0.5
 # Reductions that read every value once. Which is fastest depends on the CPU.
 READERS: tuple[Reader, ...] = (torch.sum, torch.amax, torch.linalg.vector_norm)
 
@@ -49,12 +49,12 @@ def roofs(quick: bool = False) -> list[Figure]:
     `quick` measures something too small to mean anything. Leaves torch's number of threads as it was: that many are
     all threads.
     """
-    values = torch.ones((QUICK_MEMORY_BYTES if quick else MEMORY_BYTES) // 4)
+    values = torch.ones((_QUICK_MEMORY_BYTES if quick else _MEMORY_BYTES) // 4)
     with num_threads(1):
         alone = memory_read("memory read, 1 thread", values)
     together = memory_read("memory read, all threads", values)
     del values
-    sizes = QUICK_SIZES if quick else SIZES
+    sizes = _QUICK_SIZES if quick else _SIZES
     return [
         alone,
         together,
@@ -93,7 +93,7 @@ def matrix_product(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Fig
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
         seconds = repeat(partial(torch.matmul, a, b))
         ways.append([2 * size**3 / each / 1e9 for each in seconds])
-        if min(seconds) > SLOW_SECONDS:
+        if min(seconds) > _SLOW_SECONDS:
             break
     return best(name, "GFLOP/s", ways)
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-FIRST_WAIT_SECONDS = 0.1
+_FIRST_WAIT_SECONDS = 0.1
 
 
 def keep_running(
@@ -45,4 +45,4 @@ def keep_running(
 
 def backoff_seconds(failures: int, max_wait_seconds: float) -> float:
     """Returns how long to wait after so many failures in a row: doubling, with jitter so that replicas spread."""
-    return min(max_wait_seconds, FIRST_WAIT_SECONDS * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
+    return min(max_wait_seconds, _FIRST_WAIT_SECONDS * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)

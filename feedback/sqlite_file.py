@@ -9,7 +9,7 @@ from typing import Literal
 
 from feedback.durable import fsync
 
-BUSY_TIMEOUT_SECONDS = 30.0
+_BUSY_TIMEOUT_SECONDS = 30.0
 
 
 class SqliteFile:
@@ -56,7 +56,7 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
     is_new = not path.exists()
     if is_new:
         path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         _enter_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")
@@ -70,7 +70,7 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
 
 def _enter_wal(connection: sqlite3.Connection) -> None:
     """Turns on WAL. SQLite does not wait for its busy timeout here, so processes that start at once would collide."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    deadline = time.monotonic() + _BUSY_TIMEOUT_SECONDS
     mode = ""
     while mode != "wal":
         try:

@@ -17,9 +17,9 @@ from google.protobuf.message import DecodeError
 from alignd.v1.feedback_token_pb2 import FeedbackClaims
 from feedback.durable import fsync
 
-MIN_SECRET_BYTES = 32
+_MIN_SECRET_BYTES = 32
 # Signed with the payload, so that no other use of the same key can make a token.
-PURPOSE = b"alignd.v1.FeedbackClaims\0"
+_PURPOSE = b"alignd.v1.FeedbackClaims\0"
 
 
 class TokenReason(Enum):
@@ -88,9 +88,9 @@ def load_keyring(path: Path) -> Keyring:
     keys: dict[str, bytes] = {}
     for line in path.read_text().splitlines():
         match = re.fullmatch(r"([A-Za-z0-9_-]{1,64}):((?:[0-9a-f]{2})+)", line)
-        if match is None or match[1] in keys or len(match[2]) < 2 * MIN_SECRET_BYTES:
+        if match is None or match[1] in keys or len(match[2]) < 2 * _MIN_SECRET_BYTES:
             raise KeyringError(
-                f"{path}: each line must be key_id:hex, with another id each, and {MIN_SECRET_BYTES} bytes at least"
+                f"{path}: each line must be key_id:hex, with another id each, and {_MIN_SECRET_BYTES} bytes at least"
             )
         keys[match[1]] = bytes.fromhex(match[2])
     if not keys:
@@ -103,7 +103,7 @@ def _create_keyring(path: Path) -> None:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.write(file, f"{secrets.token_hex(4)}:{secrets.token_hex(MIN_SECRET_BYTES)}\n".encode())
+        os.write(file, f"{secrets.token_hex(4)}:{secrets.token_hex(_MIN_SECRET_BYTES)}\n".encode())
         os.fsync(file)
         # A link never replaces, so of several processes one wins, and nobody reads half a file.
         path.hardlink_to(draft)
@@ -125,7 +125,7 @@ def _parse(payload: str) -> FeedbackClaims:
 
 
 def _signature(payload: str, secret: bytes) -> str:
-    return _encode(hmac.digest(secret, PURPOSE + payload.encode(), hashlib.sha256))
+    return _encode(hmac.digest(secret, _PURPOSE + payload.encode(), hashlib.sha256))
 
 
 def _encode(data: bytes) -> str:

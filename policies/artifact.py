@@ -17,10 +17,10 @@ from feedback.durable import fsync, fsync_tree
 from policies.weights import TensorSpec, WeightsError, check_finite, tensor_specs
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 64 * 1024 * 1024
-DRAFT_PREFIX = ".tmp-"
+_MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+_DRAFT_PREFIX = ".tmp-"
 # What a policy may be made of. Nothing here can hold code or pickled objects.
-SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".jinja", ".model"})
+_SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".jinja", ".model"})
 
 
 class ArtifactError(Exception):
@@ -66,7 +66,7 @@ def write_artifact(
 def read_manifest(path: Path) -> PolicyManifest:
     """Reads and checks the manifest of a version's folder, but not its files. Raises ArtifactError."""
     try:
-        if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+        if (path / MANIFEST).stat().st_size > _MAX_MANIFEST_BYTES:
             raise ArtifactError("the manifest is too long")
         manifest = json_format.Parse((path / MANIFEST).read_bytes(), PolicyManifest())
     except (OSError, ValueError, json_format.ParseError, RecursionError) as error:
@@ -152,8 +152,8 @@ def _list_files(path: Path) -> list[str]:
         if each.is_symlink() or not (each.is_file() or each.is_dir()):
             raise ArtifactError(f"{name} is not a plain file")
         if each.is_file():
-            if each.suffix not in SUFFIXES:
-                raise ArtifactError(f"{name} is of a kind that is not allowed; allowed are {sorted(SUFFIXES)}")
+            if each.suffix not in _SUFFIXES:
+                raise ArtifactError(f"{name} is of a kind that is not allowed; allowed are {sorted(_SUFFIXES)}")
             files.append(name)
     return files
 
@@ -174,7 +174,7 @@ def _validate(manifest: PolicyManifest) -> None:
 @contextmanager
 def _draft(root: Path) -> Iterator[Path]:
     """A new folder, removed at the end if it is still there. Locked while its writer lives."""
-    draft = root / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    draft = root / f"{_DRAFT_PREFIX}{uuid.uuid4().hex}"
     draft.mkdir()
     lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -187,7 +187,7 @@ def _draft(root: Path) -> Iterator[Path]:
 
 def _remove_abandoned(root: Path) -> None:
     """Removes what a writer left that was killed; its lock went with it."""
-    for draft in root.glob(f"{DRAFT_PREFIX}*"):
+    for draft in root.glob(f"{_DRAFT_PREFIX}*"):
         lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

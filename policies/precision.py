@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 # What a processor must have to multiply bf16; without it bf16 is a hundred times slower than fp32.
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -32,4 +32,4 @@ def short_name(dtype: torch.dtype) -> str:
 def cpu_multiplies_bf16() -> bool:
     """Whether this machine's processor has instructions for products in bf16."""
     found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in BF16_INSTRUCTIONS)
+    return any(found.get(name, False) for name in _BF16_INSTRUCTIONS)

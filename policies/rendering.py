@@ -12,13 +12,13 @@ from alignd.v1 import types_pb2
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROLES = {
+_ROLES = {
     types_pb2.ROLE_SYSTEM: "system",
     types_pb2.ROLE_USER: "user",
     types_pb2.ROLE_ASSISTANT: "assistant",
 }
 # Characters for private use: one that occurs in no message marks what is not a control token.
-PRIVATE_USE = range(0xE000, 0xF900)
+_PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: types_pb2.Prompt) -> list[int]:
@@ -52,7 +52,7 @@ def _disarmed_ids(
     tokens left are the template's own, and the text between them is encoded, without the marks, as plain text.
     """
     taken = set("".join(contents)) | set(str(tokenizer.chat_template))
-    mark = next((chr(code) for code in PRIVATE_USE if chr(code) not in taken), None)
+    mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in taken), None)
     if mark is None:
         raise jinja2.TemplateError("no character for private use is free to mark what looks like a special token")
     marked = [re.sub(pattern, lambda match: mark.join(match[0]), content) for content in contents]
@@ -68,7 +68,7 @@ def _disarmed_ids(
 
 def _render(tokenizer: PreTrainedTokenizerBase, chat: types_pb2.Chat, contents: list[str]) -> str:
     messages = [
-        {"role": ROLES[message.role], "content": content}
+        {"role": _ROLES[message.role], "content": content}
         for message, content in zip(chat.messages, contents, strict=True)
     ]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -69,9 +69,9 @@ def apply(state: PolicyState, event: events_pb2.PolicyEvent) -> Outcome:
     """Returns what `event` does to `state`."""
     match event.WhichOneof("change"):
         case "registered":
-            return register(state, event.registered)
+            return _register(state, event.registered)
         case "stage_changed":
-            return change_stage(state, event.stage_changed)
+            return _change_stage(state, event.stage_changed)
         case "replica_status":
             status = event.replica_status
             return Outcome(replace(state, replicas={**state.replicas, status.replica_id: status}), (status,))
@@ -79,7 +79,7 @@ def apply(state: PolicyState, event: events_pb2.PolicyEvent) -> Outcome:
             return Outcome(state, refusal="an event of a kind that this release does not know")
 
 
-def register(state: PolicyState, event: events_pb2.PolicyRegistered) -> Outcome:
+def _register(state: PolicyState, event: events_pb2.PolicyRegistered) -> Outcome:
     """Adds a CANDIDATE. The same weights again change nothing; other weights under the same version are refused."""
     version = event.manifest.version
     if version < 1:
@@ -93,12 +93,12 @@ def register(state: PolicyState, event: events_pb2.PolicyRegistered) -> Outcome:
         needed = getattr(event.manifest, name)
         if needed and needed != version and needed not in state.policies:
             return Outcome(state, refusal=f"{name} {needed} is not registered")
-    change = moved(event.change, version, STAGE_UNSPECIFIED, STAGE_CANDIDATE)
+    change = _moved(event.change, version, STAGE_UNSPECIFIED, STAGE_CANDIDATE)
     record = PolicyRecord(event.manifest, event.artifact_uri, STAGE_CANDIDATE, (change,))
     return Outcome(replace(state, policies={**state.policies, version: record}), (change,))
 
 
-def change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> Outcome:
+def _change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> Outcome:
     """Moves a version, and with it the one that was live."""
     change = event.change
     record = state.policies.get(change.version)
@@ -107,36 +107,36 @@ def change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> Ou
     if event.expected_live_version not in (0, state.live_version):
         return Outcome(state, refusal=f"version {state.live_version} is live, not {event.expected_live_version}")
     if record.stage != change.from_stage:
-        return Outcome(state, refusal=f"version {change.version} is {stage_name(record.stage)} by now")
+        return Outcome(state, refusal=f"version {change.version} is {_stage_name(record.stage)} by now")
     if change.to_stage not in ALLOWED[record.stage]:
-        return Outcome(state, refusal=f"{stage_name(record.stage)} → {stage_name(change.to_stage)} is not allowed")
+        return Outcome(state, refusal=f"{_stage_name(record.stage)} → {_stage_name(change.to_stage)} is not allowed")
     if change.to_stage == STAGE_LIVE:
-        return make_live(state, change)
+        return _make_live(state, change)
     if record.stage == STAGE_LIVE:
-        return reject_live(state, change)
-    return Outcome(move(state, change), (change,))
+        return _reject_live(state, change)
+    return Outcome(_move(state, change), (change,))
 
 
-def make_live(state: PolicyState, change: StageChange) -> Outcome:
+def _make_live(state: PolicyState, change: StageChange) -> Outcome:
     """Puts a version live, and retires the one before."""
     changes: list[StageChange] = []
     if state.live_version:
-        changes.append(moved(change, state.live_version, STAGE_LIVE, STAGE_RETIRED))
+        changes.append(_moved(change, state.live_version, STAGE_LIVE, STAGE_RETIRED))
     changes.append(change)
     for each in changes:
-        state = move(state, each)
+        state = _move(state, each)
     order = (*(version for version in state.live_order if version != change.version), change.version)
     return Outcome(replace(state, live_order=order), tuple(changes))
 
 
-def reject_live(state: PolicyState, change: StageChange) -> Outcome:
+def _reject_live(state: PolicyState, change: StageChange) -> Outcome:
     """Takes a live version that could not be proved out, and restores the one before."""
     changes = [change]
     order = state.live_order[:-1]
     if order:
-        changes.append(moved(change, order[-1], STAGE_RETIRED, STAGE_LIVE))
+        changes.append(_moved(change, order[-1], STAGE_RETIRED, STAGE_LIVE))
     for each in changes:
-        state = move(state, each)
+        state = _move(state, each)
     return Outcome(replace(state, live_order=order), tuple(changes))
 
 
@@ -145,13 +145,13 @@ def previous_live(state: PolicyState) -> int:
     return state.live_order[-2] if len(state.live_order) > 1 else 0
 
 
-def move(state: PolicyState, change: StageChange) -> PolicyState:
+def _move(state: PolicyState, change: StageChange) -> PolicyState:
     record = state.policies[change.version]
     record = replace(record, stage=change.to_stage, history=(*record.history, change))
     return replace(state, policies={**state.policies, change.version: record})
 
 
-def moved(cause: StageChange, version: int, from_stage: Stage, to_stage: Stage) -> StageChange:
+def _moved(cause: StageChange, version: int, from_stage: Stage, to_stage: Stage) -> StageChange:
     """Returns a change that has the actor, reason and time of `cause`."""
     change = StageChange(version=version, from_stage=from_stage, to_stage=to_stage, actor=cause.actor)
     change.reason = cause.reason
@@ -159,7 +159,7 @@ def moved(cause: StageChange, version: int, from_stage: Stage, to_stage: Stage) 
     return change
 
 
-def stage_name(stage: Stage) -> str:
+def _stage_name(stage: Stage) -> str:
     """Returns a stage's name, or its number where a later release has named one that this one does not know."""
     known = policy_service_pb2.Stage.DESCRIPTOR.values_by_number.get(stage)
     return known.name if known else str(stage)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-CHUNK = 1 << 22
+_CHUNK = 1 << 22
 
 # The bits of the exponent: all set in an infinity or a NaN, and in nothing else.
-EXPONENTS: Mapping[str, np.unsignedinteger[Any]] = {
+_EXPONENTS: Mapping[str, np.unsignedinteger[Any]] = {
     "F64": np.uint64(0x7FF0_0000_0000_0000),
     "F32": np.uint32(0x7F80_0000),
     "F16": np.uint16(0x7C00),
@@ -41,14 +41,14 @@ def tensor_specs(path: Path) -> dict[str, TensorSpec]:
 def check_finite(path: Path) -> None:
     """Raises WeightsError if a number in the file is infinite or NaN, or its type cannot be checked; OSError."""
     for name, (spec, offset) in _read_header(path).items():
-        exponent = EXPONENTS.get(spec.dtype)
+        exponent = _EXPONENTS.get(spec.dtype)
         if exponent is None:
             raise WeightsError(f"{path.name}: tensor {name} is of type {spec.dtype}")
         if not math.prod(spec.shape):
             continue
         bits = np.memmap(path, dtype=exponent.dtype, mode="r", offset=offset, shape=(math.prod(spec.shape),))
-        for begin in range(0, len(bits), CHUNK):
-            if np.any((bits[begin : begin + CHUNK] & exponent) == exponent):
+        for begin in range(0, len(bits), _CHUNK):
+            if np.any((bits[begin : begin + _CHUNK] & exponent) == exponent):
                 raise WeightsError(f"{path.name}: tensor {name} is not finite")
 
 

@@ -14,9 +14,9 @@ from policies.state import PolicyRecord, new_change
 from serving.config import ServingConfig
 from serving.policy_log import PolicyLog
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-ACTOR = "serving/bootstrap"
+_ACTOR = "serving/bootstrap"
 
 
 class NoPolicyError(Exception):
@@ -62,10 +62,10 @@ async def reject(policies: PolicyLog, record: PolicyRecord, why: str) -> None:
     Raises:
         NoPolicyError: there is none before it.
     """
-    log.error("v%d cannot be used: %s", record.manifest.version, why)
+    logger.error("v%d cannot be used: %s", record.manifest.version, why)
     if len(policies.state.live_order) < 2:
         raise NoPolicyError(f"the only live policy, v{record.manifest.version}, cannot be used: {why}")
-    await change_stage(policies, record, STAGE_REJECTED, why[:1024])
+    await _change_stage(policies, record, STAGE_REJECTED, why[:1024])
 
 
 async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog) -> None:
@@ -85,22 +85,22 @@ async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog)
         manifest = await asyncio.to_thread(verify_artifact, path, None)
     else:
         path, manifest = await asyncio.to_thread(
-            write_artifact, folder, manifest, lambda target: copy_model(model, target)
+            write_artifact, folder, manifest, lambda target: _copy_model(model, target)
         )
-    change = new_change(1, STAGE_UNSPECIFIED, STAGE_CANDIDATE, ACTOR, f"imported from {model.name}")
+    change = new_change(1, STAGE_UNSPECIFIED, STAGE_CANDIDATE, _ACTOR, f"imported from {model.name}")
     registered = events_pb2.PolicyRegistered(manifest=manifest, artifact_uri=str(path.resolve()), change=change)
     await policies.propose(events_pb2.PolicyEvent(registered=registered))
     if not policies.state.live_version:
-        await change_stage(policies, policies.state.policies[1], STAGE_LIVE, "the first policy")
+        await _change_stage(policies, policies.state.policies[1], STAGE_LIVE, "the first policy")
 
 
-def copy_model(model: Path, target: Path) -> None:
+def _copy_model(model: Path, target: Path) -> None:
     """Copies a model's files, and nothing that would have to be unpickled."""
     for source in sorted(model.iterdir()):
         if source.is_file() and source.suffix in {".json", ".jinja", ".safetensors", ".txt", ".model"}:
             shutil.copyfile(source, target / source.name)
 
 
-async def change_stage(policies: PolicyLog, record: PolicyRecord, stage: int, reason: str) -> None:
-    change = new_change(record.manifest.version, record.stage, stage, ACTOR, reason)  # type: ignore[arg-type]
+async def _change_stage(policies: PolicyLog, record: PolicyRecord, stage: int, reason: str) -> None:
+    change = new_change(record.manifest.version, record.stage, stage, _ACTOR, reason)  # type: ignore[arg-type]
     await policies.propose(events_pb2.PolicyEvent(stage_changed=events_pb2.PolicyStageChanged(change=change)))

@@ -16,9 +16,9 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from alignd.client.rules import broken_rules
 from serving.errors import Refusal, Violation, bad_field, bad_fields, trailing_metadata
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-LENGTH_DELIMITED = 2
+_LENGTH_DELIMITED = 2
 
 
 class Boundary(grpc.aio.ServerInterceptor):
@@ -34,10 +34,10 @@ class Boundary(grpc.aio.ServerInterceptor):
         message_class = request_class(handler_call_details.method)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                stream_boundary(handler.unary_stream, message_class), None, handler.response_serializer
+                _stream_boundary(handler.unary_stream, message_class), None, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            unary_boundary(handler.unary_unary, message_class), None, handler.response_serializer
+            _unary_boundary(handler.unary_unary, message_class), None, handler.response_serializer
         )
 
 
@@ -48,7 +48,7 @@ def request_class(method: str) -> type[Message]:
     return message_factory.GetMessageClass(descriptor)
 
 
-def unary_boundary(method: Callable[..., Awaitable[Message]], message_class: type[Message]) -> Callable[..., Any]:
+def _unary_boundary(method: Callable[..., Awaitable[Message]], message_class: type[Message]) -> Callable[..., Any]:
     """Returns `method` as a handler of raw bytes."""
 
     async def handle(raw: bytes, context: Any) -> Message:
@@ -57,16 +57,16 @@ def unary_boundary(method: Callable[..., Awaitable[Message]], message_class: typ
         except Refusal as refusal:
             await refuse(context, refusal)
         except Exception as error:
-            if is_abort(error):
+            if _is_abort(error):
                 raise
-            log.exception("%s failed", message_class.__name__)
-            await refuse(context, internal())
+            logger.exception("%s failed", message_class.__name__)
+            await refuse(context, _internal())
         raise AssertionError("refuse raises")
 
     return handle
 
 
-def stream_boundary(
+def _stream_boundary(
     method: Callable[..., AsyncIterator[Message]], message_class: type[Message]
 ) -> Callable[..., AsyncIterator[Message]]:
     """Returns a streaming `method` as a handler of raw bytes."""
@@ -78,10 +78,10 @@ def stream_boundary(
         except Refusal as refusal:
             await refuse(context, refusal)
         except Exception as error:
-            if is_abort(error):
+            if _is_abort(error):
                 raise
-            log.exception("%s failed", message_class.__name__)
-            await refuse(context, internal())
+            logger.exception("%s failed", message_class.__name__)
+            await refuse(context, _internal())
 
     return handle
 
@@ -91,11 +91,11 @@ async def refuse(context: Any, refusal: Refusal) -> None:
     await context.abort(refusal.code, refusal.message, trailing_metadata(refusal, context.time_remaining()))
 
 
-def is_abort(error: Exception) -> bool:
+def _is_abort(error: Exception) -> bool:
     return isinstance(error, grpc.aio.AbortError | grpc.aio.UsageError)
 
 
-def internal() -> Refusal:
+def _internal() -> Refusal:
     """Returns what a caller hears of an error that is ours: nothing of its contents, which may be another user's."""
     return Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed; its log says why")
 
@@ -109,7 +109,7 @@ def parse(raw: bytes, message_class: type[Message]) -> Message:
     try:
         message = message_class.FromString(raw)
     except DecodeError:
-        field = find_invalid_utf8(raw, message_class.DESCRIPTOR)
+        field = _find_invalid_utf8(raw, message_class.DESCRIPTOR)
         if field:
             raise bad_field(field, "must be valid UTF-8") from None
         raise bad_field("request", f"is not a serialised {message_class.DESCRIPTOR.full_name}") from None
@@ -119,7 +119,7 @@ def parse(raw: bytes, message_class: type[Message]) -> Message:
     return message
 
 
-def find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
+def _find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
     """Returns the path of the first string field in `raw` that is not UTF-8, or "" if there is none to be found."""
     try:
         unknown: Any = UnknownFieldSet(empty_pb2.Empty.FromString(raw))
@@ -127,7 +127,7 @@ def find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
         return ""
     for item in unknown:
         field = descriptor.fields_by_number.get(item.field_number)
-        if field is None or item.wire_type != LENGTH_DELIMITED:
+        if field is None or item.wire_type != _LENGTH_DELIMITED:
             continue
         if field.type == FieldDescriptor.TYPE_STRING:
             try:
@@ -135,7 +135,7 @@ def find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
             except UnicodeDecodeError:
                 return str(field.name)
         if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
-            inner = find_invalid_utf8(item.data, field.message_type)
+            inner = _find_invalid_utf8(item.data, field.message_type)
             if inner:
                 return f"{field.name}.{inner}"
     return ""

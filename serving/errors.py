@@ -16,7 +16,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 DOMAIN = "alignd"
 # gRPC sends a status as metadata, all of it thrice and in part as base64, and peers take 8 KiB of that. Beyond it a
 # caller would hear of nothing but the size.
-MOST_CHARACTERS, LONGEST = 1_800, 400
+_MOST_CHARACTERS, _LONGEST = 1_800, 400
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK = "grpc-retry-pushback-ms"
 DO_NOT_RETRY = "-1"
@@ -60,11 +60,11 @@ def bad_field(field: str, description: str) -> Refusal:
 def bad_fields(violations: Sequence[Violation]) -> Refusal:
     """Returns INVALID_ARGUMENT for the fields at fault, or for the first of very many."""
     said: list[Violation] = []
-    room = MOST_CHARACTERS
+    room = _MOST_CHARACTERS
     for violation in violations:
         said.append(Violation(violation.field, shortened(violation.description)))
         room -= len(violation.field) + len(said[-1].description)
-        if room < LONGEST:
+        if room < _LONGEST:
             break
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in said)
     if len(said) < len(violations):
@@ -74,7 +74,7 @@ def bad_fields(violations: Sequence[Violation]) -> Refusal:
 
 def shortened(text: str) -> str:
     """Returns the beginning of what would be too long to send."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def not_permitted(reason: str, field: str, description: str) -> Refusal:

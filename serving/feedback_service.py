@@ -14,9 +14,9 @@ from serving.errors import Violation, bad_field, bad_fields, not_permitted
 from serving.recording import record
 
 # Ids are made of the user and the request, so that a retry at any replica makes the same one.
-RANKING_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c01")
-DEMONSTRATION_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c02")
-MOST_NAMED = 3
+_RANKING_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c01")
+_DEMONSTRATION_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c02")
+_MOST_NAMED = 3
 
 
 class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
@@ -31,9 +31,9 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
     ) -> feedback_service_pb2.SubmitRankingResponse:
         """Records a ranking."""
         claims = self._claims(request.feedback_token, request.user_id)
-        check_ranking(request, claims)
+        _check_ranking(request, claims)
         event = events_pb2.RankingEvent(
-            event_id=feedback_id(RANKING_NAMESPACE, request.user_id, request.request_id),
+            event_id=_feedback_id(_RANKING_NAMESPACE, request.user_id, request.request_id),
             user_id=request.user_id,
             sample_id=claims.sample_id,
             groups=request.groups,
@@ -50,7 +50,7 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
         """Records a demonstration."""
         claims = self._claims(request.feedback_token, request.user_id)
         event = events_pb2.DemonstrationEvent(
-            event_id=feedback_id(DEMONSTRATION_NAMESPACE, request.user_id, request.request_id),
+            event_id=_feedback_id(_DEMONSTRATION_NAMESPACE, request.user_id, request.request_id),
             user_id=request.user_id,
             sample_id=claims.sample_id,
             text=request.text,
@@ -71,11 +71,11 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
         return claims
 
 
-def feedback_id(namespace: uuid.UUID, user_id: str, request_id: str) -> str:
+def _feedback_id(namespace: uuid.UUID, user_id: str, request_id: str) -> str:
     return str(uuid.uuid5(namespace, f"{uuid.UUID(request_id)}/{user_id}"))
 
 
-def check_ranking(
+def _check_ranking(
     request: feedback_service_pb2.SubmitRankingRequest, claims: feedback_token_pb2.FeedbackClaims
 ) -> None:
     """Refuses a ranking that does not hold each completion of the sample exactly once."""
@@ -83,14 +83,14 @@ def check_ranking(
     if len(issued) < 2:
         raise bad_field("feedback_token", "is of a sample with one completion; a ranking needs at least 2")
     ranked = (completion_id for group in request.groups for completion_id in group.completion_ids)
-    violations = differences("groups", ranked, issued)
+    violations = _differences("groups", ranked, issued)
     if request.shown_completion_ids:
-        violations += differences("shown_completion_ids", request.shown_completion_ids, issued)
+        violations += _differences("shown_completion_ids", request.shown_completion_ids, issued)
     if violations:
         raise bad_fields(violations)
 
 
-def differences(field: str, completion_ids: Iterable[str], issued: set[str]) -> list[Violation]:
+def _differences(field: str, completion_ids: Iterable[str], issued: set[str]) -> list[Violation]:
     """Returns how `completion_ids` differs from holding each issued id once."""
     counts = Counter(completion_ids)
     found = {
@@ -99,10 +99,10 @@ def differences(field: str, completion_ids: Iterable[str], issued: set[str]) -> 
         "repeated": sorted(each for each, count in counts.items() if count > 1),
     }
     allowed = "each completion of the sample must stand in it exactly once"
-    return [Violation(field, f"{kind}: {named(ids)}; {allowed}") for kind, ids in found.items() if ids]
+    return [Violation(field, f"{kind}: {_named(ids)}; {allowed}") for kind, ids in found.items() if ids]
 
 
-def named(ids: list[str]) -> str:
+def _named(ids: list[str]) -> str:
     """Returns the first of these, and how many more there are."""
-    more = f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else ""
-    return ", ".join(ids[:MOST_NAMED]) + more
+    more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
+    return ", ".join(ids[:_MOST_NAMED]) + more

@@ -19,10 +19,10 @@ from feedback.bus.topics import POLICIES
 from policies.state import Outcome, PolicyState, apply
 from serving.errors import unavailable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 READ_BACK_TIMEOUT_SECONDS = 15.0
-POLL_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 class PolicyLogError(Exception):
@@ -120,8 +120,8 @@ class PolicyLog:
             try:
                 return self.bus.end_offsets(POLICIES)
             except BusError as error:
-                log.warning("the event bus does not answer (%s); trying again", error)
-                self._stop.wait(POLL_SECONDS)
+                logger.warning("the event bus does not answer (%s); trying again", error)
+                self._stop.wait(_POLL_SECONDS)
         return {}
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -129,7 +129,7 @@ class PolicyLog:
         try:
             self._read_topic(loop)
         except Exception as error:
-            log.exception("the policies topic is no longer followed")
+            logger.exception("the policies topic is no longer followed")
             loop.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: Exception) -> None:
@@ -142,12 +142,12 @@ class PolicyLog:
             try:
                 consumer = self.bus.consume([POLICIES], {})
                 while not self._stop.is_set():
-                    for delivered in consumer.poll(POLL_SECONDS):
+                    for delivered in consumer.poll(_POLL_SECONDS):
                         loop.call_soon_threadsafe(self._read, delivered)
                 consumer.close()
             except BusError as error:
-                log.warning("cannot read the policies topic (%s); trying again", error)
-                time.sleep(POLL_SECONDS)
+                logger.warning("cannot read the policies topic (%s); trying again", error)
+                time.sleep(_POLL_SECONDS)
 
     def _read(self, delivered: Delivered) -> None:
         position = delivered.position
@@ -155,7 +155,7 @@ class PolicyLog:
         try:
             event = events_pb2.PolicyEvent.FromString(delivered.value)
         except DecodeError:
-            log.error("the record at %s is no PolicyEvent; it is passed over", position)
+            logger.error("the record at %s is no PolicyEvent; it is passed over", position)
         else:
             if event.event_id not in self._outcomes:
                 self._record(event)

@@ -22,7 +22,7 @@ from policies.state import PolicyRecord, PolicyState, as_policy, new_change, pre
 from serving.errors import Refusal, Violation, bad_field, shortened, unavailable
 from serving.policy_log import PolicyLog
 
-DEFAULT_PAGE_SIZE = 100
+_DEFAULT_PAGE_SIZE = 100
 
 
 class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
@@ -38,7 +38,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         version = request.manifest.version
         present = self._state().policies.get(version)
         if present and present.manifest.weight_digest != request.manifest.weight_digest:
-            raise taken(version)
+            raise _taken(version)
         await asyncio.to_thread(self._verify, request)
         change = new_change(version, STAGE_UNSPECIFIED, STAGE_CANDIDATE, request.actor, request.reason)
         outcome = await self.policies.propose(
@@ -50,9 +50,9 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         )
         registered = self.policies.state.policies.get(version)
         if registered and registered.manifest.weight_digest != request.manifest.weight_digest:
-            raise taken(version)
+            raise _taken(version)
         if outcome.refusal or registered is None:
-            raise precondition("NOT_REGISTRABLE", outcome.refusal, version)
+            raise _precondition("NOT_REGISTRABLE", outcome.refusal, version)
         return policy_service_pb2.RegisterPolicyResponse(policy=as_policy(registered))
 
     def _verify(self, request: policy_service_pb2.RegisterPolicyRequest) -> None:
@@ -66,15 +66,15 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             found = verify_artifact(folder, shapes_like)
         except ComparisonError as error:
             version = request.manifest.version
-            raise precondition("BAD_ARTIFACT", str(error), version, field="manifest.reference_version") from error
+            raise _precondition("BAD_ARTIFACT", str(error), version, field="manifest.reference_version") from error
         except ArtifactError as error:
-            raise precondition("BAD_ARTIFACT", str(error), request.manifest.version, field="artifact_uri") from error
+            raise _precondition("BAD_ARTIFACT", str(error), request.manifest.version, field="artifact_uri") from error
         if found != request.manifest:
             raise bad_field("manifest", f"is not the one that lies in {request.artifact_uri}")
-        changed = changed_settings(found, reference.manifest) if reference else []
+        changed = _changed_settings(found, reference.manifest) if reference else []
         if changed:
             why = f"{', '.join(changed)}: only weights may differ from the reference version's files"
-            raise precondition("BAD_ARTIFACT", why, found.version, field="artifact_uri")
+            raise _precondition("BAD_ARTIFACT", why, found.version, field="artifact_uri")
 
     async def ListPolicies(
         self, request: policy_service_pb2.ListPoliciesRequest, context: Any
@@ -83,7 +83,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         state = self._state()
         below = int(request.page_token) if request.page_token else max(state.policies, default=0) + 1
         versions = sorted((version for version in state.policies if version < below), reverse=True)
-        page = versions[: request.page_size or DEFAULT_PAGE_SIZE]
+        page = versions[: request.page_size or _DEFAULT_PAGE_SIZE]
         return policy_service_pb2.ListPoliciesResponse(
             policies=[as_policy(state.policies[version]) for version in page],
             next_page_token=str(page[-1]) if len(page) < len(versions) else "",
@@ -105,9 +105,9 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         """Makes a version live."""
         record = self._find(request.version, f"v{request.version}")
         if record.stage == STAGE_RETIRED:
-            raise precondition("WRONG_STAGE", "it is RETIRED: roll back to it instead", request.version)
+            raise _precondition("WRONG_STAGE", "it is RETIRED: roll back to it instead", request.version)
         if record.stage == STAGE_REJECTED:
-            raise precondition("WRONG_STAGE", "it is REJECTED: it never serves again", request.version)
+            raise _precondition("WRONG_STAGE", "it is REJECTED: it never serves again", request.version)
         if record.stage != STAGE_LIVE:
             record = await self._make_live(record, request.actor, request.reason, request.expected_live_version)
         return policy_service_pb2.PromoteResponse(policy=as_policy(record))
@@ -119,10 +119,10 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         state = self._state()
         version = request.version or previous_live(state)
         if not version:
-            raise precondition("NOTHING_TO_ROLL_BACK_TO", "no version was live before the present one", 0)
+            raise _precondition("NOTHING_TO_ROLL_BACK_TO", "no version was live before the present one", 0)
         record = self._find(version, f"v{version}")
         if record.stage not in (STAGE_RETIRED, STAGE_LIVE):
-            raise precondition("WRONG_STAGE", f"it is {Stage.Name(record.stage)}: it was never live", version)
+            raise _precondition("WRONG_STAGE", f"it is {Stage.Name(record.stage)}: it was never live", version)
         if record.stage != STAGE_LIVE:
             expected = request.expected_live_version or state.live_version
             record = await self._make_live(record, request.actor, request.reason, expected)
@@ -169,7 +169,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         return record
 
 
-def changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:
+def _changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:
     """Returns the files besides the weights, such as tokenizer and configuration, that are not the reference's.
 
     A swap in place exchanges weights and nothing else, so these would take effect at the next start, unproved.
@@ -181,7 +181,7 @@ def changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> lis
     return sorted({path for path, _ in ours ^ theirs})
 
 
-def taken(version: int) -> Refusal:
+def _taken(version: int) -> Refusal:
     return Refusal(
         grpc.StatusCode.ALREADY_EXISTS,
         "VERSION_TAKEN",
@@ -190,7 +190,7 @@ def taken(version: int) -> Refusal:
     )
 
 
-def precondition(reason: str, message: str, version: int, field: str = "version") -> Refusal:
+def _precondition(reason: str, message: str, version: int, field: str = "version") -> Refusal:
     message = shortened(message)
     return Refusal(
         grpc.StatusCode.FAILED_PRECONDITION,

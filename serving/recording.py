@@ -13,7 +13,7 @@ from serving.errors import Refusal, Violation, exhausted, unavailable
 
 Event = events_pb2.SampleEvent | events_pb2.RankingEvent | events_pb2.DemonstrationEvent
 
-RETRY_AFTER_SECONDS = 30.0
+_RETRY_AFTER_SECONDS = 30.0
 
 
 async def record(outbox: Outbox, topic: str, key: str, event: Event) -> Timestamp:
@@ -34,9 +34,9 @@ async def record(outbox: Outbox, topic: str, key: str, event: Event) -> Timestam
         message = f"{found.field}: {found.description}"
         raise Refusal(grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED", message, violations=[found]) from error
     except OutboxFull as error:
-        raise exhausted("OUTBOX_FULL", f"there is no room to store it: {error}", RETRY_AFTER_SECONDS) from error
+        raise exhausted("OUTBOX_FULL", f"there is no room to store it: {error}", _RETRY_AFTER_SECONDS) from error
     except OutboxError as error:
-        raise unavailable("OUTBOX_FAILED", f"it cannot be stored: {error}", RETRY_AFTER_SECONDS) from error
+        raise unavailable("OUTBOX_FAILED", f"it cannot be stored: {error}", _RETRY_AFTER_SECONDS) from error
     acknowledged = Timestamp()
     acknowledged.FromDatetime(receipt.acknowledge_time)
     return acknowledged

@@ -45,12 +45,12 @@ from serving.slot import Slot
 from serving.swapper import ProofError, Swapper
 from serving.vllm_engine import Engine, EngineError, start_engine
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
-POLICY_SERVICE, FEEDBACK_SERVICE = "alignd.v1.PolicyService", "alignd.v1.FeedbackService"
-HEALTH_CHECK_SECONDS = 2.0
-KILL_AGAIN_SECONDS = 0.2
+_ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
+_POLICY_SERVICE, _FEEDBACK_SERVICE = "alignd.v1.PolicyService", "alignd.v1.FeedbackService"
+_HEALTH_CHECK_SECONDS = 2.0
+_KILL_AGAIN_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ async def serve(
     )
     feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(outbox, keyring), server)
     policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies), server)
-    health = await add_standard_services(server)
+    health = await _add_standard_services(server)
     port = server.add_insecure_port(f"{config.host}:{config.port}")
     await server.start()
-    log.info("listening on %s:%d", config.host, port)
+    logger.info("listening on %s:%d", config.host, port)
     on_listening(port)
     try:
-        await until_stopped(run_engine(config, places, serving, health))
+        await _until_stopped(_run_engine(config, places, serving, health))
     finally:
         serving.accepting = False
         serving.slot.shut()
@@ -109,13 +109,13 @@ async def serve(
         await asyncio.to_thread(bus.close)
 
 
-async def add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.HealthServicer:
+async def _add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.HealthServicer:
     """Adds health, SERVING for feedback alone at first, and reflection."""
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    for name in (*ENGINE_SERVICES, POLICY_SERVICE):
+    for name in (*_ENGINE_SERVICES, _POLICY_SERVICE):
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-    await health.set(FEEDBACK_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    await health.set(_FEEDBACK_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     names = [
         module.DESCRIPTOR.services_by_name[name].full_name
         for module, name in (
@@ -129,7 +129,7 @@ async def add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.Heal
     return health
 
 
-async def until_stopped(work: Coroutine[None, None, None]) -> None:
+async def _until_stopped(work: Coroutine[None, None, None]) -> None:
     """Runs `work` until it fails or a signal asks this process to end."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -145,16 +145,16 @@ async def until_stopped(work: Coroutine[None, None, None]) -> None:
     await asyncio.gather(working, stopping, return_exceptions=True)
 
 
-async def run_engine(
+async def _run_engine(
     config: ServingConfig, places: Places, serving: Serving, health: grpc_health.aio.HealthServicer
 ) -> None:
     """Starts the engine on the live policy, and keeps it on the live policy from then on."""
     await serving.policies.start()
-    await health.set(POLICY_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    await health.set(_POLICY_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     record = await startable_policy(config, places.policies, serving.policies)
     folder = artifact_folder(record.artifact_uri)
-    log.info("starting vLLM on v%d", record.manifest.version)
-    engine = serving.engine = await start_in_thread(folder, config)
+    logger.info("starting vLLM on v%d", record.manifest.version)
+    engine = serving.engine = await _start_in_thread(folder, config)
     swapper = Swapper(
         engine,
         serving.slot,
@@ -163,17 +163,17 @@ async def run_engine(
         drain_timeout_seconds=config.drain_timeout_seconds,
         tolerance=config.probe_tolerance,
     )
-    record = await begin(swapper, record, config, places)
+    record = await _begin(swapper, record, config, places)
     serving.accepting = True
-    for name in ENGINE_SERVICES:
+    for name in _ENGINE_SERVICES:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    log.info("serving v%d", record.manifest.version)
+    logger.info("serving v%d", record.manifest.version)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(swapper.follow())
-        tasks.create_task(watch_engine(engine))
+        tasks.create_task(_watch_engine(engine))
 
 
-async def begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, places: Places) -> PolicyRecord:
+async def _begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, places: Places) -> PolicyRecord:
     """Opens the slot with `record`, on which the engine was started; if it cannot be proved, with the one before.
 
     Without this a version that was promoted while no replica was there to try it would keep every replica from
@@ -192,7 +192,7 @@ async def begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, p
             return record
 
 
-async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:
+async def _start_in_thread(folder: Path, config: ServingConfig) -> Engine:
     """Starts the engine while the port answers. A stop that comes meanwhile does not wait for it to come up."""
     starting = asyncio.ensure_future(asyncio.to_thread(start_engine, folder, config))
     try:
@@ -202,14 +202,14 @@ async def start_in_thread(folder: Path, config: ServingConfig) -> Engine:
             # The start fails as soon as the process in which vLLM runs is gone.
             for process in multiprocessing.active_children():
                 process.kill()
-            await asyncio.wait({starting}, timeout=KILL_AGAIN_SECONDS)
+            await asyncio.wait({starting}, timeout=_KILL_AGAIN_SECONDS)
         if starting.exception() is None:
             starting.result().shutdown()
         raise
 
 
-async def watch_engine(engine: Engine) -> None:
+async def _watch_engine(engine: Engine) -> None:
     """Raises EngineError when the engine dies, so that the process ends and is started afresh."""
     while True:
-        await asyncio.sleep(HEALTH_CHECK_SECONDS)
+        await asyncio.sleep(_HEALTH_CHECK_SECONDS)
         await engine.check_health()

@@ -21,10 +21,10 @@ from serving.policy_log import PolicyLog
 from serving.slot import Exchange, Slot
 from serving.vllm_engine import Engine, EngineError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-RETRY_SECONDS = 5.0
-WARM_UP_TOKENS = (0, 1)
+_RETRY_SECONDS = 5.0
+_WARM_UP_TOKENS = (0, 1)
 
 
 class ProofError(Exception):
@@ -32,16 +32,16 @@ class ProofError(Exception):
 
 
 @dataclass(frozen=True)
-class Proof:
+class _Proof:
     """What the engine gave for the probes, and how far that is from the trainer's, in nats."""
 
     logprobs: tuple[tuple[float, ...], ...]
     error: float
 
 
-async def prove(
-    engine: Engine, manifest: policy_manifest_pb2.PolicyManifest, before: Proof | None, tolerance: float
-) -> Proof:
+async def _prove(
+    engine: Engine, manifest: policy_manifest_pb2.PolicyManifest, before: _Proof | None, tolerance: float
+) -> _Proof:
     """Returns the proof that `engine` serves the version of `manifest`.
 
     Args:
@@ -55,7 +55,7 @@ async def prove(
     """
     if any(len(probe.logprobs) != len(probe.token_ids) - 1 for probe in manifest.probes):
         raise ProofError("a probe must have one log-probability for each of its tokens but the first")
-    served = await measure(engine, manifest)
+    served = await _measure(engine, manifest)
     trained = [logprob for probe in manifest.probes for logprob in probe.logprobs]
     flat = [logprob for row in served for logprob in row]
     error = sum(abs(a - b) for a, b in zip(flat, trained, strict=True)) / len(flat) if flat else 0.0
@@ -63,10 +63,10 @@ async def prove(
         raise ProofError(f"served log-probabilities differ from the trainer's by {error:.4f} nats, over {tolerance}")
     if flat and before is not None and before.logprobs == served:
         raise ProofError("the engine still gives the log-probabilities of the version before")
-    return Proof(served, error)
+    return _Proof(served, error)
 
 
-async def measure(engine: Engine, manifest: policy_manifest_pb2.PolicyManifest) -> tuple[tuple[float, ...], ...]:
+async def _measure(engine: Engine, manifest: policy_manifest_pb2.PolicyManifest) -> tuple[tuple[float, ...], ...]:
     """Returns the engine's log-probabilities of the manifest's probes."""
     rows = []
     for index, probe in enumerate(manifest.probes):
@@ -103,8 +103,8 @@ class Swapper:
         """
         # vLLM's first log-probabilities of a prompt take seconds, and an imported version has no probes to ask for. The
         # first swap would pay for them, with nobody admitted.
-        await self.engine.logprobs(WARM_UP_TOKENS, "warm-up")
-        proof = await prove(self.engine, record.manifest, None, self.tolerance)
+        await self.engine.logprobs(_WARM_UP_TOKENS, "warm-up")
+        proof = await _prove(self.engine, record.manifest, None, self.tolerance)
         self._open(record)
         await self._report(ReplicaStatus(probe_error=proof.error))
 
@@ -135,15 +135,15 @@ class Swapper:
         try:
             before = await self._before(record)
             await self.engine.load_weights(path)
-            proof = await prove(self.engine, record.manifest, before, self.tolerance)
+            proof = await _prove(self.engine, record.manifest, before, self.tolerance)
         except (EngineError, ProofError) as error:
             await self._restore()
             await self._reject(record, str(error))
             return
         self._open(record)
-        status = timed(exchange)
+        status = _timed(exchange)
         status.probe_error = proof.error
-        log.info("serving v%d after a pause of %.2f s", version, status.pause_seconds)
+        logger.info("serving v%d after a pause of %.2f s", version, status.pause_seconds)
         await self._report(status)
 
     def _verify(self, path: Path, record: PolicyRecord) -> None:
@@ -152,24 +152,24 @@ class Swapper:
             found = verify_artifact(path, artifact_folder(self.served.artifact_uri))
         except ComparisonError as error:
             # Of what is served, which may be just why another is asked for. The engine checks shapes too, if later.
-            log.warning("v%d is not compared with what is served: %s", record.manifest.version, error)
+            logger.warning("v%d is not compared with what is served: %s", record.manifest.version, error)
             found = verify_artifact(path)
         if found.weight_digest != record.manifest.weight_digest:
             raise ArtifactError("the manifest on disk is of other weights than the registered one")
 
-    async def _before(self, record: PolicyRecord) -> Proof | None:
+    async def _before(self, record: PolicyRecord) -> _Proof | None:
         """Returns what the present weights give for the probes of `record`, or None if it has the same weights."""
         assert self.served is not None
         if self.served.manifest.weight_digest == record.manifest.weight_digest:
             return None
-        return Proof(await measure(self.engine, record.manifest), 0.0)
+        return _Proof(await _measure(self.engine, record.manifest), 0.0)
 
     async def _restore(self) -> None:
         """Puts the version before back; if that fails too, the process cannot go on."""
         assert self.served is not None
         await self.engine.load_weights(artifact_folder(self.served.artifact_uri))
         try:
-            await prove(self.engine, self.served.manifest, None, self.tolerance)
+            await _prove(self.engine, self.served.manifest, None, self.tolerance)
         except ProofError as error:
             raise EngineError(f"the version before cannot be restored: {error}") from error
         self._open(self.served)
@@ -181,7 +181,7 @@ class Swapper:
     async def _reject(self, record: PolicyRecord, why: str) -> None:
         """Tells all replicas that the version is bad; the log then makes the one before live again."""
         version = record.manifest.version
-        log.error("v%d is rejected: %s", version, why)
+        logger.error("v%d is rejected: %s", version, why)
         await self._report(ReplicaStatus(error_message=f"v{version}: {why}"))
         change = new_change(version, STAGE_LIVE, STAGE_REJECTED, f"serving/{self.replica_id}", why[:1024])
         event = events_pb2.PolicyEvent(stage_changed=events_pb2.PolicyStageChanged(change=change))
@@ -202,12 +202,12 @@ class Swapper:
             try:
                 await self.policies.propose(event)
             except Refusal as refusal:
-                log.warning("%s; trying again", refusal)
-                await asyncio.sleep(RETRY_SECONDS)
+                logger.warning("%s; trying again", refusal)
+                await asyncio.sleep(_RETRY_SECONDS)
             else:
                 return
 
 
-def timed(exchange: Exchange) -> ReplicaStatus:
+def _timed(exchange: Exchange) -> ReplicaStatus:
     """Returns a status with the times of an exchange that ends now."""
     return ReplicaStatus(drain_seconds=exchange.drain_seconds, pause_seconds=time.monotonic() - exchange.emptied_at)

@@ -14,7 +14,7 @@ class EndsWithServer:
     """Adds nothing to vLLM's worker."""
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """Waits until the process that started this one is gone, and then ends this one at once."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -22,4 +22,4 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
+threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()

@@ -32,19 +32,19 @@ from policies.precision import compute_dtype, short_name
 from training.models.device import training_device
 from training.ppo.rollouts import RolloutEngine
 
-ROOT = Path(__file__).resolve().parents[2]
-WORK = ROOT / "var" / "bench" / "learning"
-RESULTS = ROOT / "docs" / "results"
-UTILITIES = {
+_ROOT = Path(__file__).resolve().parents[2]
+_WORK = _ROOT / "var" / "bench" / "learning"
+_RESULTS = _ROOT / "docs" / "results"
+_UTILITIES = {
     "chat": "deploy.simulation.utility:chat_utility",
     "plain": "bench.learning.second_utility:plain_utility",
 }
 # The second utility asks whether the recipe is made for one taste, and no more.
-UTILITY_VARIANTS = {"chat": VARIANTS, "plain": ("ppo-ptx",)}
-MAX_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, KV_CACHE_MIB = 64, 1024, 64, 512
-QUICK_COMPARISONS, FULL_COMPARISONS = 160, 1600
+_UTILITY_VARIANTS = {"chat": VARIANTS, "plain": ("ppo-ptx",)}
+_MAX_TOKENS, _MAX_MODEL_LEN, _MAX_NUM_SEQS, _KV_CACHE_MIB = 64, 1024, 64, 512
+_QUICK_COMPARISONS, _FULL_COMPARISONS = 160, 1600
 
-Jobs = dict[str, Callable[[], dict[str, Any]]]
+_Jobs = dict[str, Callable[[], dict[str, Any]]]
 
 
 def main() -> None:
@@ -56,11 +56,11 @@ def main() -> None:
     some.add_argument("--only", nargs="+", metavar="NAME", help="run these experiments, and report nothing yet")
     some.add_argument("--report", action="store_true", help="run nothing, and report the experiments that are there")
     arguments = parser.parse_args()
-    kept = WORK / "quick" if arguments.quick else RESULTS / "learning"
+    kept = _WORK / "quick" if arguments.quick else _RESULTS / "learning"
     if arguments.quick:
-        jobs = make_jobs(WORK / "quick", kept, QUICK, QUICK_COMPARISONS, 1, ["chat"])
+        jobs = _make_jobs(_WORK / "quick", kept, QUICK, _QUICK_COMPARISONS, 1, ["chat"])
     else:
-        jobs = make_jobs(WORK / "full", kept, FULL, FULL_COMPARISONS, arguments.seeds, list(UTILITIES))
+        jobs = _make_jobs(_WORK / "full", kept, FULL, _FULL_COMPARISONS, arguments.seeds, list(_UTILITIES))
     unknown = sorted(set(arguments.only or []) - set(jobs))
     if unknown:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(jobs)}")
@@ -72,40 +72,40 @@ def main() -> None:
     result = bench_result("learning", figures_of(by_experiment))
     report(result, arguments.json)
     if not arguments.quick:
-        write_page(by_experiment, found, result, RESULTS, missing=sorted(set(jobs) - set(found)))
+        write_page(by_experiment, found, result, _RESULTS, missing=sorted(set(jobs) - set(found)))
 
 
-def make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> Jobs:
+def _make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> _Jobs:
     """What there is to run, by name. Each leaves what it found in `results`, and the way there in `work`."""
-    base = prepare_smollm2(WORK / "smollm2")
+    base = prepare_smollm2(_WORK / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(base)
 
     @functools.cache
     def engine() -> RolloutEngine:
         return RolloutEngine(
             base,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_NUM_SEQS,
-            kv_cache_mib=KV_CACHE_MIB,
+            max_model_len=_MAX_MODEL_LEN,
+            max_num_seqs=_MAX_NUM_SEQS,
+            kv_cache_mib=_KV_CACHE_MIB,
             eos_token_id=tokenizer.eos_token_id,
             seed=0,
         )
 
     def run(name: str, seed: int) -> dict[str, Any]:
-        lab = Lab(engine(), tokenizer, base, load_utility(UTILITIES[name]), MAX_TOKENS, seed)
-        return run_experiment(Experiment(lab, size, work / f"{name}-{seed}"), UTILITY_VARIANTS[name])
+        lab = Lab(engine(), tokenizer, base, load_utility(_UTILITIES[name]), _MAX_TOKENS, seed)
+        return run_experiment(Experiment(lab, size, work / f"{name}-{seed}"), _UTILITY_VARIANTS[name])
 
-    jobs: Jobs = {f"{name}-{seed}": functools.partial(run, name, seed) for name in utilities for seed in range(seeds)}
+    jobs: _Jobs = {f"{name}-{seed}": functools.partial(run, name, seed) for name in utilities for seed in range(seeds)}
     jobs["human"] = lambda: human_preferences(base, seeds, num_comparisons)
     return {
-        name: functools.partial(once, results, name, functools.partial(with_circumstances, job))
+        name: functools.partial(once, results, name, functools.partial(_with_circumstances, job))
         for name, job in jobs.items()
     }
 
 
-def with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the job found, and what that depends on besides its seed."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True)
     computes_in = short_name(compute_dtype(training_device()))
     on = {"commit": commit.stdout.strip(), "computes_in": computes_in, **machine(), **versions()}
     return job() | {"on": on}

@@ -20,9 +20,9 @@ from torch.nn.functional import softplus
 from bench.learning.hh_rlhf import Comparison, split
 
 L2_WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-VALIDATION_SHARE = 0.2
-MIN_COMPLETIONS = 3  # a word that fewer completions have cannot be told from chance
-MAX_ITERATIONS = 200
+_VALIDATION_SHARE = 0.2
+_MIN_COMPLETIONS = 3  # a word that fewer completions have cannot be told from chance
+_MAX_ITERATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Compar
     The L2 weight is the one that does best on a validation part of `train`, split by prompt; with it the model is then
     fitted to all of `train`. Raises ValueError if there is nothing to validate on.
     """
-    fitting, validating = split(train, VALIDATION_SHARE, salt="validation")
+    fitting, validating = split(train, _VALIDATION_SHARE, salt="validation")
     validation = {
         weight: statistics.fmean(credits_of(model, validating)) for weight, model in fit(fitting, L2_WEIGHTS).items()
     }
@@ -99,7 +99,7 @@ def logistic_weights(difference_NV: Tensor, l2_weight: float) -> Tensor:
     A row is the features of a chosen completion less those of the rejected one; an intercept would cancel out.
     """
     weights_VI = torch.zeros(difference_NV.shape[1], 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights_VI], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights_VI], max_iter=_MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -128,7 +128,7 @@ def terms(text: str) -> Counter[str]:
 
 def _vocabulary(comparisons: Sequence[Comparison]) -> dict[str, int]:
     found = Counter(term for c in comparisons for text in (c.chosen, c.rejected) for term in terms(text))
-    return {term: index for index, term in enumerate(sorted(t for t, n in found.items() if n >= MIN_COMPLETIONS))}
+    return {term: index for index, term in enumerate(sorted(t for t, n in found.items() if n >= _MIN_COMPLETIONS))}
 
 
 def differences(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-VARIABLE = "ALIGND_TEST_DATA"
-BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "data"
+_VARIABLE = "ALIGND_TEST_DATA"
+_BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 class DataMissingError(FileNotFoundError):
@@ -19,8 +19,8 @@ def data_file(name: str) -> Path:
     It is looked for in the folder that ALIGND_TEST_DATA names, else in ../shared/data as seen from the root of the
     checkout. Raises DataMissingError if it is not there.
     """
-    folder = Path(os.environ.get(VARIABLE) or BESIDE_THE_CHECKOUT)
+    folder = Path(os.environ.get(_VARIABLE) or _BESIDE_THE_CHECKOUT)
     path = folder / name
     if not path.is_file():
-        raise DataMissingError(f"there is no {name} in {folder}; set {VARIABLE} to the folder that holds it")
+        raise DataMissingError(f"there is no {name} in {folder}; set {_VARIABLE} to the folder that holds it")
     return path

@@ -20,29 +20,29 @@ from training.rewards.evaluation import clustered_mean
 Found = dict[str, list[dict[str, Any]]]
 
 # Two-sided 95 % points of Student's distribution, by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-RIVALS = ("bag of words", "length")
-POLICIES = ("base", "few-shot", "sft", "ppo", "ppo-ptx", "online")
-GOALS = {("ppo-ptx", "base"): 0.85, ("ppo-ptx", "few-shot"): 0.71, ("ppo-ptx", "sft"): 0.5}
-PTX_GOAL = 0.5
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_RIVALS = ("bag of words", "length")
+_POLICIES = ("base", "few-shot", "sft", "ppo", "ppo-ptx", "online")
+_GOALS = {("ppo-ptx", "base"): 0.85, ("ppo-ptx", "few-shot"): 0.71, ("ppo-ptx", "sft"): 0.5}
+_PTX_GOAL = 0.5
 
 
 def figures_of(found: Found) -> list[Figure]:
     """All figures, in the order of the experiments."""
     figures = []
     for name, seeds in found.items():
-        figures += human_figures(seeds) if name == "human" else win_figures(name, seeds) + tax_figures(name, seeds)
+        figures += _human_figures(seeds) if name == "human" else _win_figures(name, seeds) + _tax_figures(name, seeds)
     return figures
 
 
-def human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
+def _human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
     """Held-out accuracy on HH-RLHF, and how much more the reward model has than each rival on the same comparisons."""
-    ours, *rivals = accuracies = [held_out_accuracy(seeds, name) for name in ("reward model", *RIVALS)]
+    ours, *rivals = accuracies = [held_out_accuracy(seeds, name) for name in ("reward model", *_RIVALS)]
     best = max(0.5, *(rival.value for rival in rivals))
     return [
         at_least(best, Figure(**{**vars(ours), "peer": best})),
         *accuracies[1:],
-        *(held_out_accuracy(seeds, "reward model", rival) for rival in RIVALS),
+        *(held_out_accuracy(seeds, "reward model", rival) for rival in _RIVALS),
     ]
 
 
@@ -63,11 +63,11 @@ def held_out_accuracy(seeds: Sequence[dict[str, Any]], name: str, rival: str | N
     return Figure(f"HH-RLHF accuracy: {name}" + (f" less {rival}" if rival else ""), mean, "share", low, high)
 
 
-def win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
+def _win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
     """Mean true utility of each policy on held-out prompts, and win rates by it."""
-    known = [policy for policy in POLICIES if f"answers-{policy}" in seeds[0]]
+    known = [policy for policy in _POLICIES if f"answers-{policy}" in seeds[0]]
     figures = [
-        over_seeds(f"{name}: utility of {policy}", [_utility(seed, policy) for seed in seeds]) for policy in known
+        _over_seeds(f"{name}: utility of {policy}", [_utility(seed, policy) for seed in seeds]) for policy in known
     ]
     for index, policy in enumerate(known):
         for other in known[:index]:
@@ -75,8 +75,10 @@ def win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
                 win_rate(seed[f"answers-{policy}"]["utilities"], seed[f"answers-{other}"]["utilities"])
                 for seed in seeds
             ]
-            figure = over_seeds(f"{name}: {policy} over {other}", [[rate.value, rate.low, rate.high] for rate in rates])
-            goal = GOALS.get((policy, other))
+            figure = _over_seeds(
+                f"{name}: {policy} over {other}", [[rate.value, rate.low, rate.high] for rate in rates]
+            )
+            goal = _GOALS.get((policy, other))
             figures.append(at_least(goal, figure) if goal else figure)
     return figures
 
@@ -85,7 +87,7 @@ def _utility(seed: dict[str, Any], policy: str) -> list[float]:
     return mean_interval(seed[f"answers-{policy}"]["utilities"])
 
 
-def tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
+def _tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
     """Changes on WikiText-2 and HellaSwag, and the share of what PPO lost that the pretraining mix gives back."""
     if "tax-ppo" not in seeds[0]:
         return []
@@ -94,11 +96,11 @@ def tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
         loss = [_change(seed, before, policy, "wikitext") for seed in seeds]
         hits = [_change(seed, before, policy, "hellaswag") for seed in seeds]
         losses[policy] = statistics.fmean(change for change, _, _ in loss)
-        figures.append(over_seeds(f"{name}: WikiText-2 loss, {policy} less {before}", loss, "nats/token"))
-        figures.append(over_seeds(f"{name}: HellaSwag accuracy, {policy} less {before}", hits, "share"))
+        figures.append(_over_seeds(f"{name}: WikiText-2 loss, {policy} less {before}", loss, "nats/token"))
+        figures.append(_over_seeds(f"{name}: HellaSwag accuracy, {policy} less {before}", hits, "share"))
     if losses["ppo"] > 0:
         given_back = 1 - losses["ppo-ptx"] / losses["ppo"]
-        figures.append(at_least(PTX_GOAL, Figure(f"{name}: tax that ptx gives back", given_back, "share")))
+        figures.append(at_least(_PTX_GOAL, Figure(f"{name}: tax that ptx gives back", given_back, "share")))
     return figures
 
 
@@ -110,15 +112,15 @@ def _change(seed: dict[str, Any], before: str, policy: str, measure: str) -> lis
 def mean_interval(values: Sequence[float]) -> list[float]:
     """The mean, and its 95 % interval: Student's where there are few values, else normal."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    width = STUDENT.get(len(values) - 1, Z_95)
+    width = _STUDENT.get(len(values) - 1, Z_95)
     return [mean, mean - width * error, mean + width * error]
 
 
-def over_seeds(name: str, values: Sequence[Sequence[float]], unit: str = "share") -> Figure:
+def _over_seeds(name: str, values: Sequence[Sequence[float]], unit: str = "share") -> Figure:
     """The mean of [value, low, high] over seeds, with its interval."""
     means = [value for value, _, _ in values]
     if len(means) == 1:
         return Figure(name, means[0], unit, values[0][1], values[0][2])
     mean = statistics.fmean(means)
-    half = STUDENT[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
+    half = _STUDENT[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
     return Figure(name, mean, unit, mean - half, mean + half)

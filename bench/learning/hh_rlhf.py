@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from bench.learning.data import data_file
 
-SOURCES = ("helpful-base", "helpful-online", "harmless-base")
-ROLES = {"Human": "user", "Assistant": "assistant"}
-SPEAKER = re.compile(r"\n\n(Human|Assistant):")
-HELD_OUT_SHARE = 0.25
+_SOURCES = ("helpful-base", "helpful-online", "harmless-base")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_HELD_OUT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class HumanData:
     dropped: dict[str, int]
 
 
-def read_comparisons(sources: Sequence[str] = SOURCES) -> HumanData:
+def read_comparisons(sources: Sequence[str] = _SOURCES) -> HumanData:
     """Reads the test files of the named parts of HH-RLHF. Raises DataMissingError if one is not there."""
     comparisons: list[Comparison] = []
     dropped: Counter[str] = Counter()
     for source in sources:
         with gzip.open(data_file(f"hh-rlhf/{source}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
             for line in lines:
-                found = parse(json.loads(line), source)
+                found = _parse(json.loads(line), source)
                 if isinstance(found, Comparison):
                     comparisons.append(found)
                 else:
@@ -59,10 +59,10 @@ def read_comparisons(sources: Sequence[str] = SOURCES) -> HumanData:
     return HumanData(tuple(comparisons), dict(dropped))
 
 
-def parse(record: dict[str, str], source: str) -> Comparison | str:
+def _parse(record: dict[str, str], source: str) -> Comparison | str:
     """Returns the comparison of one record, or why there is none."""
     chosen, rejected = messages(record["chosen"]), messages(record["rejected"])
-    if not (is_dialogue(chosen) and is_dialogue(rejected)):
+    if not (_is_dialogue(chosen) and _is_dialogue(rejected)):
         return "turns do not alternate, or one is empty"
     if chosen[:-1] != rejected[:-1]:
         return "no shared prompt"
@@ -75,20 +75,20 @@ def parse(record: dict[str, str], source: str) -> Comparison | str:
 
 def messages(transcript: str) -> tuple[Message, ...]:
     """Cuts a transcript into its turns, without the white space around them; empty if it opens with something else."""
-    before, *parts = SPEAKER.split(transcript)
+    before, *parts = _SPEAKER.split(transcript)
     if before.strip():
         return ()
-    return tuple(Message(ROLES[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True))
+    return tuple(Message(_ROLES[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True))
 
 
-def is_dialogue(turns: Sequence[Message]) -> bool:
+def _is_dialogue(turns: Sequence[Message]) -> bool:
     """Whether user and assistant take turns, to the assistant's last, and none before that is empty."""
     roles = [turn.role for turn in turns]
     return bool(turns) and roles == ["user", "assistant"] * (len(turns) // 2) and all(turn.text for turn in turns[:-1])
 
 
 def split(
-    comparisons: Iterable[Comparison], share: float = HELD_OUT_SHARE, salt: str = ""
+    comparisons: Iterable[Comparison], share: float = _HELD_OUT_SHARE, salt: str = ""
 ) -> tuple[list[Comparison], list[Comparison]]:
     """Returns (train, held out), by the first human turn: dialogues that begin alike are all on the same side."""
     sides: tuple[list[Comparison], list[Comparison]] = ([], [])
@@ -97,7 +97,7 @@ def split(
     return sides
 
 
-def is_held_out(first_turn: str, share: float = HELD_OUT_SHARE, salt: str = "") -> bool:
+def is_held_out(first_turn: str, share: float = _HELD_OUT_SHARE, salt: str = "") -> bool:
     """Draws `share` of all prompts by their hash, whatever their case and spacing. Another salt is another draw."""
     number = int.from_bytes(hashlib.sha256((salt + beginning(first_turn)).encode()).digest()[:8], "big")
     return number < share * 2**64

@@ -20,25 +20,25 @@ from training.models.reward import RewardModel, group_features
 from training.rewards.evaluation import evaluate_rewards
 from training.rewards.fit import fit
 
-SOURCE = "helpful-base"
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 256, 160
-CONFIG = RewardModelConfig(max_labeler_share=1.0)
+_SOURCE = "helpful-base"
+_MAX_PROMPT_TOKENS, _MAX_COMPLETION_TOKENS = 256, 160
+_CONFIG = RewardModelConfig(max_labeler_share=1.0)
 
 
 def human_preferences(model: Path, num_seeds: int, num_comparisons: int) -> dict[str, Any]:
     """What is right and what is wrong on splits of the same comparisons, a seed each; dialogues that begin alike are
     on one side of a split, and of one number in `prompts`.
     """
-    drawn = random.Random(0).sample(read_comparisons((SOURCE,)).comparisons, num_comparisons)
+    drawn = random.Random(0).sample(read_comparisons((_SOURCE,)).comparisons, num_comparisons)
     tokenizer = AutoTokenizer.from_pretrained(model)
     shared = SharedLayers(load_model(model))
-    examples = [as_example(tokenizer, each, index) for index, each in enumerate(drawn)]
+    examples = [_as_example(tokenizer, each, index) for index, each in enumerate(drawn)]
     # What the heads read does not depend on the split.
-    features = group_features(RewardModel(shared, CONFIG), [example.group for example in examples])
-    return {"seeds": [one_split(shared, drawn, examples, features, seed) for seed in range(num_seeds)]}
+    features = group_features(RewardModel(shared, _CONFIG), [example.group for example in examples])
+    return {"seeds": [_one_split(shared, drawn, examples, features, seed) for seed in range(num_seeds)]}
 
 
-def one_split(
+def _one_split(
     shared: SharedLayers,
     drawn: Sequence[Comparison],
     examples: Sequence[RankedExample],
@@ -49,9 +49,9 @@ def one_split(
     begins = [beginning(each.prompt[0].text) for each in drawn]
     is_out = [is_held_out(text, salt=str(seed)) for text in begins]
     train, held_out = ([index for index, out in enumerate(is_out) if out == side] for side in (False, True))
-    rewards = RewardModel(shared, CONFIG)
+    rewards = RewardModel(shared, _CONFIG)
     fit(
-        rewards, [examples[i] for i in train], CONFIG, seed=seed, warm=False, log=lambda *_: None,
+        rewards, [examples[i] for i in train], _CONFIG, seed=seed, warm=False, log=lambda *_: None,
         features=[features[i] for i in train],
     )  # fmt: skip
     evaluation = evaluate_rewards(rewards, [examples[i] for i in held_out], [features[i] for i in held_out])
@@ -69,12 +69,12 @@ def one_split(
     }
 
 
-def as_example(tokenizer: PreTrainedTokenizerBase, each: Comparison, seq: int) -> RankedExample:
+def _as_example(tokenizer: PreTrainedTokenizerBase, each: Comparison, seq: int) -> RankedExample:
     """A comparison as a ranking of two. Of a long conversation the end is read."""
     messages = [{"role": message.role, "content": message.text} for message in each.prompt]
     prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     completions = tuple(
-        (*tokenizer.encode(text, add_special_tokens=False)[:MAX_COMPLETION_TOKENS], int(tokenizer.eos_token_id))
+        (*tokenizer.encode(text, add_special_tokens=False)[:_MAX_COMPLETION_TOKENS], int(tokenizer.eos_token_id))
         for text in (each.chosen, each.rejected)
     )
-    return RankedExample(Group(tuple(prompt[-MAX_PROMPT_TOKENS:]), completions), (0, 1), each.source, seq)
+    return RankedExample(Group(tuple(prompt[-_MAX_PROMPT_TOKENS:]), completions), (0, 1), each.source, seq)

@@ -49,12 +49,12 @@ from training.sft import Demonstration, fine_tune
 TAX_WINDOW = 512
 VARIANTS = ("ppo", "ppo-ptx", "online")
 # Of a round's metrics, what is worth keeping in the repository.
-SAVED_METRICS = (
+_SAVED_METRICS = (
     "objective/score", "objective/held_out_score", "objective/kl", "objective/entropy", "completion/length",
     "completion/eos_rate", "policy/clipfrac", "policy/kl_coef", "rollout/sampler_gap", "val/explained_variance",
     "ptx/loss", "ptx/gamma",
 )  # fmt: skip
-SAVED_DIGITS = 4
+_SAVED_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ FULL = Size(160, range(4, 10), 64, 4, 12, 300, 8 * TAX_WINDOW, 100)
 SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
-def ppo_config(size: Size, num_rounds: int, text: Path | None) -> PpoConfig:
+def _ppo_config(size: Size, num_rounds: int, text: Path | None) -> PpoConfig:
     """The recipe as shipped, but for its size and passes over a round's rollouts; with text, the pretraining mix.
 
     Two passes: a dozen rounds are few, and drawing rollouts is most of what a round costs on a CPU.
@@ -107,26 +107,26 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
     train = lab.ask(train_prompts(size.num_rankings))
     held_out = held_out_prompts(size.num_held_out)
     measures_tax = "ppo" in variants
-    begin(folder, how(size))
+    begin(folder, _how(size))
     found = {"sft": experiment.once("sft", lambda: make_sft(experiment, train))}
-    found |= evaluate(experiment, "base", lab.base, held_out, measures_tax)
-    found |= evaluate(experiment, "few-shot", lab.base, held_out, False, few_shot_prefix())
-    found |= evaluate(experiment, "sft", folder / "sft", held_out, measures_tax)
+    found |= _evaluate(experiment, "base", lab.base, held_out, measures_tax)
+    found |= _evaluate(experiment, "few-shot", lab.base, held_out, False, few_shot_prefix())
+    found |= _evaluate(experiment, "sft", folder / "sft", held_out, measures_tax)
     found["rewards"] = experiment.once("rewards", lambda: make_rewards(experiment, train))
     for name in variants:
         variant = optimise_online if name == "online" else optimise
         found[name] = experiment.once(name, lambda: variant(experiment, train, name))  # noqa: B023
-        found |= evaluate(experiment, name, folder / name, held_out, measures_tax and name != "online")
+        found |= _evaluate(experiment, name, folder / name, held_out, measures_tax and name != "online")
     return found
 
 
-def how(size: Size) -> str:
+def _how(size: Size) -> str:
     """The size and the settings of the recipe, on which every stage depends besides the code, the name and the seed."""
     computes_in = short_name(compute_dtype(training_device()))
-    return "\n".join(map(repr, (size, ppo_config(size, size.num_rounds, None), SFT, REWARD_MODEL, computes_in)))
+    return "\n".join(map(repr, (size, _ppo_config(size, size.num_rounds, None), SFT, REWARD_MODEL, computes_in)))
 
 
-def evaluate(
+def _evaluate(
     experiment: Experiment,
     name: str,
     policy: Path,
@@ -179,7 +179,7 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     def score_of(weights: dict[str, torch.Tensor]) -> float:
         lab.weights = weights
         drawn = [each[0] for each in lab.draw(validation, 1, salt=300)]
-        return float(torch.cat(score_groups(rewards, as_groups(validation, drawn))).mean())
+        return float(torch.cat(score_groups(rewards, _as_groups(validation, drawn))).mean())
 
     scratch = experiment.folder / "scratch"
     weights, epochs = fine_tune(
@@ -192,7 +192,7 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
     return {"epochs": [dataclasses.asdict(epoch) for epoch in epochs]}
 
 
-def as_groups(asked: Sequence[Asked], drawn: Sequence[Rollout]) -> list[Group]:
+def _as_groups(asked: Sequence[Asked], drawn: Sequence[Rollout]) -> list[Group]:
     """One completion of each prompt, as the reward model reads them."""
     return [Group(each.token_ids, (rollout.token_ids,)) for each, rollout in zip(asked, drawn, strict=True)]
 
@@ -214,10 +214,10 @@ def optimise(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[
     folder, sft = experiment.folder, experiment.folder / "sft"
     shared = SharedLayers(load_model(sft))
     rewards = load_rewards(shared, folder / "rewards.safetensors", None)
-    text = write_pretraining_text(folder / "wikitext.txt") if name == "ppo-ptx" else None
-    config = ppo_config(experiment.size, experiment.size.num_rounds, text)
+    text = _write_pretraining_text(folder / "wikitext.txt") if name == "ppo-ptx" else None
+    config = _ppo_config(experiment.size, experiment.size.num_rounds, text)
     experiment.lab.load(sft)
-    rounds, reason = run_ppo(experiment, train, config, shared, sft, rewards, name)
+    rounds, reason = _run_ppo(experiment, train, config, shared, sft, rewards, name)
     return {"rounds": rounds, "stopped": reason}
 
 
@@ -225,7 +225,7 @@ def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -
     """PPO whose rankings come in parts, each of the policy of then; rewards are fitted anew each time, to all."""
     lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
     parts = size.refreshes + 1
-    config = ppo_config(size, size.num_rounds // parts, None)
+    config = _ppo_config(size, size.num_rounds // parts, None)
     shared, start, rankings = SharedLayers(load_model(sft)), sft, Rankings()
     lab.load(sft)
     labelers = lab.labelers(train[:32])
@@ -236,14 +236,14 @@ def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -
         rankings = add_rankings(lab, shared, rankings, asked, labelers, size.ks, salt=1000 * (part + 1))
         rewards = fit_rewards(shared, rankings, len(train) // parts, lab.seed)
         accuracy.append(rewards.accuracy)
-        more, reason = run_ppo(experiment, train, config, shared, start, rewards, name, part)
+        more, reason = _run_ppo(experiment, train, config, shared, start, rewards, name, part)
         rounds += more
         reasons += [f"part {part + 1}: {reason}"] if reason else []
         start = experiment.folder / name
     return {"rounds": rounds, "stopped": "; ".join(reasons) or None, "accuracy": accuracy}
 
 
-def run_ppo(
+def _run_ppo(
     experiment: Experiment,
     train: Sequence[Asked],
     config: PpoConfig,
@@ -272,7 +272,7 @@ def run_ppo(
         return drawn
 
     def log(index: int, count: int, metrics: dict[str, Any]) -> None:
-        told = {name: round(metrics[name], SAVED_DIGITS) for name in SAVED_METRICS if name in metrics}
+        told = {name: round(metrics[name], _SAVED_DIGITS) for name in _SAVED_METRICS if name in metrics}
         rounds.append({**told, "part": part, "utility": utilities[-1]})
         print(
             f"{experiment.folder.name}: {name}: round {index + 1} of {count}: utility {utilities[-1]:.3f}, "
@@ -280,7 +280,7 @@ def run_ppo(
             flush=True,
         )
 
-    hooks = ppo.PpoHooks(list(by_tokens), draw, log, pretraining(lab, config.ptx))
+    hooks = ppo.PpoHooks(list(by_tokens), draw, log, _pretraining(lab, config.ptx))
     target = experiment.folder / name
     try:
         reason = ppo.train(learner, config, hooks, seed=lab.seed * 101 + part)
@@ -299,14 +299,14 @@ def run_ppo(
     return rounds, reason
 
 
-def pretraining(lab: Lab, config: PtxConfig) -> Iterator[tuple[int, ...]] | None:
+def _pretraining(lab: Lab, config: PtxConfig) -> Iterator[tuple[int, ...]] | None:
     """Sequences of the pretraining text; None for plain PPO."""
     if not config.data:
         return None
     return ptx.sequences(ptx.pretraining_texts(config, lab.seed), lab.tokenizer, config.sequence_tokens)
 
 
-def write_pretraining_text(path: Path) -> Path:
+def _write_pretraining_text(path: Path) -> Path:
     """WikiText-2's validation part, a paragraph a line; the test part measures."""
     paragraphs = [line for line in read_wikitext("valid").splitlines() if line.strip()]
     random.Random(0).shuffle(paragraphs)

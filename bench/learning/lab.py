@@ -23,12 +23,12 @@ from training.data.groups import Group, RankedExample
 from training.models.policy import load_weights
 from training.ppo.rollouts import Request, Rollout, RolloutEngine
 
-SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sentences."
-NUM_LABELERS = 40  # about as many as InstructGPT's contractors
-ROLES = {"user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
-CALIBRATION_K = 4
+_SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sentences."
+_NUM_LABELERS = 40  # about as many as InstructGPT's contractors
+_ROLES = {"user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
+_CALIBRATION_K = 4
 # Completions that are drawn at a time take seeds in a row; no two draws, and no two experiments, share any.
-SALTED_SEEDS, SEEDS = 10_007, 1_000_000_007
+_SALTED_SEEDS, _SEEDS = 10_007, 1_000_000_007
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Lab:
         return [Asked(text, self._tokens(text, shots)) for text in prompts]
 
     def _tokens(self, text: str, shots: Sequence[Message]) -> tuple[int, ...]:
-        messages = [types_pb2.Message(role=types_pb2.ROLE_SYSTEM, content=SYSTEM_PROMPT)]
-        messages += [types_pb2.Message(role=ROLES[shot.role], content=shot.text) for shot in shots]
+        messages = [types_pb2.Message(role=types_pb2.ROLE_SYSTEM, content=_SYSTEM_PROMPT)]
+        messages += [types_pb2.Message(role=_ROLES[shot.role], content=shot.text) for shot in shots]
         messages.append(types_pb2.Message(role=types_pb2.ROLE_USER, content=text))
         return tuple(prompt_token_ids(self.tokenizer, types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))))
 
@@ -74,7 +74,7 @@ class Lab:
                 [each.token_ids for each in asked],
                 num_completions,
                 self.max_tokens,
-                self.seed * SEEDS + salt * SALTED_SEEDS,
+                self.seed * _SEEDS + salt * _SALTED_SEEDS,
             )
         )
 
@@ -91,9 +91,9 @@ class Lab:
 
     def labelers(self, asked: Sequence[Asked]) -> list[Labeler]:
         """Labelers who agree on 72.6 % of comparisons of what the loaded policy writes."""
-        drawn = self.draw(asked, CALIBRATION_K, salt=1)
+        drawn = self.draw(asked, _CALIBRATION_K, salt=1)
         temperature = calibrate_temperature(self.utilities(asked, drawn))
-        return make_labelers(NUM_LABELERS, self.seed, temperature)
+        return make_labelers(_NUM_LABELERS, self.seed, temperature)
 
     def rank(
         self, asked: Sequence[Asked], labelers: Sequence[Labeler], ks: range, salt: int, first_seq: int = 0

@@ -21,15 +21,15 @@ from bench.learning.hh_rlhf import Message, messages
 from deploy.simulation.make_prompts import PRIVATE, TALKS_TO_MODEL, UNWANTED_WORD, without_near_duplicates
 from deploy.simulation.prompts import load_prompts
 
-SEED = 20221220  # the day Self-Instruct was published
-MAX_PROMPT_CHARACTERS = 300
-MIN_OUTPUT_WORDS = 12  # whoever wants less does not want prose
+_SEED = 20221220  # the day Self-Instruct was published
+_MAX_PROMPT_CHARACTERS = 300
+_MIN_OUTPUT_WORDS = 12  # whoever wants less does not want prose
 # What is asked for with these words is not prose, or not fit to be shown.
-UNWANTED_TASK = re.compile(
+_UNWANTED_TASK = re.compile(
     r"(?i)\b(?:python|program\w*|code|coding|sql|json|latex|regular expression|sudoku|pars(?:e|ing)|yaml|markdown|"
     r"excel|notation|stereotyp\w+|ssn|address of)\b|[_\[<|]"
 )
-HH_SOURCE = "helpful-online"
+_HH_SOURCE = "helpful-online"
 # Demonstrations of a question of fact, of a request for advice, and of one for a list.
 FEW_SHOT_PROMPTS = (
     "What is the pituitary gland?",
@@ -37,11 +37,11 @@ FEW_SHOT_PROMPTS = (
     "Make a list of things to do in the given city.\n\nParis",
 )
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Demonstration:
+class _Demonstration:
     """A prompt, and an answer to it that a person wrote or chose."""
 
     prompt: str
@@ -85,24 +85,24 @@ def _user_oriented() -> list[str]:
     return _new(known, [task.prompt for task in _self_instruct("user_oriented_instructions")])
 
 
-def _self_instruct(name: str) -> Iterator[Demonstration]:
+def _self_instruct(name: str) -> Iterator[_Demonstration]:
     """Tasks that ask for prose and are fit to be shown, each with its first instance."""
     for line in data_file(f"self-instruct/{name}.jsonl").read_text(encoding="utf-8").splitlines():
         task = json.loads(line)
         given, output = (task["instances"][0][key].strip() for key in ("input", "output"))
         prompt = "\n\n".join(part for part in (task["instruction"].strip(), given) if part)
-        wants_prose = not task.get("is_classification") and len(output.split()) >= MIN_OUTPUT_WORDS
-        unfit = any(pattern.search(prompt) for pattern in (UNWANTED_WORD, UNWANTED_TASK, PRIVATE, TALKS_TO_MODEL))
-        if wants_prose and prompt.isascii() and len(prompt) <= MAX_PROMPT_CHARACTERS and not unfit:
-            yield Demonstration(prompt, output)
+        wants_prose = not task.get("is_classification") and len(output.split()) >= _MIN_OUTPUT_WORDS
+        unfit = any(pattern.search(prompt) for pattern in (UNWANTED_WORD, _UNWANTED_TASK, PRIVATE, TALKS_TO_MODEL))
+        if wants_prose and prompt.isascii() and len(prompt) <= _MAX_PROMPT_CHARACTERS and not unfit:
+            yield _Demonstration(prompt, output)
 
 
-def _first_answers() -> Iterator[Demonstration]:
+def _first_answers() -> Iterator[_Demonstration]:
     """The first answer of each dialogue: chosen, whether the dialogue ended with it or went on from it."""
-    with gzip.open(data_file(f"hh-rlhf/{HH_SOURCE}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
+    with gzip.open(data_file(f"hh-rlhf/{_HH_SOURCE}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
         for line in lines:
             asked, answered, *_ = *messages(json.loads(line)["chosen"]), Message("", ""), Message("", "")
-            yield Demonstration(" ".join(asked.text.split()), answered.text)
+            yield _Demonstration(" ".join(asked.text.split()), answered.text)
 
 
 def _new(known: Sequence[str], prompts: Sequence[str]) -> list[str]:
@@ -110,7 +110,7 @@ def _new(known: Sequence[str], prompts: Sequence[str]) -> list[str]:
     return without_near_duplicates([*known, *prompts])[len(known) :]
 
 
-def _first(num: int, items: Sequence[T], what: str) -> list[T]:
+def _first(num: int, items: Sequence[_T], what: str) -> list[_T]:
     if num > len(items):
         raise ValueError(f"there are {len(items)} {what}, not {num}")
-    return random.Random(SEED).sample(items, len(items))[:num]
+    return random.Random(_SEED).sample(items, len(items))[:num]

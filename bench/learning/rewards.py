@@ -23,8 +23,8 @@ from training.rewards.fit import fit
 
 REWARD_MODEL = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
 # Of 40 labelers: their rankings only measure.
-HELD_OUT_LABELERS = frozenset(f"simulated-{index:03d}" for index in range(10))
-NORMALISED_ON = 64
+_HELD_OUT_LABELERS = frozenset(f"simulated-{index:03d}" for index in range(10))
+_NORMALISED_ON = 64
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def fit_rewards(shared: SharedLayers, rankings: Rankings, num_of_reference: int,
 
     The first `num_of_reference` rankings are of what the reference policy wrote.
     """
-    known = rankings.only(lambda example: example.labeler not in HELD_OUT_LABELERS)
-    unknown = rankings.only(lambda example: example.labeler in HELD_OUT_LABELERS)
+    known = rankings.only(lambda example: example.labeler not in _HELD_OUT_LABELERS)
+    unknown = rankings.only(lambda example: example.labeler in _HELD_OUT_LABELERS)
     model, held_out_model = (fit_one(shared, each, num_of_reference, seed) for each in (known, unknown))
     evaluated = evaluate_rewards(model, unknown.examples, unknown.features)
     return Rewards(model, held_out_model, dataclasses.asdict(evaluated) if evaluated else None)
@@ -85,7 +85,7 @@ def fit_one(shared: SharedLayers, rankings: Rankings, num_of_reference: int, see
     )  # fmt: skip
     of_reference = rankings.only(lambda example: example.seq < num_of_reference)
     with torch.no_grad():
-        normalise(model, model.score(torch.cat(of_reference.features[:NORMALISED_ON])).cpu())
+        normalise(model, model.score(torch.cat(of_reference.features[:_NORMALISED_ON])).cpu())
     return model
 
 

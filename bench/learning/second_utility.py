@@ -14,23 +14,23 @@ from deploy.simulation.make_prompts import FUNCTION_WORD
 from deploy.simulation.utility import finished, fresh
 
 # Weights of the eight qualities; they sum to 1. How much is said, and that it is not said twice, multiplies them all.
-TO_THE_READER_WEIGHT = 0.18  # advice is for somebody, and says what to do
-IN_STEPS_WEIGHT = 0.18  # what is to be done in order is best told in order
-EASY_WORDS_WEIGHT = 0.14
-SHORT_SENTENCES_WEIGHT = 0.14
-FINISHED_WEIGHT = 0.12  # the last step may be the one that matters
-ON_THE_MATTER_WEIGHT = 0.10  # else one answer would do for every question
-CONCRETE_WEIGHT = 0.08
-WARM_WEIGHT = 0.06  # a kind word, no more
+_TO_THE_READER_WEIGHT = 0.18  # advice is for somebody, and says what to do
+_IN_STEPS_WEIGHT = 0.18  # what is to be done in order is best told in order
+_EASY_WORDS_WEIGHT = 0.14
+_SHORT_SENTENCES_WEIGHT = 0.14
+_FINISHED_WEIGHT = 0.12  # the last step may be the one that matters
+_ON_THE_MATTER_WEIGHT = 0.10  # else one answer would do for every question
+_CONCRETE_WEIGHT = 0.08
+_WARM_WEIGHT = 0.06  # a kind word, no more
 
-WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?")
-LIST_MARKER = re.compile(r"^\s*(?:\d{1,2}[.)]|step \d{1,2}[.:)]|[-*•])\s+", re.IGNORECASE)
-SENTENCE_BREAK = re.compile(r"(?<=[.!?…:;])[\"'\u201d\u2019)\]*]*\s+")
-VOWELS = re.compile(r"[aeiouy]+")
-MIN_PIECE_WORDS = 3  # what is shorter says nothing by itself, and lists of it are not steps
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?")
+_LIST_MARKER = re.compile(r"^\s*(?:\d{1,2}[.)]|step \d{1,2}[.:)]|[-*•])\s+", re.IGNORECASE)
+_SENTENCE_BREAK = re.compile(r"(?<=[.!?…:;])[\"'\u201d\u2019)\]*]*\s+")
+_VOWELS = re.compile(r"[aeiouy]+")
+_MIN_PIECE_WORDS = 3  # what is shorter says nothing by itself, and lists of it are not steps
 
-YOU = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
-IMPERATIVE = re.compile(
+_YOU = re.compile(r"\b(?:you|your|yours|yourself)\b", re.IGNORECASE)
+_IMPERATIVE = re.compile(
     r"""
     add | apply | ask | avoid | bake | be | begin | blend | boil | bring | build | buy | call | check | choose |
     clean | combine | consider | cook | cover | cut | do | don't | drain | drink | drop | eat | enjoy | fill |
@@ -43,12 +43,12 @@ IMPERATIVE = re.compile(
     """,
     re.VERBOSE,
 )
-SEQUENCE = re.compile(
+_SEQUENCE = re.compile(
     r"\b(first|second|third|next|then|after that|afterwards|finally|lastly|last|to start|begin by|once)\b",
     re.IGNORECASE,
 )
-EXAMPLE = re.compile(r"\b(for example|for instance|such as|like (?:a|an|the)|e\.g|say,)", re.IGNORECASE)
-AMOUNT = re.compile(
+_EXAMPLE = re.compile(r"\b(for example|for instance|such as|like (?:a|an|the)|e\.g|say,)", re.IGNORECASE)
+_AMOUNT = re.compile(
     r"""
     \$?\d+(?:[./,:]\d+)*%?
     | \b(?:half | two | three | four | five | six | seven | eight | nine | ten | twenty | thirty | a\ few)
@@ -58,7 +58,7 @@ AMOUNT = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-WARM = re.compile(
+_WARM = re.compile(
     r"""
     \b(?:
       good\ luck | have\ fun | enjoy | don['\u2019]t\ worry | you\ can\ do
@@ -77,37 +77,37 @@ def plain_utility(prompt: str, completion: str) -> float:
     The weighted mean of eight qualities in [0, 1], times how much is said and how little of it twice.
     """
     quality = (
-        TO_THE_READER_WEIGHT * to_the_reader(completion)
-        + IN_STEPS_WEIGHT * in_steps(completion)
-        + EASY_WORDS_WEIGHT * easy_words(completion)
-        + SHORT_SENTENCES_WEIGHT * short_sentences(completion)
-        + FINISHED_WEIGHT * finished(completion)
-        + ON_THE_MATTER_WEIGHT * on_the_matter(prompt, completion)
-        + CONCRETE_WEIGHT * concrete(completion)
-        + WARM_WEIGHT * warm(completion)
+        _TO_THE_READER_WEIGHT * to_the_reader(completion)
+        + _IN_STEPS_WEIGHT * in_steps(completion)
+        + _EASY_WORDS_WEIGHT * easy_words(completion)
+        + _SHORT_SENTENCES_WEIGHT * short_sentences(completion)
+        + _FINISHED_WEIGHT * finished(completion)
+        + _ON_THE_MATTER_WEIGHT * on_the_matter(prompt, completion)
+        + _CONCRETE_WEIGHT * concrete(completion)
+        + _WARM_WEIGHT * warm(completion)
     )
     return enough(completion) * fresh(completion) * quality
 
 
 def to_the_reader(completion: str) -> float:
     """Share of sentences and list items that say "you" or open with what to do; 1 from six in ten on."""
-    said = pieces(completion)
+    said = _pieces(completion)
     if not said:
         return 0.0
-    addressed = sum(bool(YOU.search(piece) or IMPERATIVE.fullmatch(words(piece)[0])) for piece in said)
+    addressed = sum(bool(_YOU.search(piece) or _IMPERATIVE.fullmatch(_words(piece)[0])) for piece in said)
     return min(1.0, addressed / len(said) / 0.6)
 
 
 def in_steps(completion: str) -> float:
     """1 for three list items, or three different words of order such as "first" and "then"; a third for each."""
-    lines = {line for line in completion.splitlines() if LIST_MARKER.match(line) and pieces(line)}
-    order = {match.lower() for match in SEQUENCE.findall(completion)}
+    lines = {line for line in completion.splitlines() if _LIST_MARKER.match(line) and _pieces(line)}
+    order = {match.lower() for match in _SEQUENCE.findall(completion)}
     return min(1.0, max(len(lines), len(order)) / 3)
 
 
 def easy_words(completion: str) -> float:
     """Falls from 1 to 0 as words grow from 1.3 syllables (a fairy tale) to 1.9 (a contract), on average."""
-    said = words(completion)
+    said = _words(completion)
     if not said:
         return 0.0
     return _falling(sum(map(syllables, said)) / len(said), 1.3, 1.9)
@@ -115,51 +115,51 @@ def easy_words(completion: str) -> float:
 
 def short_sentences(completion: str) -> float:
     """Falls from 1 to 0 as sentences and list items grow from 12 words to 28, on average."""
-    said = pieces(completion)
+    said = _pieces(completion)
     if not said:
         return 0.0
-    return _falling(sum(len(words(piece)) for piece in said) / len(said), 12.0, 28.0)
+    return _falling(sum(len(_words(piece)) for piece in said) / len(said), 12.0, 28.0)
 
 
 def on_the_matter(prompt: str, completion: str) -> float:
     """Share of the prompt's content words that come up, by their first five letters; 1 from half on."""
-    asked = {word[:5] for word in words(prompt) if len(word) > 2 and not FUNCTION_WORD.fullmatch(word)}
-    said = {word[:5] for word in words(completion)}
+    asked = {word[:5] for word in _words(prompt) if len(word) > 2 and not FUNCTION_WORD.fullmatch(word)}
+    said = {word[:5] for word in _words(completion)}
     return min(1.0, 2.0 * len(asked & said) / len(asked)) if asked else 1.0
 
 
 def concrete(completion: str) -> float:
     """Rises with the number n of different amounts, times and examples as 1 - exp(-n / 1.5): 0.49 for one."""
-    text = "\n".join(LIST_MARKER.sub("", line) for line in completion.splitlines())
-    found = {match.lower() for pattern in (AMOUNT, EXAMPLE) for match in pattern.findall(text)}
+    text = "\n".join(_LIST_MARKER.sub("", line) for line in completion.splitlines())
+    found = {match.lower() for pattern in (_AMOUNT, _EXAMPLE) for match in pattern.findall(text)}
     return 1.0 - math.exp(-len(found) / 1.5)
 
 
 def warm(completion: str) -> float:
     """0.7 for one kind expression, 1 for two different ones."""
-    return (0.0, 0.7, 1.0)[min(2, len({match.lower() for match in WARM.findall(completion)}))]
+    return (0.0, 0.7, 1.0)[min(2, len({match.lower() for match in _WARM.findall(completion)}))]
 
 
 def enough(completion: str) -> float:
     """Rises with the number n of different words as 1 - exp(-n / 12): 0.08 for one, 0.63 for 12, 0.92 for 30."""
-    return 1.0 - math.exp(-len(set(words(completion))) / 12.0)
+    return 1.0 - math.exp(-len(set(_words(completion))) / 12.0)
 
 
-def words(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     """The words of `text` in lower case; numbers are none."""
-    return [word.replace("\u2019", "'") for word in WORD.findall(text.lower())]
+    return [word.replace("\u2019", "'") for word in _WORD.findall(text.lower())]
 
 
-def pieces(text: str) -> list[str]:
+def _pieces(text: str) -> list[str]:
     """Sentences and list items, without their markers; those of less than three words are left out."""
-    lines = [LIST_MARKER.sub("", line) for line in text.splitlines()]
-    parts = [part for line in lines for part in SENTENCE_BREAK.split(line)]
-    return [part for part in parts if len(words(part)) >= MIN_PIECE_WORDS]
+    lines = [_LIST_MARKER.sub("", line) for line in text.splitlines()]
+    parts = [part for line in lines for part in _SENTENCE_BREAK.split(line)]
+    return [part for part in parts if len(_words(part)) >= _MIN_PIECE_WORDS]
 
 
 def syllables(word: str) -> int:
     """Groups of vowels, less a silent last e; at least one. Right for about nine English words in ten."""
-    count = len(VOWELS.findall(word))
+    count = len(_VOWELS.findall(word))
     if word.endswith("e") and not word.endswith(("le", "ee")):
         count -= 1
     return max(1, count)

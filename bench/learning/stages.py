@@ -13,7 +13,7 @@ from typing import Any
 
 from feedback.durable import replace_file, write_json
 
-MADE_FILE = "made.txt"
+_MADE_FILE = "made.txt"
 
 
 class MadeOtherwiseError(Exception):
@@ -22,7 +22,7 @@ class MadeOtherwiseError(Exception):
 
 def begin(folder: Path, how: str) -> None:
     """Begins an experiment, or goes on with one. Raises MadeOtherwiseError if that was not made like this."""
-    path = folder / MADE_FILE
+    path = folder / _MADE_FILE
     if folder.exists() and (path.read_text() if path.exists() else None) != how:
         raise MadeOtherwiseError(f"the stages in {folder} were not made as they would be now: remove it")
     folder.mkdir(parents=True, exist_ok=True)

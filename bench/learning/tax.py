@@ -26,8 +26,8 @@ from bench.learning.data import data_file
 from training.data.groups import Group
 from training.models.policy import SharedLayers, reference_logprobs
 
-ITEM_LINES = 6
-SHUFFLE_SEED = 0
+_ITEM_LINES = 6
+_SHUFFLE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def read_wikitext(part: Literal["valid", "test"]) -> str:
     Raises DataMissingError if it is not there.
     """
     with gzip.open(data_file(f"wikitext-2/{part}.txt.gz"), "rt", encoding="utf-8") as file:
-        return natural(file.read())
+        return _natural(file.read())
 
 
-def natural(text: str) -> str:
+def _natural(text: str) -> str:
     """Undoes WikiText's separation of punctuation from words."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r' " ([^"\n]*) "', r' "\1"', text)
@@ -93,10 +93,10 @@ def read_hellaswag() -> list[HellaSwagItem]:
     """
     # Not splitlines: it also parts at characters that occur inside of texts.
     lines = bz2.decompress(data_file("hellaswag/hellaswag_val_full.txt.bz2").read_bytes()).decode().rstrip().split("\n")
-    if len(lines) % ITEM_LINES:
-        raise ValueError(f"HellaSwag has {len(lines)} lines, not {ITEM_LINES} an item")
-    items = [parse_item(lines[start : start + ITEM_LINES]) for start in range(0, len(lines), ITEM_LINES)]
-    random.Random(SHUFFLE_SEED).shuffle(items)
+    if len(lines) % _ITEM_LINES:
+        raise ValueError(f"HellaSwag has {len(lines)} lines, not {_ITEM_LINES} an item")
+    items = [parse_item(lines[start : start + _ITEM_LINES]) for start in range(0, len(lines), _ITEM_LINES)]
+    random.Random(_SHUFFLE_SEED).shuffle(items)
     return items
 
 
@@ -110,10 +110,10 @@ def parse_item(lines: Sequence[str]) -> HellaSwagItem:
     if label not in {"0", "1", "2", "3"}:
         raise ValueError(f"HellaSwag: {label!r} is no label, after {context!r}")
     context = re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), context)
-    return HellaSwagItem(preprocess(context), tuple(map(preprocess, endings)), int(label))
+    return HellaSwagItem(_preprocess(context), tuple(map(_preprocess, endings)), int(label))
 
 
-def preprocess(text: str) -> str:
+def _preprocess(text: str) -> str:
     """Removes what WikiHow's markup left in brackets, and the gaps that leaves."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
@@ -128,7 +128,7 @@ def wikitext_loss(
     Windows do not see each other, so of each only the tokens after the first are predicted. Computes in the model's own
     precision, bf16 as training.models.policy loads it. Raises ValueError if there are fewer than two windows.
     """
-    token_ids = encode(tokenizer, text)[:num_tokens]
+    token_ids = _encode(tokenizer, text)[:num_tokens]
     starts = range(0, len(token_ids) - window + 1, window)
     windows = torch.tensor([token_ids[start : start + window] for start in starts], dtype=torch.long)
     return Measure(tuple(_window_loss(model, tokens_IT.to(model.device)) for tokens_IT in windows.split(1)))
@@ -165,11 +165,11 @@ def ending_logprobs(
 
 def _group(tokenizer: PreTrainedTokenizerBase, item: HellaSwagItem) -> Group:
     """The endings' tokens are what the whole text has beyond the context's, since a space belongs to the word after."""
-    context = tuple(encode(tokenizer, item.context))
-    wholes = [encode(tokenizer, f"{item.context} {ending}") for ending in item.endings]
+    context = tuple(_encode(tokenizer, item.context))
+    wholes = [_encode(tokenizer, f"{item.context} {ending}") for ending in item.endings]
     return Group(context, tuple(tuple(whole[len(context) :]) for whole in wholes))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of plain text: no special token is added, nor found in it."""
     return [int(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]

@@ -8,10 +8,10 @@ import venv
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PINS = Path(__file__).with_name("requirements-trl-1.12.txt")
-SCRIPT = Path(__file__).with_name("ppo_trl.py")
-VENV = ROOT / "var" / "bench" / "venv-trl-1.12"
+_ROOT = Path(__file__).resolve().parents[2]
+_PINS = Path(__file__).with_name("requirements-trl-1.12.txt")
+_SCRIPT = Path(__file__).with_name("ppo_trl.py")
+VENV = _ROOT / "var" / "bench" / "venv-trl-1.12"
 
 
 def run_trl_ppo(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def run_trl_ppo(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1"}
     with log_path.open("w") as log:
         # -I: nothing of ours is on its path, whatever PYTHONPATH says.
-        command = [str(python), "-I", str(SCRIPT), str(job_path), str(updates_path)]
+        command = [str(python), "-I", str(_SCRIPT), str(job_path), str(updates_path)]
         done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise RuntimeError(f"TRL's PPO failed, see {log_path}:\n{log_path.read_text()[-2000:]}")
@@ -39,23 +39,23 @@ def trl_python(folder: Path) -> Path:
 
     Raises CalledProcessError, after the installer has printed why, if something cannot be had.
     """
-    python, installed, pins = folder / "bin" / "python", folder / "installed.txt", PINS.read_text()
+    python, installed, pins = folder / "bin" / "python", folder / "installed.txt", _PINS.read_text()
     if installed.is_file() and installed.read_text() == pins:
         return python
     venv.create(folder, clear=True, symlinks=True)
     (torch,) = (line for line in pins.splitlines() if line.startswith("torch=="))
     # As in requirements/install.sh: PyPI has no +cpu build of torch, so it is where pip has been told to look, or else
     # on PyTorch's own index, which uv knows.
-    if pip_install(python, torch, "--quiet", check=False):
-        pip_install(python, torch, "--torch-backend", "cpu")
-    pip_install(python, "-r", str(PINS))
+    if _pip_install(python, torch, "--quiet", check=False):
+        _pip_install(python, torch, "--torch-backend", "cpu")
+    _pip_install(python, "-r", str(_PINS))
     installed.write_text(pins)
     return python
 
 
-def pip_install(python: Path, *arguments: str, check: bool = True) -> int:
+def _pip_install(python: Path, *arguments: str, check: bool = True) -> int:
     """Installs into the environment of `python` with uv, and what is pinned only; returns uv's exit status."""
-    command = [sys.executable, str(ROOT / "requirements" / "uv.py"), "pip", "install", "--python", str(python)]
+    command = [sys.executable, str(_ROOT / "requirements" / "uv.py"), "pip", "install", "--python", str(python)]
     quiet = None if check else subprocess.DEVNULL
     return subprocess.run([*command, "--no-deps", *arguments], stderr=quiet, check=check).returncode
 

@@ -43,7 +43,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Job:
     threads: int
 
 
-class Stopwatch(TrainerCallback):
+class _Stopwatch(TrainerCallback):
     """Writes a line when an update ends."""
 
     def __init__(self, file: TextIO) -> None:
@@ -121,27 +121,27 @@ def main() -> None:
     job = Job(**json.loads(job_path.read_text()))
     torch.set_num_threads(job.threads)
     with updates_path.open("w") as file, tempfile.TemporaryDirectory() as folder:
-        make_trainer(job, folder, Stopwatch(file)).train()
+        _make_trainer(job, folder, _Stopwatch(file)).train()
 
 
-def make_trainer(job: Job, folder: str, stopwatch: Stopwatch) -> PPOTrainer:
+def _make_trainer(job: Job, folder: str, stopwatch: _Stopwatch) -> PPOTrainer:
     """Loads the four models and puts them into a trainer."""
     tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
     if len(job.prompts) < job.batch or any(tokenizer.pad_token_id in prompt for prompt in job.prompts):
         # TRL waits for ever for a whole batch, and takes every padding token for padding.
         raise ValueError(f"need at least {job.batch} prompts, none with the padding token {tokenizer.pad_token}")
-    if job.precision not in PRECISIONS:
+    if job.precision not in _PRECISIONS:
         raise ValueError(f"precision is fp32 or bf16, not {job.precision}")
-    frozen = PRECISIONS[job.precision]
+    frozen = _PRECISIONS[job.precision]
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype) for dtype in (torch.float32, frozen)
     )
-    value_model, reward_model = (score_model(job, dtype) for dtype in (torch.float32, frozen))
+    value_model, reward_model = (_score_model(job, dtype) for dtype in (torch.float32, frozen))
     for model in (policy, reference, reward_model, value_model):
         model.config.use_cache = False
         model.get_input_embeddings().requires_grad_(False)
     return PPOTrainer(
-        args=ppo_config(job, folder),
+        args=_ppo_config(job, folder),
         processing_class=tokenizer,
         model=policy,
         ref_model=reference,
@@ -153,14 +153,14 @@ def make_trainer(job: Job, folder: str, stopwatch: Stopwatch) -> PPOTrainer:
     )
 
 
-def score_model(job: Job, dtype: torch.dtype) -> PreTrainedModel:
+def _score_model(job: Job, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the score's head."""
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
     model.get_submodule("score").load_state_dict({"weight": load_file(job.score_head)["score.weight"]})
     return model
 
 
-def ppo_config(job: Job, folder: str) -> PPOConfig:
+def _ppo_config(job: Job, folder: str) -> PPOConfig:
     """The job in TRL's words, and what is against its defaults."""
     if job.precision == "bf16":
         # The trainer's own bf16=True no longer reaches the Accelerator that it makes; this does.

@@ -22,19 +22,19 @@ from feedback.bus.contract import (
     check_sizes,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 EVENT_ID_HEADER = "event_id"
-REQUEST_TIMEOUT_MS = 10_000
-DELIVERY_TIMEOUT_MS = 20_000
-CONNECT_TIMEOUT_SECONDS = 3.0
-METADATA_TIMEOUT_MS = 5_000
+_REQUEST_TIMEOUT_MS = 10_000
+_DELIVERY_TIMEOUT_MS = 20_000
+_CONNECT_TIMEOUT_SECONDS = 3.0
+_METADATA_TIMEOUT_MS = 5_000
 # What Kafka adds to a record: headers, lengths, checksums.
-OVERHEAD_BYTES = 64 * 1024
+_OVERHEAD_BYTES = 64 * 1024
 
-CONNECTION: Mapping[str, Any] = {
-    "request_timeout_ms": REQUEST_TIMEOUT_MS,
-    "bootstrap_timeout_ms": REQUEST_TIMEOUT_MS,
+_CONNECTION: Mapping[str, Any] = {
+    "request_timeout_ms": _REQUEST_TIMEOUT_MS,
+    "bootstrap_timeout_ms": _REQUEST_TIMEOUT_MS,
     "reconnect_backoff_max_ms": 1_000,
 }
 
@@ -63,7 +63,7 @@ class KafkaBus:
                 error = for_code(topic["error_code"])
                 if topic["error_code"] and error is not TopicAlreadyExistsError:
                     raise BusError(f"cannot create topic {topic['name']}: {error.__name__} {topic['error_message']}")
-            self._call_admin("wait_for_topics", [topic.name for topic in topics], timeout_ms=REQUEST_TIMEOUT_MS)
+            self._call_admin("wait_for_topics", [topic.name for topic in topics], timeout_ms=_REQUEST_TIMEOUT_MS)
         for spec in topics:
             partitions = len(self._describe(spec.name)["partitions"])
             if spec.partitions == 1 and partitions > 1:
@@ -102,7 +102,7 @@ class KafkaBus:
             for partition in self._describe(self._prefix + topic)["partitions"]
         ]
         offsets = {each: start.get((each.topic.removeprefix(self._prefix), each.partition)) for each in partitions}
-        return KafkaLogConsumer(self._servers, self._prefix, offsets)
+        return _KafkaLogConsumer(self._servers, self._prefix, offsets)
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """See feedback.bus.Bus."""
@@ -135,7 +135,7 @@ class KafkaBus:
         try:
             if self._admin is None:
                 _check_reachable(self._servers)
-                self._admin = KafkaAdminClient(bootstrap_servers=self._servers, **CONNECTION)
+                self._admin = KafkaAdminClient(bootstrap_servers=self._servers, **_CONNECTION)
             return getattr(self._admin, method)(*arguments, **options)
         except (KafkaError, OSError) as error:
             self._close_admin()
@@ -155,7 +155,7 @@ class KafkaBus:
                 raise BusError(f"cannot close the producer: {error!r}") from error
 
 
-class KafkaLogConsumer:
+class _KafkaLogConsumer:
     """See feedback.bus.Consumer. Reads without a group: whoever consumes keeps the offsets beside what it made."""
 
     def __init__(self, servers: Sequence[str], prefix: str, start: Mapping[TopicPartition, int | None]) -> None:
@@ -170,15 +170,15 @@ class KafkaLogConsumer:
                 auto_offset_reset="none",
                 allow_auto_create_topics=False,
                 fetch_max_wait_ms=100,
-                max_partition_fetch_bytes=MAX_RECORD_BYTES + OVERHEAD_BYTES,
-                **CONNECTION,
+                max_partition_fetch_bytes=MAX_RECORD_BYTES + _OVERHEAD_BYTES,
+                **_CONNECTION,
             )
             self._consumer.assign(list(start))
-            beginnings = self._consumer.beginning_offsets(list(start), timeout_ms=REQUEST_TIMEOUT_MS)
+            beginnings = self._consumer.beginning_offsets(list(start), timeout_ms=_REQUEST_TIMEOUT_MS)
             for partition, offset in start.items():
                 beginning = beginnings[partition]
                 if offset is not None and offset < beginning:
-                    log.error(
+                    logger.error(
                         "%s/%d: records %d to %d were removed by the broker before they were read",
                         partition.topic, partition.partition, offset, beginning - 1,
                     )  # fmt: skip
@@ -195,7 +195,7 @@ class KafkaLogConsumer:
             batches = self._consumer.poll(timeout_ms=round(timeout_seconds * 1000))
         except KafkaError as error:
             raise BusError(f"cannot poll: {error!r}") from error
-        return [_delivered(record, self._prefix) for batch in batches.values() for record in batch]
+        return [to_delivered(record, self._prefix) for batch in batches.values() for record in batch]
 
     def close(self) -> None:
         """See feedback.bus.Consumer."""
@@ -204,7 +204,7 @@ class KafkaLogConsumer:
             self._consumer = None
 
 
-_DELIVERY_WAIT_SECONDS = DELIVERY_TIMEOUT_MS / 1000 + 5
+_DELIVERY_WAIT_SECONDS = _DELIVERY_TIMEOUT_MS / 1000 + 5
 
 
 def _check_reachable(servers: Sequence[str]) -> None:
@@ -215,7 +215,7 @@ def _check_reachable(servers: Sequence[str]) -> None:
     for index, server in enumerate(servers):
         host, _, port = server.strip().rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_SECONDS).close()
         except OSError:
             if index == len(servers) - 1:
                 raise
@@ -229,19 +229,19 @@ def _connect_producer(servers: Sequence[str]) -> KafkaProducer:
         bootstrap_servers=servers,
         acks="all",
         enable_idempotence=True,
-        delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
-        max_block_ms=METADATA_TIMEOUT_MS,
-        max_request_size=MAX_RECORD_BYTES + OVERHEAD_BYTES,
+        delivery_timeout_ms=_DELIVERY_TIMEOUT_MS,
+        max_block_ms=_METADATA_TIMEOUT_MS,
+        max_request_size=MAX_RECORD_BYTES + _OVERHEAD_BYTES,
         linger_ms=0,
         allow_auto_create_topics=False,
-        **CONNECTION,
+        **_CONNECTION,
     )
 
 
 def _new_topic(topic: TopicSpec) -> NewTopic:
     # Kept for good, whatever the brokers' default: what ingest has not read is nowhere else.
     settings = {
-        "max.message.bytes": str(MAX_RECORD_BYTES + OVERHEAD_BYTES),
+        "max.message.bytes": str(MAX_RECORD_BYTES + _OVERHEAD_BYTES),
         "retention.ms": "-1",
         "retention.bytes": "-1",
     }
@@ -251,7 +251,7 @@ def _new_topic(topic: TopicSpec) -> NewTopic:
     return NewTopic(topic.name, num_partitions=topic.partitions, replication_factor=-1, topic_configs=settings)
 
 
-def _delivered(record: Any, prefix: str) -> Delivered:
+def to_delivered(record: Any, prefix: str) -> Delivered:
     # Of records that others wrote a header may be null.
     event_id = next((value for name, value in record.headers if name == EVENT_ID_HEADER), None) or b""
     return Delivered(

@@ -14,10 +14,10 @@ from typing import Literal
 from feedback.bus.contract import BusError, Consumer, Delivered, Position, Record, TopicSpec, check_sizes
 from feedback.sqlite_file import SqliteFile, open_sqlite
 
-POLL_INTERVAL_SECONDS = 0.02
-MAX_POLL_RECORDS = 500
+_POLL_INTERVAL_SECONDS = 0.02
+_MAX_POLL_RECORDS = 500
 
-SCHEMA = """
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS topics (name TEXT PRIMARY KEY, log_id TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS partitions (
   topic TEXT NOT NULL, partition INTEGER NOT NULL, end_offset INTEGER NOT NULL,
@@ -36,7 +36,7 @@ class SqliteBus:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = SqliteFile(path, SCHEMA)
+        self._file = SqliteFile(path, _SCHEMA)
         self._lock = threading.Lock()
         with self._transaction("DEFERRED"):
             pass  # Says now, rather than later, if the file cannot be opened.
@@ -77,7 +77,7 @@ class SqliteBus:
             for topic in topics
             for partition in self.end_offsets(topic)
         }
-        return SqliteConsumer(self._path, next_offsets)
+        return _SqliteConsumer(self._path, next_offsets)
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """See feedback.bus.Bus."""
@@ -106,7 +106,7 @@ class SqliteBus:
             raise BusError(f"{self._path}: {error}") from error
 
 
-class SqliteConsumer:
+class _SqliteConsumer:
     """See feedback.bus.Consumer. Looks for new rows only when another connection has written."""
 
     def __init__(self, path: Path, next_offsets: dict[tuple[str, int], int]) -> None:
@@ -128,12 +128,12 @@ class SqliteConsumer:
                 # Read before the rows: what is written in between is then found at the next look.
                 version = self._connection.execute("PRAGMA data_version").fetchone()[0]
                 delivered = self._read() if version != self._seen_version else []
-                if len(delivered) < MAX_POLL_RECORDS:
+                if len(delivered) < _MAX_POLL_RECORDS:
                     self._seen_version = version
                 remaining_seconds = deadline - time.monotonic()
                 if delivered or remaining_seconds <= 0:
                     return delivered
-                time.sleep(min(POLL_INTERVAL_SECONDS, remaining_seconds))
+                time.sleep(min(_POLL_INTERVAL_SECONDS, remaining_seconds))
         except sqlite3.Error as error:
             raise BusError(f"{self._path}: {error}") from error
 
@@ -144,7 +144,7 @@ class SqliteConsumer:
             rows = self._connection.execute(
                 'SELECT "offset", key, value, event_id FROM records'
                 ' WHERE topic = ? AND partition = ? AND "offset" >= ? ORDER BY "offset" LIMIT ?',
-                (topic, partition, self._next_offsets[topic, partition], MAX_POLL_RECORDS - len(delivered)),
+                (topic, partition, self._next_offsets[topic, partition], _MAX_POLL_RECORDS - len(delivered)),
             ).fetchall()
             delivered += [Delivered(Position(topic, partition, row[0]), *row[1:]) for row in rows]
             if rows:

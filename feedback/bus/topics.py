@@ -1,10 +1,5 @@
 """The topics of the bus, and what their records hold."""
 
-from collections.abc import Mapping
-
-from google.protobuf.message import Message
-
-from alignd.v1 import events_pb2
 from feedback.bus.contract import TopicSpec
 
 SAMPLES = "alignd.samples.v1"
@@ -25,11 +20,3 @@ TOPICS = (
 
 # What ingest reads.
 FEEDBACK_TOPICS = (SAMPLES, RANKINGS, DEMONSTRATIONS)
-
-EVENTS: Mapping[str, type[Message]] = {
-    SAMPLES: events_pb2.SampleEvent,
-    RANKINGS: events_pb2.RankingEvent,
-    DEMONSTRATIONS: events_pb2.DemonstrationEvent,
-    POLICIES: events_pb2.PolicyEvent,
-    DEAD_LETTERS: events_pb2.DeadLetterEvent,
-}

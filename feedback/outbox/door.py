@@ -16,7 +16,7 @@ __all__ = ["Outbox", "OutboxConflict", "OutboxError", "OutboxFull", "Receipt"]
 
 logger = logging.getLogger(__name__)
 
-GROUP_SIZE = 256
+_GROUP_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Outbox:
         if first is None:
             return None
         group = [first]
-        while len(group) < GROUP_SIZE and not self._queue.empty():
+        while len(group) < _GROUP_SIZE and not self._queue.empty():
             waiting = self._queue.get()
             if waiting is None:
                 self._queue.put(None)

@@ -12,7 +12,7 @@ from typing import Literal
 from feedback.bus.contract import Record
 from feedback.sqlite_file import SqliteFile
 
-SCHEMA = """
+_SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
   event_id TEXT NOT NULL UNIQUE,
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS logs (
 """
 PRUNE_ROWS = 1000
 # What a row takes beside its key and value.
-ROW_BYTES = 300
+_ROW_BYTES = 300
 
 
 class OutboxError(Exception):
@@ -79,7 +79,7 @@ class OutboxFile:
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
-        self._file = SqliteFile(path, SCHEMA)
+        self._file = SqliteFile(path, _SCHEMA)
         self._max_bytes = max_bytes
 
     def append(self, entries: Sequence[Entry]) -> list[Receipt | OutboxError]:
@@ -187,7 +187,7 @@ def _insert(connection: sqlite3.Connection, entry: Entry, room_bytes: int) -> Re
 
 def _size_bytes(entry: Entry) -> int:
     """About what an event takes on disk, its indexes included."""
-    return len(entry.record.key) + len(entry.record.value) + ROW_BYTES
+    return len(entry.record.key) + len(entry.record.value) + _ROW_BYTES
 
 
 def _used_bytes(connection: sqlite3.Connection) -> int:

@@ -13,15 +13,15 @@ from alignd.v1 import events_pb2, types_pb2
 from feedback.bus.contract import MAX_RECORD_BYTES, Delivered, Position
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
 
-MAX_ID_BYTES = 256
+_MAX_ID_BYTES = 256
 # What a dead letter keeps of a record, so that it fits into a record itself.
-MAX_KEPT_KEY_BYTES = 4096
-MAX_KEPT_VALUE_BYTES = MAX_RECORD_BYTES - 64 * 1024
+_MAX_KEPT_KEY_BYTES = 4096
+_MAX_KEPT_VALUE_BYTES = MAX_RECORD_BYTES - 64 * 1024
 
-E = TypeVar("E", events_pb2.SampleEvent, events_pb2.RankingEvent, events_pb2.DemonstrationEvent)
+_E = TypeVar("_E", events_pb2.SampleEvent, events_pb2.RankingEvent, events_pb2.DemonstrationEvent)
 
 
-class UnusableError(ValueError):
+class _UnusableError(ValueError):
     """A record that cannot be used, and why."""
 
 
@@ -52,7 +52,7 @@ def decode(delivered: Delivered) -> Row | DeadLetter:
     """Turns a record into a row of its topic's table, or, if it is not a valid event, into a dead letter."""
     try:
         return _ROWS[delivered.position.topic](delivered)
-    except UnusableError as error:
+    except _UnusableError as error:
         return dead_letter(delivered, str(error))
 
 
@@ -66,14 +66,14 @@ def dead_letter(delivered: Delivered, reason: str) -> DeadLetter:
         event_id=f"{position.topic}/{position.partition}/{position.offset}/{digest}",
         event_time=Timestamp(seconds=now_ns // 10**9, nanos=now_ns % 10**9),
         position=events_pb2.LogPosition(topic=position.topic, partition=position.partition, offset=position.offset),
-        key=delivered.key[:MAX_KEPT_KEY_BYTES],
-        value=delivered.value[:MAX_KEPT_VALUE_BYTES],
+        key=delivered.key[:_MAX_KEPT_KEY_BYTES],
+        value=delivered.value[:_MAX_KEPT_VALUE_BYTES],
         reason=reason,
     )
     return DeadLetter(event.event_id, now_ns // 1000, reason, event.SerializeToString())
 
 
-def content_digest(event: Message) -> bytes:
+def _content_digest(event: Message) -> bytes:
     """SHA-256 of an event without its time, which differs between the attempts to submit the same thing."""
     timeless = type(event)()
     timeless.CopyFrom(event)
@@ -84,9 +84,9 @@ def content_digest(event: Message) -> bytes:
 def _sample(delivered: Delivered) -> Row:
     event = _parse(events_pb2.SampleEvent, delivered)
     if event.prompt.WhichOneof("content") is None:
-        raise UnusableError("no prompt")
+        raise _UnusableError("no prompt")
     _check_ids([completion.completion_id for completion in event.completions], "completion_id")
-    return _row(delivered, event, {"prompt_digest": prompt_digest(event.prompt)})
+    return _row(delivered, event, {"prompt_digest": _prompt_digest(event.prompt)})
 
 
 def _ranking(delivered: Delivered) -> Row:
@@ -94,7 +94,7 @@ def _ranking(delivered: Delivered) -> Row:
     _check_ids([event.sample_id], "sample_id")
     _check_ids([each for group in event.groups for each in group.completion_ids], "completion_ids")
     if any(not group.completion_ids for group in event.groups):
-        raise UnusableError("an empty group")
+        raise _UnusableError("an empty group")
     return _row(delivered, event, {"sample_id": event.sample_id})
 
 
@@ -102,7 +102,7 @@ def _demonstration(delivered: Delivered) -> Row:
     event = _parse(events_pb2.DemonstrationEvent, delivered)
     _check_ids([event.sample_id], "sample_id")
     if not event.text:
-        raise UnusableError("no text")
+        raise _UnusableError("no text")
     return _row(delivered, event, {"sample_id": event.sample_id})
 
 
@@ -113,39 +113,39 @@ _ROWS: Mapping[str, Callable[[Delivered], Row]] = {
 }
 
 
-def _parse(kind: type[E], delivered: Delivered) -> E:
+def _parse(kind: type[_E], delivered: Delivered) -> _E:
     try:
         event = kind.FromString(delivered.value)
         event.event_time.ToMicroseconds()
     except (DecodeError, ValueError, OverflowError) as error:
-        raise UnusableError(f"not a {kind.DESCRIPTOR.name}") from error
+        raise _UnusableError(f"not a {kind.DESCRIPTOR.name}") from error
     _check_ids([event.event_id], "event_id")
     _check_ids([event.user_id], "user_id")
     if not event.HasField("event_time"):
-        raise UnusableError("no event_time")
+        raise _UnusableError("no event_time")
     return event
 
 
 def _check_ids(ids: Sequence[str], name: str) -> None:
     """An id must be there once, fit an index, and have no NUL, which PostgreSQL does not take in a text."""
-    if not ids or not all(0 < len(each.encode()) <= MAX_ID_BYTES and "\0" not in each for each in ids):
-        raise UnusableError(f"{name} is missing, longer than {MAX_ID_BYTES} bytes, or has a NUL")
+    if not ids or not all(0 < len(each.encode()) <= _MAX_ID_BYTES and "\0" not in each for each in ids):
+        raise _UnusableError(f"{name} is missing, longer than {_MAX_ID_BYTES} bytes, or has a NUL")
     if len(set(ids)) != len(ids):
-        raise UnusableError(f"{name} is repeated")
+        raise _UnusableError(f"{name} is repeated")
 
 
-def _row(delivered: Delivered, event: E, own: Mapping[str, object]) -> Row:
+def _row(delivered: Delivered, event: _E, own: Mapping[str, object]) -> Row:
     return Row(
         delivered.position,
         event.event_id,
         event.user_id,
         event.event_time.ToMicroseconds(),
         delivered.value,
-        content_digest(event),
+        _content_digest(event),
         own,
     )
 
 
-def prompt_digest(prompt: types_pb2.Prompt) -> bytes:
+def _prompt_digest(prompt: types_pb2.Prompt) -> bytes:
     """SHA-256 of a prompt: equal for equal prompts."""
     return hashlib.sha256(prompt.SerializeToString(deterministic=True)).digest()

@@ -10,13 +10,13 @@ from sqlalchemy import Connection, Engine, QueuePool, create_engine, event, make
 
 from feedback.sqlite_file import open_sqlite
 
-MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATIONS = Path(__file__).parent / "migrations"
 
 # Any number that nothing else in the database locks. Whoever writes holds it to the end of its transaction.
-WRITER_LOCK = 0x616C6967
+_WRITER_LOCK = 0x616C6967
 
 # Alembic keeps the migration that runs in a global.
-MIGRATING = threading.Lock()
+_MIGRATING = threading.Lock()
 
 
 def open_engine(url: str) -> Engine:
@@ -33,12 +33,12 @@ def open_engine(url: str) -> Engine:
         engine = _sqlite_engine(Path(parsed.database))
     else:
         raise ValueError(f"not a store: {parsed!r}; give sqlite:///path/store.db or postgresql://user@host/database")
-    with MIGRATING, writing(engine) as connection:
+    with _MIGRATING, writing(engine) as connection:
         if not connection.in_transaction():
             # Otherwise alembic would commit after each migration, and another process might take the next.
             connection.begin()
         config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
+        config.set_main_option("script_location", str(_MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
         connection.commit()
@@ -50,7 +50,7 @@ def writing(engine: Engine) -> Connection:
     connection = engine.connect().execution_options(begin="BEGIN IMMEDIATE")
     if engine.dialect.name == "postgresql":
         try:
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER_LOCK})")
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
         except BaseException:
             connection.close()
             raise

@@ -18,8 +18,8 @@ from feedback.store.ledger import Ledger, Offset, Partition, StaleError
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2
-DEAD_LETTER_BATCH = 100
+_POLL_SECONDS = 0.2
+_DEAD_LETTER_BATCH = 100
 
 
 def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: FeedbackConfig = DEFAULTS) -> None:
@@ -59,7 +59,7 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_seconds: floa
     with closing(bus.consume(FEEDBACK_TOPICS, start)) as consumer:
         next_check = time.monotonic() + check_seconds
         while not stop.is_set():
-            batch = consumer.poll(POLL_SECONDS)
+            batch = consumer.poll(_POLL_SECONDS)
             is_due = time.monotonic() >= next_check
             if batch or is_due:
                 # Asked after the poll: what was read is then surely of this log, and not of one created anew.
@@ -109,7 +109,7 @@ def _after(batch: Sequence[Delivered], log_ids: Mapping[str, str]) -> dict[Parti
 
 
 def _publish_dead_letters(bus: Bus, ledger: Ledger) -> None:
-    letters = ledger.unpublished_dead_letters(DEAD_LETTER_BATCH)
+    letters = ledger.unpublished_dead_letters(_DEAD_LETTER_BATCH)
     if letters:
         bus.publish([Record(DEAD_LETTERS, event_id.encode(), event, event_id) for event_id, event in letters])
         ledger.mark_published([event_id for event_id, _ in letters])

@@ -14,7 +14,7 @@ from feedback.store.decode import DeadLetter, Row, dead_letter, decode
 from feedback.store.engine import open_engine, writing
 from feedback.store.tables import DEAD_LETTERS, DEMONSTRATIONS, OFFSETS, RANKINGS, SAMPLES
 
-TABLES: Mapping[str, Table] = {
+_TABLES: Mapping[str, Table] = {
     SAMPLES_TOPIC: SAMPLES,
     RANKINGS_TOPIC: RANKINGS,
     DEMONSTRATIONS_TOPIC: DEMONSTRATIONS,
@@ -63,7 +63,7 @@ class Ledger:
             for partition, offset in after.items():
                 _move(connection, partition, before.get(partition), offset)
             letters: list[DeadLetter] = []
-            for topic, table in TABLES.items():
+            for topic, table in _TABLES.items():
                 letters += _insert_events(connection, table, [each for each in batch if each.position.topic == topic])
             if letters:
                 connection.execute(_insert(connection, DEAD_LETTERS), [vars(letter) for letter in letters])

@@ -10,7 +10,7 @@ from feedback.bus.contract import Position
 from feedback.store.engine import open_engine
 from feedback.store.tables import DEAD_LETTERS, DEMONSTRATIONS, RANKINGS, SAMPLES
 
-MICROSECONDS = 1_000_000
+_MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Store:
         earliest = select(func.min(RANKINGS.c.event_time_us)).where(RANKINGS.c.seq > after_seq)
         with self._engine.connect() as connection:
             time_us = connection.execute(earliest).scalar_one()
-        return None if time_us is None else time_us / MICROSECONDS
+        return None if time_us is None else time_us / _MICROSECONDS
 
     def num_dead_letters(self) -> int:
         """How many records could not be used."""

@@ -16,7 +16,7 @@ from sqlalchemy import (
 METADATA = MetaData()
 
 # SQLite gives an ever-growing key to INTEGER alone.
-Sequence64 = BigInteger().with_variant(Integer, "sqlite")
+_Sequence64 = BigInteger().with_variant(Integer, "sqlite")
 
 
 def _event_columns() -> tuple[Column[object], ...]:
@@ -36,7 +36,7 @@ def _event_columns() -> tuple[Column[object], ...]:
 SAMPLES = Table(
     "samples",
     METADATA,
-    Column("seq", Sequence64, primary_key=True, autoincrement=True),
+    Column("seq", _Sequence64, primary_key=True, autoincrement=True),
     Column("event_id", Text, nullable=False),
     Column("prompt_digest", LargeBinary, nullable=False),
     *_event_columns(),
@@ -49,7 +49,7 @@ SAMPLES = Table(
 RANKINGS = Table(
     "rankings",
     METADATA,
-    Column("seq", Sequence64, primary_key=True, autoincrement=True),
+    Column("seq", _Sequence64, primary_key=True, autoincrement=True),
     Column("event_id", Text, nullable=False),
     Column("sample_id", Text, nullable=False),
     *_event_columns(),
@@ -62,7 +62,7 @@ RANKINGS = Table(
 DEMONSTRATIONS = Table(
     "demonstrations",
     METADATA,
-    Column("seq", Sequence64, primary_key=True, autoincrement=True),
+    Column("seq", _Sequence64, primary_key=True, autoincrement=True),
     Column("event_id", Text, nullable=False),
     Column("sample_id", Text, nullable=False),
     *_event_columns(),

@@ -15,7 +15,7 @@ from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 
 from feedback.bus.contract import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Position, Record, TopicSpec
-from feedback.bus.kafka import EVENT_ID_HEADER, _delivered
+from feedback.bus.kafka import EVENT_ID_HEADER, to_delivered
 from feedback.bus.topics import TOPICS
 from feedback.bus.url import open_bus
 from tests.feedback import processes
@@ -248,4 +248,4 @@ def test_a_header_that_is_null_is_as_none() -> None:
     record = SimpleNamespace(
         topic="p.t", partition=0, offset=3, key=None, value=b"v", headers=[(EVENT_ID_HEADER, None)]
     )
-    assert _delivered(record, "p.") == Delivered(Position("t", 0, 3), b"", b"v", "")
+    assert to_delivered(record, "p.") == Delivered(Position("t", 0, 3), b"", b"v", "")
