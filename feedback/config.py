@@ -1,4 +1,4 @@
-"""What can be set about the feedback path: tokens, outbox, relay and ingest."""
+"""Settings of the feedback path: tokens, outbox, relay and ingest."""
 
 from typing import Self
 

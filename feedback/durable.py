@@ -7,19 +7,31 @@ from pathlib import Path
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replaces a file by this text, at once or not at all. Raises OSError, such as for a full disk."""
+    """Replaces a file by this text, either completely or not at all.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
     replace_file_by(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replaces a file by this value as JSON, at once or not at all. Raises OSError."""
+    """Replaces a file by this value as JSON, either completely or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def replace_file_by(path: Path, write: Callable[[Path], object]) -> None:
-    """Replaces a file by what `write` puts into the draft it is given, at once or not at all.
+    """Replaces a file by what `write` puts into the draft it is given, either completely or not at all.
 
-    One writer at a time for each path. Raises OSError, and what `write` raises; then the file is as it was.
+    Only one writer at a time may replace a path. If `write` raises, its error is passed on and the file stays as it
+    was.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     draft = path.with_name(f"{path.name}.tmp")
     try:
@@ -32,14 +44,22 @@ def replace_file_by(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Makes durable all that is in this folder. Raises OSError."""
+    """Makes a folder and everything in it durable.
+
+    Raises:
+        OSError: something in it cannot be read, or the disk fails.
+    """
     for each in folder.rglob("*"):
         fsync(each)
     fsync(folder)
 
 
 def fsync(path: Path) -> None:
-    """Makes durable what a file holds, or of a folder which names its files have. Raises OSError."""
+    """Makes durable the contents of a file, or the names of the files in a folder.
+
+    Raises:
+        OSError: the path cannot be opened, or the disk fails.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Keeps a process working while what it stands on fails: tries again, later each time, and reports only the first."""
+"""Keeps a process running while what it depends on fails: retries, later each time, and reports only the first failure."""
 
 import math
 import random
@@ -13,19 +13,19 @@ def keep_running(
     work: Callable[[Callable[[], None]], None],
     stop: threading.Event,
     *,
-    passing: tuple[type[Exception], ...],
+    transient: tuple[type[Exception], ...],
     max_wait_seconds: float,
     report: Callable[[Exception], None],
 ) -> None:
-    """Calls `work` again and again until `stop` is set, however often it raises one of `passing`.
+    """Calls `work` until `stop` is set, and again each time that it raises one of `transient`.
 
     Args:
-        work: works until `stop` is set. It calls the function it is given once all that it needs is there.
-        stop: ends this, also while it waits.
-        passing: errors after which it may go better. Any other ends this.
-        max_wait_seconds: the longest wait before the next attempt; an attempt that worked for longer makes the next
-            failure a first one again.
-        report: hears of the first failure in a row.
+        work: works until `stop` is set. It calls the function it is given once everything it needs is up.
+        stop: ends the loop, also while it waits.
+        transient: errors after which another attempt may succeed. Any other error is passed on.
+        max_wait_seconds: the longest wait before the next attempt. When an attempt was up for longer than this, its
+            failure counts as a first one again.
+        report: is called with the first failure in a row.
     """
     failures = 0
     while not stop.is_set():
@@ -36,7 +36,7 @@ def keep_running(
 
         try:
             work(is_up)
-        except passing as error:
+        except transient as error:
             failures = 1 if time.monotonic() - up_since[0] > max_wait_seconds else failures + 1
             if failures == 1:
                 report(error)
@@ -44,5 +44,5 @@ def keep_running(
 
 
 def backoff_seconds(failures: int, max_wait_seconds: float) -> float:
-    """Returns how long to wait after so many failures in a row: doubling, with jitter so that replicas spread."""
+    """Returns how long to wait after this many failures in a row. Doubles each time; random, so that replicas spread."""
     return min(max_wait_seconds, _FIRST_WAIT_SECONDS * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)

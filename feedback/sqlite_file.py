@@ -13,7 +13,7 @@ _BUSY_TIMEOUT_SECONDS = 30.0
 
 
 class SqliteFile:
-    """A file with a schema, opened when first needed, and anew after an error. For one thread at a time."""
+    """A file with a schema. It is opened on first use, and again after an error. For one thread at a time."""
 
     def __init__(self, path: Path, schema: str) -> None:
         self._path = path
@@ -22,20 +22,25 @@ class SqliteFile:
 
     @contextmanager
     def transaction(self, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """One transaction, taken back if its block raises. DEFERRED is for reading. Raises sqlite3.Error, OSError."""
+        """Opens a transaction, which is rolled back if its block raises. DEFERRED is for reading.
+
+        Raises:
+            sqlite3.Error: SQLite failed, or another process held the lock for too long.
+            OSError: the file's folder cannot be created.
+        """
         try:
             connection = self._open()
             connection.execute(f"BEGIN {kind}")
             yield connection
             connection.execute("COMMIT")
         except BaseException:
-            # Closing takes the transaction back. What a failed commit left behind in a connection is not to be
-            # trusted: the kernel may drop the pages that a failed fsync should have written.
+            # Closing rolls the transaction back. After a failed commit a connection cannot be trusted: the kernel may
+            # drop the pages that the failed fsync should have written.
             self.close()
             raise
 
     def close(self) -> None:
-        """Gives up the connection. Harmless when repeated."""
+        """Closes the connection. Safe to call twice."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -49,9 +54,13 @@ class SqliteFile:
 
 
 def open_sqlite(path: Path) -> sqlite3.Connection:
-    """Opens or creates the file, in WAL mode with an fsync at each commit. Transactions are begun by hand.
+    """Opens or creates the file, in WAL mode with an fsync at each commit. The caller begins transactions itself.
 
-    The connection may be handed from thread to thread, but not be used by two at once. Raises sqlite3.Error, OSError.
+    The connection may be handed from thread to thread, but two threads must not use it at once.
+
+    Raises:
+        sqlite3.Error: the file is not a database, or cannot be opened.
+        OSError: its folder cannot be created.
     """
     is_new = not path.exists()
     if is_new:
@@ -69,7 +78,7 @@ def open_sqlite(path: Path) -> sqlite3.Connection:
 
 
 def _enter_wal(connection: sqlite3.Connection) -> None:
-    """Turns on WAL. SQLite does not wait for its busy timeout here, so processes that start at once would collide."""
+    """Turns on WAL mode, and waits while another process does: SQLite does not apply its busy timeout here."""
     deadline = time.monotonic() + _BUSY_TIMEOUT_SECONDS
     mode = ""
     while mode != "wal":

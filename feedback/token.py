@@ -1,4 +1,4 @@
-"""Feedback tokens: signed proof of what was shown to whom, so that any replica can take a ranking alone."""
+"""Feedback tokens: signed proof of what was shown to whom, so that any replica can accept a ranking by itself."""
 
 import base64
 import hashlib
@@ -32,7 +32,7 @@ class TokenReason(Enum):
 
 
 class TokenError(Exception):
-    """A token was refused. Never holds the token."""
+    """A token was refused. The error never contains the token."""
 
     def __init__(self, reason: TokenReason) -> None:
         super().__init__(f"the feedback token is {reason.value}")
@@ -40,12 +40,12 @@ class TokenError(Exception):
 
 
 class KeyringError(Exception):
-    """The file of keys cannot be used."""
+    """The key file cannot be used. The text says why."""
 
 
 @dataclass(frozen=True)
 class Keyring:
-    """The keys that are taken, and the one that signs."""
+    """The keys that are accepted, and the one that signs."""
 
     current: str
     secrets: Mapping[str, bytes] = field(repr=False)
@@ -61,9 +61,15 @@ def sign(claims: FeedbackClaims, keyring: Keyring) -> str:
 
 
 def verify(token: str, keyring: Keyring, now: datetime) -> FeedbackClaims:
-    """Returns the claims of a token that one of our keys signed and that has not expired at `now` (with a time zone).
+    """Returns the claims of a token that one of our keys signed and that has not expired.
 
-    Raises TokenError.
+    Args:
+        token: as the client sent it.
+        keyring: our keys.
+        now: the time to compare with, with a time zone.
+
+    Raises:
+        TokenError: the token is malformed, signed by an unknown key, badly signed or expired.
     """
     payload, _, signature = token.partition(".")
     claims = _parse(payload)
@@ -79,9 +85,13 @@ def verify(token: str, keyring: Keyring, now: datetime) -> FeedbackClaims:
 
 
 def load_keyring(path: Path) -> Keyring:
-    """Reads keys, one `key_id:hex` a line, of which the first signs. Makes the file, with one key, if there is none.
+    """Reads keys, one `key_id:hex` a line; the first one signs. Creates the file, with one key, if there is none.
 
-    Processes that do so at once end with the same file. Raises KeyringError, OSError.
+    Processes that create it at once end up with the same file.
+
+    Raises:
+        KeyringError: a line is not a key, an id is repeated, or the file has no key.
+        OSError: the file cannot be read or created.
     """
     if not path.exists():
         _create_keyring(path)
@@ -105,7 +115,7 @@ def _create_keyring(path: Path) -> None:
     try:
         os.write(file, f"{secrets.token_hex(4)}:{secrets.token_hex(_MIN_SECRET_BYTES)}\n".encode())
         os.fsync(file)
-        # A link never replaces, so of several processes one wins, and nobody reads half a file.
+        # A link never replaces a file: of several processes one wins, and none reads half a file.
         path.hardlink_to(draft)
         fsync(path.parent)
     except FileExistsError:

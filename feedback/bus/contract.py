@@ -1,8 +1,8 @@
 """The log between the processes: append-only topics, read by offset.
 
-Two engines keep this contract, and one test-suite holds both to it: `sqlite://` (one file, one machine) and `kafka://`.
-Offsets of one partition only grow, with gaps. Records with the same key go to the same partition, in the order in which
-they were published. A record may be delivered more than once; its event id tells.
+Two engines keep this contract, and one test suite holds both to it: `sqlite://` (one file, one machine) and `kafka://`.
+Offsets of a partition only grow, and may have gaps. Records with the same key go to the same partition, in the order in
+which they were published. A record may be delivered more than once; readers recognise it by its event id.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 
 
 class BusError(Exception):
-    """The bus could not do what was asked. Nothing is known about what it did of it; to try again is safe."""
+    """The bus failed. It may have done a part of what was asked; it is safe to try again."""
 
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """A topic as it should be created. A topic of one partition has a total order."""
+    """A topic as it should be created. A topic with one partition has a total order."""
 
     name: str
     partitions: int = 1
@@ -27,7 +27,7 @@ class TopicSpec:
 
 @dataclass(frozen=True)
 class Record:
-    """A record to publish. `event_id` is the same for each attempt."""
+    """A record to publish. `event_id` is the same in each attempt."""
 
     topic: str
     key: bytes
@@ -55,19 +55,27 @@ class Delivered:
 
 
 class Consumer(Protocol):
-    """Reads the partitions of some topics from where it was started. Belongs to one thread."""
+    """Reads the partitions of some topics from given offsets. For one thread only."""
 
     def poll(self, timeout_seconds: float) -> list[Delivered]:
-        """Returns the next records, in order within a partition; empty if none came in time. Raises BusError."""
+        """Returns the next records, in order within a partition; an empty list if none came in time.
+
+        Raises:
+            BusError: the bus cannot be read.
+        """
         ...
 
     def close(self) -> None:
-        """Gives up the connection. Harmless when repeated."""
+        """Closes the connection. Safe to call twice."""
         ...
 
 
 class Bus(Protocol):
-    """A log of topics. Safe for use by several threads. Every method but close raises BusError."""
+    """A log of topics. Safe for use by several threads.
+
+    Raises:
+        BusError: any method except close, if the bus fails.
+    """
 
     def create_topics(self, topics: Sequence[TopicSpec]) -> None:
         """Creates the topics that do not exist yet, and returns when they can be used."""
@@ -78,24 +86,30 @@ class Bus(Protocol):
         ...
 
     def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
-        """Reads topics from the given offset of each (topic, partition); from the earliest where none is given."""
+        """Returns a consumer that begins at `start`: an offset for each (topic, partition), or else its earliest
+        record.
+        """
         ...
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """The offset that the next record of each partition will at least have."""
+        """Returns the end of each partition: the next record will have this offset or a greater one."""
         ...
 
     def log_id(self, topic: str) -> str:
-        """Names this log of the topic. A topic that was lost and created anew has another."""
+        """Returns the id of this log of the topic. A topic that was lost and created again has another id."""
         ...
 
     def close(self) -> None:
-        """Gives up the connections. Harmless when repeated."""
+        """Closes the connections. Safe to call twice."""
         ...
 
 
 def check_sizes(records: Sequence[Record]) -> None:
-    """Raises BusError if a record is larger than any engine takes."""
+    """Checks that no record is too large for an engine.
+
+    Raises:
+        BusError: a record has more than MAX_RECORD_BYTES bytes.
+    """
     for record in records:
         if len(record.key) + len(record.value) > MAX_RECORD_BYTES:
             raise BusError(f"event {record.event_id} has more than {MAX_RECORD_BYTES} bytes")

@@ -1,4 +1,4 @@
-"""The bus of many machines: Apache Kafka, or what speaks its protocol, by kafka-python."""
+"""The bus of many machines: Apache Kafka, or a broker that speaks its protocol, through kafka-python."""
 
 import logging
 import socket
@@ -40,13 +40,21 @@ _CONNECTION: Mapping[str, Any] = {
 
 
 class KafkaBus:
-    """See feedback.bus.Bus. Its clients are made when first needed, and anew after an error."""
+    """Implements contract.Bus. Its clients are created on first use, and again after an error."""
 
     def __init__(self, bootstrap_servers: str, prefix: str = "") -> None:
-        """Connects. `prefix` stands before the name of each topic on the cluster. Raises BusError."""
+        """Connects.
+
+        Args:
+            bootstrap_servers: `host:port` of one server or more, separated by commas.
+            prefix: stands before the name of each topic on the cluster.
+
+        Raises:
+            BusError: no server can be reached.
+        """
         self._servers = bootstrap_servers.split(",")
         self._prefix = prefix
-        # Two, so that a delivery that waits for a broker does not hold up the questions.
+        # Two locks, so that publishing, which may wait for a broker, does not hold up the admin client's calls.
         self._admin_lock = threading.Lock()
         self._producer_lock = threading.Lock()
         self._admin: KafkaAdminClient | None = None
@@ -55,7 +63,7 @@ class KafkaBus:
             self._call_admin("describe_cluster")
 
     def create_topics(self, topics: Sequence[TopicSpec]) -> None:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         topics = [replace(topic, name=self._prefix + topic.name) for topic in topics]
         with self._admin_lock:
             answer = self._call_admin("create_topics", [_new_topic(topic) for topic in topics], raise_errors=False)
@@ -70,7 +78,7 @@ class KafkaBus:
                 raise BusError(f"topic {spec.name} has {partitions} partitions; it needs exactly 1")
 
     def publish(self, records: Sequence[Record]) -> None:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         check_sizes(records)
         with self._producer_lock:
             try:
@@ -95,7 +103,7 @@ class KafkaBus:
                 raise BusError(f"cannot publish: {error!r}") from error
 
     def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         partitions = [
             TopicPartition(self._prefix + topic, partition["partition_index"])
             for topic in topics
@@ -105,7 +113,7 @@ class KafkaBus:
         return _KafkaLogConsumer(self._servers, self._prefix, offsets)
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         name = self._prefix + topic
         described = self._describe(name)
         partitions = [TopicPartition(name, partition["partition_index"]) for partition in described["partitions"]]
@@ -114,11 +122,11 @@ class KafkaBus:
         return {each.partition: found.offset for each, found in ends.items()}
 
     def log_id(self, topic: str) -> str:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         return str(self._describe(self._prefix + topic)["topic_id"])
 
     def close(self) -> None:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         with self._producer_lock:
             self._close_producer()
         with self._admin_lock:
@@ -156,7 +164,7 @@ class KafkaBus:
 
 
 class _KafkaLogConsumer:
-    """See feedback.bus.Consumer. Reads without a group: whoever consumes keeps the offsets beside what it made."""
+    """Implements contract.Consumer. Has no consumer group: the caller stores the offsets beside what it read."""
 
     def __init__(self, servers: Sequence[str], prefix: str, start: Mapping[TopicPartition, int | None]) -> None:
         self._prefix = prefix
@@ -188,7 +196,7 @@ class _KafkaLogConsumer:
             raise BusError(f"cannot consume: {error!r}") from error
 
     def poll(self, timeout_seconds: float) -> list[Delivered]:
-        """See feedback.bus.Consumer."""
+        """Implements contract.Consumer."""
         if self._consumer is None:
             raise BusError("the consumer is closed")
         try:
@@ -198,7 +206,7 @@ class _KafkaLogConsumer:
         return [to_delivered(record, self._prefix) for batch in batches.values() for record in batch]
 
     def close(self) -> None:
-        """See feedback.bus.Consumer."""
+        """Implements contract.Consumer."""
         if self._consumer is not None:
             self._consumer.close(autocommit=False)
             self._consumer = None
@@ -208,9 +216,12 @@ _DELIVERY_WAIT_SECONDS = _DELIVERY_TIMEOUT_MS / 1000 + 5
 
 
 def _check_reachable(servers: Sequence[str]) -> None:
-    """Raises OSError if no server takes a connection.
+    """Checks that one of the servers takes a connection.
 
-    kafka-python's clients take long to say so, and leave their sockets open when they do.
+    kafka-python's clients take long to notice that none does, and then leave their sockets open.
+
+    Raises:
+        OSError: no server takes a connection.
     """
     for index, server in enumerate(servers):
         host, _, port = server.strip().rpartition(":")
@@ -239,7 +250,7 @@ def _connect_producer(servers: Sequence[str]) -> KafkaProducer:
 
 
 def _new_topic(topic: TopicSpec) -> NewTopic:
-    # Kept for good, whatever the brokers' default: what ingest has not read is nowhere else.
+    # Records are kept for good, whatever the brokers' default: what ingest has not read is stored nowhere else.
     settings = {
         "max.message.bytes": str(MAX_RECORD_BYTES + _OVERHEAD_BYTES),
         "retention.ms": "-1",
@@ -247,12 +258,13 @@ def _new_topic(topic: TopicSpec) -> NewTopic:
     }
     if topic.compacted:
         settings["cleanup.policy"] = "compact"
-    # A replication factor of -1 is the broker's own.
+    # A replication factor of -1 takes the broker's default.
     return NewTopic(topic.name, num_partitions=topic.partitions, replication_factor=-1, topic_configs=settings)
 
 
 def to_delivered(record: Any, prefix: str) -> Delivered:
-    # Of records that others wrote a header may be null.
+    # A record that another program wrote may have a header without a value.
+    """Returns a record of kafka-python as the contract has it."""
     event_id = next((value for name, value in record.headers if name == EVENT_ID_HEADER), None) or b""
     return Delivered(
         Position(record.topic.removeprefix(prefix), record.partition, record.offset),

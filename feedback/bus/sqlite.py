@@ -1,4 +1,4 @@
-"""The bus of one machine: a SQLite file that any number of its processes write and read."""
+"""The bus of one machine: a SQLite file that all its processes write and read."""
 
 import sqlite3
 import threading
@@ -32,17 +32,17 @@ CREATE TABLE IF NOT EXISTS records (
 
 
 class SqliteBus:
-    """See feedback.bus.Bus. One connection, which the threads of the process take turns to use."""
+    """Implements contract.Bus. The threads of a process take turns on one connection."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = SqliteFile(path, _SCHEMA)
         self._lock = threading.Lock()
         with self._transaction("DEFERRED"):
-            pass  # Says now, rather than later, if the file cannot be opened.
+            pass  # Fails now, and not at first use, if the file cannot be opened.
 
     def create_topics(self, topics: Sequence[TopicSpec]) -> None:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         with self._transaction() as connection:
             for topic in topics:
                 connection.execute("INSERT OR IGNORE INTO topics VALUES (?, ?)", (topic.name, uuid.uuid4().hex))
@@ -54,7 +54,7 @@ class SqliteBus:
                     connection.executemany("INSERT INTO partitions VALUES (?, ?, 0)", rows)
 
     def publish(self, records: Sequence[Record]) -> None:
-        """See feedback.bus.Bus. All of the records are appended, or none."""
+        """Implements contract.Bus. Appends either all of the records or none."""
         check_sizes(records)
         with self._transaction() as connection:
             ends = {topic: _ends_of_existing(connection, topic) for topic in {record.topic for record in records}}
@@ -71,7 +71,7 @@ class SqliteBus:
             )
 
     def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         next_offsets = {
             (topic, partition): start.get((topic, partition), 0)
             for topic in topics
@@ -80,12 +80,12 @@ class SqliteBus:
         return _SqliteConsumer(self._path, next_offsets)
 
     def end_offsets(self, topic: str) -> dict[int, int]:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         with self._transaction("DEFERRED") as connection:
             return _ends_of_existing(connection, topic)
 
     def log_id(self, topic: str) -> str:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         with self._transaction("DEFERRED") as connection:
             row = connection.execute("SELECT log_id FROM topics WHERE name = ?", (topic,)).fetchone()
         if row is None:
@@ -93,7 +93,7 @@ class SqliteBus:
         return str(row[0])
 
     def close(self) -> None:
-        """See feedback.bus.Bus."""
+        """Implements contract.Bus."""
         with self._lock:
             self._file.close()
 
@@ -107,7 +107,7 @@ class SqliteBus:
 
 
 class _SqliteConsumer:
-    """See feedback.bus.Consumer. Looks for new rows only when another connection has written."""
+    """Implements contract.Consumer. Looks for new rows only when another connection has written."""
 
     def __init__(self, path: Path, next_offsets: dict[tuple[str, int], int]) -> None:
         self._path = path
@@ -121,11 +121,11 @@ class _SqliteConsumer:
             raise BusError(f"{path}: {error}") from error
 
     def poll(self, timeout_seconds: float) -> list[Delivered]:
-        """See feedback.bus.Consumer."""
+        """Implements contract.Consumer."""
         deadline = time.monotonic() + timeout_seconds
         try:
             while True:
-                # Read before the rows: what is written in between is then found at the next look.
+                # Read before the rows, so that what is written in between is found at the next look.
                 version = self._connection.execute("PRAGMA data_version").fetchone()[0]
                 delivered = self._read() if version != self._seen_version else []
                 if len(delivered) < _MAX_POLL_RECORDS:
@@ -152,7 +152,7 @@ class _SqliteConsumer:
         return delivered
 
     def close(self) -> None:
-        """See feedback.bus.Consumer."""
+        """Implements contract.Consumer."""
         self._connection.close()
 
 

@@ -1,4 +1,4 @@
-"""The topics of the bus, and what their records hold."""
+"""The topics of the bus."""
 
 from feedback.bus.contract import TopicSpec
 
@@ -8,8 +8,8 @@ DEMONSTRATIONS = "alignd.demonstrations.v1"
 POLICIES = "alignd.policies.v1"
 DEAD_LETTERS = "alignd.dead_letters.v1"
 
-# Feedback is keyed by sample id. Policy events are keyed by event id, so that compaction, which Kafka wants before it
-# keeps a topic for ever, finds nothing to remove.
+# Feedback is keyed by sample id. Policy events are keyed by event id: compaction, without which Kafka does not keep a
+# topic for ever, then finds nothing to remove.
 TOPICS = (
     TopicSpec(SAMPLES, partitions=4),
     TopicSpec(RANKINGS, partitions=4),
@@ -18,5 +18,5 @@ TOPICS = (
     TopicSpec(DEAD_LETTERS, partitions=1),
 )
 
-# What ingest reads.
+# The topics that ingest reads.
 FEEDBACK_TOPICS = (SAMPLES, RANKINGS, DEMONSTRATIONS)

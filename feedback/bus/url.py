@@ -1,4 +1,4 @@
-"""Finds the bus that a URL names."""
+"""Opens the bus that a URL names."""
 
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from feedback.bus.contract import Bus
 def open_bus(url: str) -> Bus:
     """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `kafka://host:port[,host:port][/name]`.
 
-    Topics of a Kafka bus with a name are called `name.topic`, so that several deployments can share a cluster.
+    On a Kafka bus with a name, topics are called `name.topic`, so that several deployments can share a cluster.
 
-    Raises BusError if it cannot be reached, ValueError if the URL is neither.
+    Raises:
+        BusError: the bus cannot be reached.
+        ValueError: the URL is none of these.
     """
-    # kafka-python should not be loaded where SQLite is used.
+    # Imported here, so that kafka-python is not loaded where SQLite is used.
     scheme, _, rest = url.partition("://")
     if scheme == "sqlite" and rest.startswith("/") and len(rest) > 1:
         from feedback.bus.sqlite import SqliteBus

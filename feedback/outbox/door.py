@@ -1,4 +1,4 @@
-"""The server's door to the outbox: an event is on disk when `append` returns."""
+"""The outbox as the server uses it: an event is on disk when `append` returns."""
 
 import asyncio
 import logging
@@ -26,23 +26,32 @@ class _Waiting:
 
 
 class Outbox:
-    """Stores events from asyncio. One thread writes, and one fsync serves all who wait at the time (group commit)."""
+    """Stores events from asyncio. One thread writes them, with one fsync for all that wait at the time (group commit)."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
-        """Opens or creates the file. Raises OutboxError."""
+        """Opens or creates the file.
+
+        Raises:
+            OutboxError: the file cannot be used.
+        """
         self._file = OutboxFile(path, max_bytes)
-        self._file.pending(limit=1)  # Says now, rather than at the first request, if the file cannot be used.
+        self._file.pending(limit=1)  # Fails now, and not at the first request, if the file cannot be used.
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._closed = False
         self._writer = threading.Thread(target=self._write, name="outbox", daemon=True)
         self._writer.start()
 
     async def append(self, record: Record, content_digest: bytes, acknowledge_time: datetime) -> Receipt:
-        """Stores an event, and returns when it is durable; if it was there already, the receipt has its first time.
+        """Stores an event, and returns when it is durable.
 
-        `content_digest` is of what the caller said, without what differs between its retries. Raises OutboxFull,
-        OutboxConflict if the event id is there with another digest, OutboxError if the disk fails or this is closed,
-        and ValueError if the record is too large for the bus.
+        If the event was stored before, the receipt has the time of the first call. `content_digest` covers what the
+        caller said, without what differs between its retries.
+
+        Raises:
+            OutboxFull: the outbox has reached its limit, or the disk is full.
+            OutboxConflict: the event id is stored with another digest.
+            OutboxError: the disk fails, or this outbox is closed.
+            ValueError: the record is too large for the bus.
         """
         if len(record.key) + len(record.value) > MAX_RECORD_BYTES:
             raise ValueError(f"event {record.event_id} has more than {MAX_RECORD_BYTES} bytes")
@@ -50,11 +59,11 @@ class Outbox:
             raise OutboxError("the outbox is closed")
         waiting = _Waiting(Entry(record, content_digest, acknowledge_time), asyncio.get_running_loop().create_future())
         self._queue.put(waiting)
-        # A caller that leaves does not take its event back: it may be written by now.
+        # A caller that goes away does not withdraw its event, which may be written by now.
         return await waiting.receipt
 
     def close(self) -> None:
-        """Writes what was given to it, and gives up the file. Harmless when repeated."""
+        """Writes the events that it was given, and closes the file. Safe to call twice."""
         self._closed = True
         self._queue.put(None)
         self._writer.join()
@@ -71,11 +80,11 @@ class Outbox:
                 logger.exception("the outbox could not write %d events", len(group))
                 outcomes = [OutboxError(f"an event could not be written: {error}")] * len(group)
             for waiting, outcome in zip(group, outcomes, strict=True):
-                _tell(waiting, outcome)
+                _settle(waiting, outcome)
         self._file.close()
 
     def _next_group(self) -> list[_Waiting] | None:
-        """Waits for an event and takes all others that have come by then. None when closed."""
+        """Waits for an event, and returns it with all others that have come by then; None when closed."""
         first = self._queue.get()
         if first is None:
             return None
@@ -89,7 +98,7 @@ class Outbox:
         return group
 
 
-def _tell(waiting: _Waiting, outcome: Receipt | OutboxError) -> None:
+def _settle(waiting: _Waiting, outcome: Receipt | OutboxError) -> None:
     def settle() -> None:
         if waiting.receipt.cancelled():
             return

@@ -1,4 +1,4 @@
-"""The outbox on disk: what was acknowledged, and whether the bus has it yet."""
+"""The outbox on disk: the events that were acknowledged, and whether the bus has them yet."""
 
 import sqlite3
 import time
@@ -29,12 +29,12 @@ CREATE TABLE IF NOT EXISTS logs (
 ) WITHOUT ROWID;
 """
 PRUNE_ROWS = 1000
-# What a row takes beside its key and value.
+# Bytes that a row takes besides its key and value.
 _ROW_BYTES = 300
 
 
 class OutboxError(Exception):
-    """The outbox could not do what was asked. Whether an event was stored is not known; to try again is safe."""
+    """The outbox failed. Whether an event was stored is not known; it is safe to try again."""
 
 
 class OutboxFull(OutboxError):  # noqa: N818
@@ -47,7 +47,7 @@ class OutboxConflict(OutboxError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Entry:
-    """An event to store. `content_digest` is of what the caller said, without what differs between its retries."""
+    """An event to store. `content_digest` covers what the caller said, without what differs between its retries."""
 
     record: Record
     content_digest: bytes
@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Receipt:
-    """When an event was first acknowledged, and whether that is this time."""
+    """When an event was first acknowledged, and whether this call was the first."""
 
     acknowledge_time: datetime
     is_new: bool
@@ -64,7 +64,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class LogEnd:
-    """Where the relay last saw one partition of the bus end."""
+    """Where one partition of the bus ended when the relay last looked."""
 
     topic: str
     partition: int
@@ -73,9 +73,12 @@ class LogEnd:
 
 
 class OutboxFile:
-    """The file, for one thread at a time; several processes may have it open. Methods raise OutboxError.
+    """The outbox's file. For one thread at a time; several processes may have it open.
 
     It takes new events up to `max_bytes`, and then none until published ones are pruned.
+
+    Raises:
+        OutboxError: any method except close, if the disk fails or is full.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -83,9 +86,9 @@ class OutboxFile:
         self._max_bytes = max_bytes
 
     def append(self, entries: Sequence[Entry]) -> list[Receipt | OutboxError]:
-        """Stores the events, all with one fsync, and tells how each went. When it raises, none was stored."""
+        """Stores the events with one fsync, and returns the outcome of each. If it raises, none was stored."""
         with self._transaction() as connection:
-            # What is marked as published may still grow the file, so the limit is kept here and not by SQLite.
+            # Marking events as published may still grow the file, so the limit is checked here and not by SQLite.
             room_bytes = self._max_bytes - _used_bytes(connection)
             outcomes: list[Receipt | OutboxError] = []
             for entry in entries:
@@ -94,7 +97,7 @@ class OutboxFile:
             return outcomes
 
     def pending(self, limit: int) -> list[tuple[int, Record]]:
-        """The oldest events that the bus does not have yet, each with its number here."""
+        """Returns the oldest events that the bus does not have yet, each with its number in this file."""
         with self._transaction("DEFERRED") as connection:
             rows = connection.execute(
                 "SELECT seq, topic, key, value, event_id FROM events WHERE published_time_us IS NULL"
@@ -104,7 +107,7 @@ class OutboxFile:
         return [(seq, Record(*fields)) for seq, *fields in rows]
 
     def mark_published(self, seqs: Sequence[int]) -> None:
-        """Notes that the bus has these events."""
+        """Marks events as published."""
         now_us = time.time_ns() // 1000
         with self._transaction() as connection:
             connection.executemany(
@@ -112,9 +115,9 @@ class OutboxFile:
             )
 
     def compare_logs(self, ends: Sequence[LogEnd]) -> int:
-        """Notes where the bus ends; if it lost something since the last time, makes all that is here pending again.
+        """Stores where the bus ends; if it lost records since the last call, makes all published events pending again.
 
-        Returns how many events that are.
+        Returns how many events became pending.
         """
         with self._transaction() as connection:
             noted = {
@@ -132,9 +135,9 @@ class OutboxFile:
             ).rowcount
 
     def prune(self, retention_seconds: float) -> int:
-        """Removes published events older than this; and the oldest, while more than half of the room is taken.
+        """Removes published events older than this, or of any age while more than half of `max_bytes` is used.
 
-        Returns how many, at most PRUNE_ROWS: it is to be called until it returns fewer.
+        Removes the oldest first, and at most PRUNE_ROWS. Returns how many it removed: call it until it returns fewer.
         """
         before_us = int((time.time() - retention_seconds) * 1e6)
         with self._transaction() as connection:
@@ -147,7 +150,7 @@ class OutboxFile:
             ).rowcount
 
     def close(self) -> None:
-        """Gives up the connection. Harmless when repeated."""
+        """Closes the connection. Safe to call twice."""
         self._file.close()
 
     @contextmanager
@@ -161,7 +164,7 @@ class OutboxFile:
 
 
 def _find(connection: sqlite3.Connection, entry: Entry) -> Receipt | OutboxConflict | None:
-    """What became of an earlier attempt to store this event, if there was one."""
+    """Returns the outcome of an earlier attempt to store this event; None if there was none."""
     found = connection.execute(
         "SELECT content_digest, acknowledge_time_us FROM events WHERE event_id = ?", (entry.record.event_id,)
     ).fetchone()
@@ -186,7 +189,7 @@ def _insert(connection: sqlite3.Connection, entry: Entry, room_bytes: int) -> Re
 
 
 def _size_bytes(entry: Entry) -> int:
-    """About what an event takes on disk, its indexes included."""
+    """Returns about how many bytes an event takes on disk, with its indexes."""
     return len(entry.record.key) + len(entry.record.value) + _ROW_BYTES
 
 

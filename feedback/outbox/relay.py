@@ -1,4 +1,4 @@
-"""Carries events from the outbox to the bus, at least once, in order, and never drops one."""
+"""Carries events from the outbox to the bus: at least once, in order, and without dropping one."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_relay(outbox_path: Path, bus_url: str, stop: threading.Event, config: FeedbackConfig = DEFAULTS) -> None:
-    """Publishes what the outbox holds until `stop` is set, however long the bus or the disk fails in between."""
+    """Publishes the outbox's events until `stop` is set. While the bus or the disk fails, it retries."""
 
     def work(is_up: Callable[[], None]) -> None:
         with ExitStack() as stack:
@@ -29,8 +29,8 @@ def run_relay(outbox_path: Path, bus_url: str, stop: threading.Event, config: Fe
             is_up()
             _relay(outbox, bus, stop, config)
 
-    passing = (BusError, OutboxError)
-    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_seconds, report=_report)
+    transient = (BusError, OutboxError)
+    keep_running(work, stop, transient=transient, max_wait_seconds=config.retry_max_seconds, report=_report)
 
 
 def _report(error: Exception) -> None:
@@ -55,7 +55,7 @@ def _relay(outbox: OutboxFile, bus: Bus, stop: threading.Event, config: Feedback
 
 
 def _check(outbox: OutboxFile, bus: Bus) -> None:
-    """Publishes all again if the bus came back without what it had."""
+    """Makes all events pending again if the bus has lost records."""
     log_ids = {topic: bus.log_id(topic) for topic in FEEDBACK_TOPICS}
     ends = [
         LogEnd(topic, partition, log_ids[topic], end_offset)

@@ -1,4 +1,4 @@
-"""Records of the bus as rows of the store, or as dead letters with the reason."""
+"""Turns records of the bus into rows of the store, or into dead letters with the reason."""
 
 import hashlib
 import time
@@ -14,7 +14,7 @@ from feedback.bus.contract import MAX_RECORD_BYTES, Delivered, Position
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
 
 _MAX_ID_BYTES = 256
-# What a dead letter keeps of a record, so that it fits into a record itself.
+# A dead letter keeps no more than this of a record, so that it fits into a record itself.
 _MAX_KEPT_KEY_BYTES = 4096
 _MAX_KEPT_VALUE_BYTES = MAX_RECORD_BYTES - 64 * 1024
 
@@ -22,12 +22,12 @@ _E = TypeVar("_E", events_pb2.SampleEvent, events_pb2.RankingEvent, events_pb2.D
 
 
 class _UnusableError(ValueError):
-    """A record that cannot be used, and why."""
+    """A record cannot be used. The text says why."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row to insert into the table of `topic`: its own columns and those that all events have."""
+    """A row for the table of its topic. `own` has the columns that other tables lack."""
 
     position: Position
     event_id: str
@@ -49,7 +49,7 @@ class DeadLetter:
 
 
 def decode(delivered: Delivered) -> Row | DeadLetter:
-    """Turns a record into a row of its topic's table, or, if it is not a valid event, into a dead letter."""
+    """Returns a record as a row of its topic's table, or as a dead letter if it is not a valid event."""
     try:
         return _ROWS[delivered.position.topic](delivered)
     except _UnusableError as error:
@@ -57,9 +57,9 @@ def decode(delivered: Delivered) -> Row | DeadLetter:
 
 
 def dead_letter(delivered: Delivered, reason: str) -> DeadLetter:
-    """Makes a dead letter. The same record at the same place always gets the same event id."""
+    """Returns a dead letter. The same record at the same position always gets the same event id."""
     position = delivered.position
-    # The digest tells records apart that stood at the same place of a topic that was lost and created anew.
+    # The digest distinguishes records at the same position of a topic that was lost and created again.
     digest = hashlib.sha256(delivered.key + b"\0" + delivered.value).hexdigest()[:16]
     now_ns = time.time_ns()
     event = events_pb2.DeadLetterEvent(
@@ -74,7 +74,7 @@ def dead_letter(delivered: Delivered, reason: str) -> DeadLetter:
 
 
 def _content_digest(event: Message) -> bytes:
-    """SHA-256 of an event without its time, which differs between the attempts to submit the same thing."""
+    """Returns the SHA-256 of an event without its time, which differs between attempts to submit the same thing."""
     timeless = type(event)()
     timeless.CopyFrom(event)
     timeless.ClearField("event_time")
@@ -127,7 +127,11 @@ def _parse(kind: type[_E], delivered: Delivered) -> _E:
 
 
 def _check_ids(ids: Sequence[str], name: str) -> None:
-    """An id must be there once, fit an index, and have no NUL, which PostgreSQL does not take in a text."""
+    """Checks that ids are there, differ, fit an index, and have no NUL, which PostgreSQL does not take in a text.
+
+    Raises:
+        _UnusableError: an id breaks one of these rules.
+    """
     if not ids or not all(0 < len(each.encode()) <= _MAX_ID_BYTES and "\0" not in each for each in ids):
         raise _UnusableError(f"{name} is missing, longer than {_MAX_ID_BYTES} bytes, or has a NUL")
     if len(set(ids)) != len(ids):
@@ -147,5 +151,5 @@ def _row(delivered: Delivered, event: _E, own: Mapping[str, object]) -> Row:
 
 
 def _prompt_digest(prompt: types_pb2.Prompt) -> bytes:
-    """SHA-256 of a prompt: equal for equal prompts."""
+    """Returns the SHA-256 of a prompt. Equal prompts have equal digests."""
     return hashlib.sha256(prompt.SerializeToString(deterministic=True)).digest()

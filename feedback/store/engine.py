@@ -12,18 +12,22 @@ from feedback.sqlite_file import open_sqlite
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
-# Any number that nothing else in the database locks. Whoever writes holds it to the end of its transaction.
+# The advisory lock that a writer holds until its transaction ends: any number that nothing else in the database uses.
 _WRITER_LOCK = 0x616C6967
 
-# Alembic keeps the migration that runs in a global.
+# Alembic keeps the running migration in a global variable, so one thread migrates at a time.
 _MIGRATING = threading.Lock()
 
 
 def open_engine(url: str) -> Engine:
     """Opens `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql://user@host/database`.
 
-    Several processes may do so at once, on an empty database too. Raises ValueError if the URL is neither,
-    sqlalchemy.exc.SQLAlchemyError and OSError.
+    Several processes may open the same database at once, even an empty one.
+
+    Raises:
+        ValueError: the URL is none of these.
+        sqlalchemy.exc.SQLAlchemyError: the database cannot be reached or used.
+        OSError: the folder of the SQLite file cannot be created.
     """
     parsed = make_url(url)
     backend = parsed.get_backend_name()
@@ -35,7 +39,7 @@ def open_engine(url: str) -> Engine:
         raise ValueError(f"not a store: {parsed!r}; give sqlite:///path/store.db or postgresql://user@host/database")
     with _MIGRATING, writing(engine) as connection:
         if not connection.in_transaction():
-            # Otherwise alembic would commit after each migration, and another process might take the next.
+            # Otherwise alembic would commit after each migration, and another process might run the next one.
             connection.begin()
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
@@ -46,7 +50,7 @@ def open_engine(url: str) -> Engine:
 
 
 def writing(engine: Engine) -> Connection:
-    """Begins a transaction that no other writer is in before this one has ended. To be used as a context manager."""
+    """Begins a transaction, which waits until every other writer's has ended. To be used as a context manager."""
     connection = engine.connect().execution_options(begin="BEGIN IMMEDIATE")
     if engine.dialect.name == "postgresql":
         try:
@@ -61,7 +65,7 @@ def _sqlite_engine(path: Path) -> Engine:
     def connect() -> sqlite3.Connection:
         return open_sqlite(path)
 
-    # For the URL alone SQLAlchemy would take a memory database's pool, which closes what other threads are using.
+    # For this URL SQLAlchemy would choose the pool of in-memory databases, which closes what other threads use.
     engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
 
     # sqlite3 begins transactions late and ends them early by itself; open_sqlite() turns that off.

@@ -1,4 +1,4 @@
-"""Reads feedback from the bus into the store, each event once, however often it or the bus is killed."""
+"""Reads feedback from the bus into the store: each event once, however often ingest or the bus is killed."""
 
 import logging
 import random
@@ -23,10 +23,12 @@ _DEAD_LETTER_BATCH = 100
 
 
 def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: FeedbackConfig = DEFAULTS) -> None:
-    """Reads until `stop` is set, however long the bus or the database fails in between.
+    """Reads until `stop` is set. While the bus or the database fails, it retries.
 
-    Several may run: the offsets in the store fence off whoever comes too late. Raises ValueError for a URL that is not
-    one.
+    Several may run at once: the offsets in the store stop the one that comes too late.
+
+    Raises:
+        ValueError: a URL is not that of a bus or a store.
     """
 
     def work(is_up: Callable[[], None]) -> None:
@@ -39,8 +41,8 @@ def run_ingest(bus_url: str, store_url: str, stop: threading.Event, config: Feed
             while not stop.is_set():
                 _follow(bus, ledger, stop, config.bus_check_seconds)
 
-    passing = (BusError, SQLAlchemyError, OSError)
-    keep_running(work, stop, passing=passing, max_wait_seconds=config.retry_max_seconds, report=_report)
+    transient = (BusError, SQLAlchemyError, OSError)
+    keep_running(work, stop, transient=transient, max_wait_seconds=config.retry_max_seconds, report=_report)
 
 
 def _report(error: Exception) -> None:
@@ -48,7 +50,7 @@ def _report(error: Exception) -> None:
 
 
 def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_seconds: float) -> None:
-    """Reads on from the offsets in the store, until stopped or overtaken by another ingest."""
+    """Reads from the offsets in the store, until `stop` is set or another ingest has moved them."""
     log_ids = {topic: bus.log_id(topic) for topic in FEEDBACK_TOPICS}
     partitions = {topic: bus.end_offsets(topic).keys() for topic in FEEDBACK_TOPICS}
     before = ledger.offsets()
@@ -62,7 +64,7 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_seconds: floa
             batch = consumer.poll(_POLL_SECONDS)
             is_due = time.monotonic() >= next_check
             if batch or is_due:
-                # Asked after the poll: what was read is then surely of this log, and not of one created anew.
+                # Checked after the poll, so that what was read surely comes from this log, not from a later one.
                 _check_logs(bus, log_ids)
             if is_due:
                 _check_partitions(bus, partitions)
@@ -84,7 +86,7 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_seconds: floa
 def _check_logs(bus: Bus, log_ids: Mapping[str, str]) -> None:
     for topic, log_id in log_ids.items():
         if bus.log_id(topic) != log_id:
-            raise BusError(f"topic {topic} was created anew")
+            raise BusError(f"topic {topic} was lost and created again")
 
 
 def _check_partitions(bus: Bus, partitions: Mapping[str, Set[int]]) -> None:
@@ -94,7 +96,7 @@ def _check_partitions(bus: Bus, partitions: Mapping[str, Set[int]]) -> None:
 
 
 def _is_still_there(bus: Bus, log_ids: Mapping[str, str], partition: Partition, offset: Offset) -> bool:
-    """Whether the log that was read up to here still exists. If not, all is read again; the ids make that harmless."""
+    """Whether the log still has what was read up to here. If not, all is read again; event ids make that harmless."""
     topic, number = partition
     if offset.log_id == log_ids.get(topic) and offset.next_offset <= bus.end_offsets(topic).get(number, 0):
         return True
@@ -103,7 +105,7 @@ def _is_still_there(bus: Bus, log_ids: Mapping[str, str], partition: Partition, 
 
 
 def _after(batch: Sequence[Delivered], log_ids: Mapping[str, str]) -> dict[Partition, Offset]:
-    """The offsets once this batch is stored. Positions grow within a partition, so the last one counts."""
+    """Returns the offsets once this batch is stored. Positions grow within a partition, so the last one counts."""
     positions = [delivered.position for delivered in batch]
     return {(each.topic, each.partition): Offset(log_ids[each.topic], each.offset + 1) for each in positions}
 

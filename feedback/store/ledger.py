@@ -29,21 +29,25 @@ class StaleError(Exception):
 
 @dataclass(frozen=True)
 class Offset:
-    """The next offset to read from a partition, and in which log of that name."""
+    """The next offset to read from a partition, and the id of the log that it belongs to."""
 
     log_id: str
     next_offset: int
 
 
 class Ledger:
-    """The store's writing side, for one thread. Methods raise sqlalchemy.exc.SQLAlchemyError."""
+    """The store as ingest writes it. For one thread.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: any method except close, if the database fails.
+    """
 
     def __init__(self, url: str) -> None:
         """Opens the database and brings its tables up to date; see feedback.store.engine.open_engine."""
         self._engine = open_engine(url)
 
     def offsets(self) -> dict[Partition, Offset]:
-        """How far each partition was read."""
+        """Returns how far each partition was read."""
         with self._engine.connect() as connection:
             rows = connection.execute(select(OFFSETS)).all()
         return {(row.topic, row.partition): Offset(row.log_id, row.next_offset) for row in rows}
@@ -54,10 +58,13 @@ class Ledger:
         before: Mapping[Partition, Offset],
         after: Mapping[Partition, Offset],
     ) -> int:
-        """Writes the records, and moves the offsets of the partitions in `after` there from where `before` has them.
+        """Writes the records, and moves the offsets of the partitions in `after` from where `before` has them.
 
-        An event that is here already is passed over; one with the same id and other contents, or that cannot be used,
-        becomes a dead letter. Returns how many dead letters that were. Raises StaleError.
+        An event that is stored already is skipped. An event that cannot be used becomes a dead letter, and so does one
+        whose id is stored with other contents. Returns the number of dead letters.
+
+        Raises:
+            StaleError: another ingest has moved an offset.
         """
         with writing(self._engine) as connection:
             for partition, offset in after.items():
@@ -71,26 +78,30 @@ class Ledger:
         return len(letters)
 
     def unpublished_dead_letters(self, limit: int) -> list[tuple[str, bytes]]:
-        """Ids and events of dead letters that their topic does not have yet."""
+        """Returns the ids and events of dead letters that their topic does not have yet."""
         columns = DEAD_LETTERS.c
         statement = select(columns.event_id, columns.event).where(columns.published == 0).limit(limit)
         with self._engine.connect() as connection:
             return [(row.event_id, row.event) for row in connection.execute(statement)]
 
     def mark_published(self, event_ids: Sequence[str]) -> None:
-        """Notes that the topic of dead letters has these."""
+        """Marks dead letters as published."""
         statement = update(DEAD_LETTERS).where(DEAD_LETTERS.c.event_id.in_(event_ids)).values(published=1)
         with writing(self._engine) as connection:
             connection.execute(statement)
             connection.commit()
 
     def close(self) -> None:
-        """Gives up the connections. Harmless when repeated."""
+        """Closes the connections. Safe to call twice."""
         self._engine.dispose()
 
 
 def _move(connection: Connection, partition: Partition, before: Offset | None, after: Offset) -> None:
-    """Compare and set: of two ingests that have read the same records, one comes too late and is told."""
+    """Moves an offset if it is still at `before`: of two ingests that read the same records, one fails.
+
+    Raises:
+        StaleError: the offset is elsewhere.
+    """
     here = and_(OFFSETS.c.topic == partition[0], OFFSETS.c.partition == partition[1])
     if before is None:
         values = {"topic": partition[0], "partition": partition[1], **vars(after)}
@@ -104,7 +115,7 @@ def _move(connection: Connection, partition: Partition, before: Offset | None, a
 
 
 def _insert_events(connection: Connection, table: Table, batch: Sequence[Delivered]) -> list[DeadLetter]:
-    """Inserts the new events among these, and returns the rest as dead letters, save for plain duplicates."""
+    """Inserts the new events of a batch. Returns the rest as dead letters, except for plain duplicates."""
     letters: list[DeadLetter] = []
     decoded: list[tuple[Delivered, Row]] = []
     for delivered in batch:
@@ -139,7 +150,7 @@ def _values(row: Row) -> dict[str, object]:
 
 
 def _insert(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT that passes over rows that are there already."""
+    """Returns an INSERT that skips rows that are there already."""
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table).on_conflict_do_nothing()
     return sqlite.insert(table).on_conflict_do_nothing()

@@ -1,4 +1,4 @@
-"""What was sampled, ranked and demonstrated, once each: rows in SQLite or PostgreSQL."""
+"""Reads what was sampled, ranked and demonstrated from the store, each event once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ _MICROSECONDS = 1_000_000
 
 @dataclass(frozen=True)
 class RankedCompletion:
-    """A completion and what its labeler made of it. `rank` 0 is the best; equal ranks are a tie."""
+    """A completion and the rank that its labeler gave it. Rank 0 is the best; equal ranks are a tie."""
 
     completion_id: str
     text: str
@@ -27,7 +27,7 @@ class RankedCompletion:
 
 @dataclass(frozen=True)
 class RankedGroup:
-    """A ranking joined with its sample: 2 completions or more, best first. `position` is the ranking's in the log."""
+    """A ranking with its sample: at least 2 completions, best first. `position` is the ranking's place in the log."""
 
     seq: int
     ranking_id: str
@@ -40,7 +40,7 @@ class RankedGroup:
 
 @dataclass(frozen=True)
 class StoredPrompt:
-    """A prompt, the sample that it was last sent for, and the user who was the first to send it."""
+    """A prompt, the sample that it was last sent for, and the user who sent it first."""
 
     sample_id: str
     first_user_id: str
@@ -49,7 +49,7 @@ class StoredPrompt:
 
 @dataclass(frozen=True)
 class StoredCompletion:
-    """What the policy wrote, and whether it ended it; see RankedCompletion."""
+    """The text that a policy wrote, and whether the policy ended it; see RankedCompletion."""
 
     text: str
     ended: bool
@@ -57,7 +57,7 @@ class StoredCompletion:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A prompt, whom it was drawn for, and its completions, without those that span a swap."""
+    """A prompt, the user it was sampled for, and its completions, without those that span a swap."""
 
     sample_id: str
     user_id: str
@@ -67,7 +67,7 @@ class StoredSample:
 
 @dataclass(frozen=True)
 class StoredDemonstration:
-    """What a user wanted to read in answer to a sample's prompt."""
+    """The answer that a user wanted to a sample's prompt."""
 
     seq: int
     demonstration_id: str
@@ -78,33 +78,37 @@ class StoredDemonstration:
 
 
 class Store:
-    """Reads what ingest has written. Safe for use by several threads. Methods raise sqlalchemy.exc.SQLAlchemyError."""
+    """The store as the trainer reads it. Safe for use by several threads.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: any method except close, if the database fails.
+    """
 
     def __init__(self, url: str) -> None:
         """Opens the database and brings its tables up to date; see feedback.store.engine.open_engine."""
         self._engine = open_engine(url)
 
     def num_rankings(self, after_seq: int = 0) -> int:
-        """How many rankings were stored after the one with this number."""
+        """Returns how many rankings were stored after the one with this number."""
         return self._scalar(select(func.count()).where(RANKINGS.c.seq > after_seq))
 
     def last_seq(self) -> int:
-        """The number of the newest ranking; 0 when there is none. Later rankings have greater ones."""
+        """Returns the number of the newest ranking; 0 when there is none. Later rankings have greater numbers."""
         return self._scalar(_last_seq(RANKINGS))
 
     def last_sample_seq(self) -> int:
-        """The number of the newest sample; 0 when there is none. Later samples have greater ones."""
+        """Returns the number of the newest sample; 0 when there is none. Later samples have greater numbers."""
         return self._scalar(_last_seq(SAMPLES))
 
     def oldest_ranking_time(self, after_seq: int) -> float | None:
-        """When the earliest of the rankings after this number was acknowledged, in Unix seconds; None without any."""
+        """Returns when the earliest ranking after this number was acknowledged, in Unix seconds; None if there is none."""
         earliest = select(func.min(RANKINGS.c.event_time_us)).where(RANKINGS.c.seq > after_seq)
         with self._engine.connect() as connection:
             time_us = connection.execute(earliest).scalar_one()
         return None if time_us is None else time_us / _MICROSECONDS
 
     def num_dead_letters(self) -> int:
-        """How many records could not be used."""
+        """Returns how many records could not be used."""
         return self._scalar(select(func.count()).select_from(DEAD_LETTERS))
 
     def ranked_groups(
@@ -114,15 +118,19 @@ class Store:
         up_to_sample_seq: int | None = None,
         newest: int | None = None,
     ) -> list[RankedGroup]:
-        """The rankings after this number with their samples, oldest first; only a user's latest of each sample.
+        """Returns rankings with their samples, oldest first; only a user's latest ranking of each sample.
 
-        With `newest`, only so many of them are read, the last ones.
+        Three things are left out: rankings whose sample is not stored yet, completions that span a swap, and rankings
+        that then have fewer than two completions. A ranking whose sample came late appears under its old number.
 
-        Left out are rankings whose sample is not here yet, completions that span a swap, and what then has fewer than
-        two completions. A ranking whose sample came late appears under its old number.
+        With last_seq() and last_sample_seq() of some moment as bounds, the answer is that of then, whatever was stored
+        since.
 
-        With last_seq() and last_sample_seq() of some moment as bounds, it answers as it did then, whatever came since:
-        a ranking after `up_to_seq` replaces none, and one whose sample is after `up_to_sample_seq` is left out.
+        Args:
+            after_seq: only rankings after this number are read.
+            up_to_seq: rankings after this number are not read, and replace none.
+            up_to_sample_seq: rankings whose sample is after this number are left out.
+            newest: only this many rankings are read, the last ones.
         """
         statement = _current(RANKINGS, after_seq, up_to_seq).where(_up_to(SAMPLES.c.seq, up_to_sample_seq))
         latest_first = statement.order_by(None).order_by(RANKINGS.c.seq.desc()).limit(newest)
@@ -134,9 +142,9 @@ class Store:
     def unranked(
         self, limit: int, up_to_seq: int | None = None, up_to_sample_seq: int | None = None
     ) -> list[StoredSample]:
-        """The newest samples that nobody has ranked, of two completions or more; at most `limit` are read.
+        """Returns the newest samples that nobody has ranked, of at least two completions; at most `limit` are read.
 
-        Bounds as in `ranked_groups`.
+        `up_to_seq` and `up_to_sample_seq` are bounds as in `ranked_groups`.
         """
         is_ranked = exists().where(RANKINGS.c.sample_id == SAMPLES.c.event_id, _up_to(RANKINGS.c.seq, up_to_seq))
         newest = (
@@ -151,18 +159,18 @@ class Store:
         return [sample for sample in samples if len(sample.completions) >= 2]
 
     def demonstrations(self, after_seq: int = 0) -> list[StoredDemonstration]:
-        """The demonstrations after this number, oldest first; only a user's latest of each sample.
+        """Returns the demonstrations after this number, oldest first; only a user's latest of each sample.
 
-        Left out are those whose sample is not here yet; they appear under their old numbers once it is.
+        Demonstrations whose sample is not stored yet are left out; they appear under their old numbers once it is.
         """
         with self._engine.connect() as connection:
             rows = connection.execute(_current(DEMONSTRATIONS, after_seq)).all()
         return [_demonstration(row) for row in rows]
 
     def prompts(self, limit: int, up_to_seq: int | None = None) -> list[StoredPrompt]:
-        """The prompts of the samples, each once, the last seen first; at most `limit`.
+        """Returns the prompts of the samples, each once, the last seen first; at most `limit`.
 
-        With `up_to_seq`, of the samples up to this number alone, so that the answer does not change when more come.
+        With `up_to_seq`, only samples up to this number count, so that the answer does not change when more come.
         """
         newest = (
             select(func.max(SAMPLES.c.seq).label("last"), func.min(SAMPLES.c.seq).label("first"))
@@ -187,7 +195,7 @@ class Store:
         ]
 
     def close(self) -> None:
-        """Gives up the connections. Harmless when repeated."""
+        """Closes the connections. Safe to call twice."""
         self._engine.dispose()
 
     def _scalar(self, statement: Select[int]) -> int:
@@ -204,10 +212,10 @@ def _up_to(seq: Column[Any], last: int | None) -> ColumnElement[bool]:
 
 
 def _current(table: Table, after_seq: int, up_to_seq: int | None = None) -> Select[Any]:
-    """Rows beside their sample, but for those that the same user has replaced with a later one up to `up_to_seq`.
+    """Selects rows with their sample, except those that the same user replaced by a later one up to `up_to_seq`.
 
-    Later is what was acknowledged later, not what arrived later; ids decide between equals, so that the answer does not
-    depend on the order of arrival.
+    Later means acknowledged later, not stored later. Ids decide between equal times, so that the answer does not depend
+    on the order of arrival.
     """
     later = table.alias("later")
     is_replaced = exists().where(
@@ -235,7 +243,7 @@ def _sample(sample: events_pb2.SampleEvent) -> StoredSample:
 
 
 def _ended(sample: events_pb2.SampleEvent, completion: types_pb2.Completion) -> bool:
-    # STOP says both, that the policy ended it and that a stop string was met: where one could be, no end is assumed.
+    # STOP means that the policy ended it or that a stop string was met. If the request had any, no end is assumed.
     return completion.finish_reason == types_pb2.FINISH_REASON_STOP and not sample.sampling.stop
 
 

@@ -1,4 +1,4 @@
-"""The tables of the store, as SQLAlchemy sees them. The migrations make them."""
+"""The tables of the store, as SQLAlchemy sees them. The migrations create them."""
 
 from sqlalchemy import (
     BigInteger,
@@ -15,12 +15,12 @@ from sqlalchemy import (
 
 METADATA = MetaData()
 
-# SQLite gives an ever-growing key to INTEGER alone.
+# In SQLite only a key of the type INTEGER grows by itself.
 _Sequence64 = BigInteger().with_variant(Integer, "sqlite")
 
 
 def _event_columns() -> tuple[Column[object], ...]:
-    """What the rows of all events have: where they stand in the log, and the event itself."""
+    """Returns the columns that the tables of all events have: the event, and where it stands in the log."""
     return (
         Column("topic", Text, nullable=False),
         Column("partition", Integer, nullable=False),
@@ -72,7 +72,7 @@ DEMONSTRATIONS = Table(
     sqlite_autoincrement=True,
 )
 
-# What ingest has read: written in one transaction with the rows that came of it.
+# How far ingest has read: written in one transaction with the rows that it read.
 OFFSETS = Table(
     "offsets",
     METADATA,
@@ -94,7 +94,7 @@ DEAD_LETTERS = Table(
     Index("dead_letters_published", "published"),
 )
 
-# Who trains, and what operators ask of it: one row, which the migration makes.
+# Who trains, and what operators ask of the trainer: one row, which the migration inserts.
 TRAINER = Table(
     "trainer",
     METADATA,

@@ -12,7 +12,7 @@ SEQUENCE = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
-    """Makes the tables."""
+    """Creates the tables."""
     _create_event_table("samples", sa.Column("prompt_digest", sa.LargeBinary, nullable=False))
     op.create_index("samples_prompt", "samples", ["prompt_digest", "seq"])
     for name in ("rankings", "demonstrations"):

@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Makes the table and its row."""
+    """Creates the table and its row."""
     trainer = op.create_table(
         "trainer",
         sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
