@@ -1,4 +1,4 @@
-"""A policy version on disk: an immutable folder, complete or not there, and verified before it is served."""
+"""A policy version on disk: an immutable folder that is either complete or absent, and verified before it is served."""
 
 import fcntl
 import hashlib
@@ -19,7 +19,7 @@ from policies.weights import TensorSpec, WeightsError, check_finite, tensor_spec
 MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 _DRAFT_PREFIX = ".tmp-"
-# What a policy may be made of. Nothing here can hold code or pickled objects.
+# The kinds of files that a version may have. None can hold code or pickled objects.
 _SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".jinja", ".model"})
 
 
@@ -28,17 +28,24 @@ class ArtifactError(Exception):
 
 
 class ComparisonError(ArtifactError):
-    """Another folder, to compare it with, cannot be read. This says nothing of the version itself."""
+    """The folder that a version is compared with cannot be read. This says nothing about the version itself."""
 
 
 def write_artifact(
     root: Path, manifest: PolicyManifest, write_files: Callable[[Path], object]
 ) -> tuple[Path, PolicyManifest]:
-    """Makes the folder root/v{version}, durable and complete, and returns it with its manifest.
+    """Writes the folder root/v{version}, durable and complete, and returns it with its manifest.
 
-    `write_files` writes the files into the folder it is given; `files` and `weight_digest` of the manifest are filled
-    in from them. A crash leaves no root/v{version}. Raises ArtifactError if the version exists, a file is not allowed,
-    or the manifest is not valid; OSError; and what `write_files` raises.
+    A crash leaves no root/v{version}. If `write_files` raises, its error is passed on.
+
+    Args:
+        root: the folder of all versions.
+        manifest: the version's manifest, whose `files` and `weight_digest` are filled in from the files.
+        write_files: writes the files into the folder that it is given.
+
+    Raises:
+        ArtifactError: the version exists, a file is not allowed, or the manifest is not valid.
+        OSError: the files cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(root)
@@ -64,7 +71,11 @@ def write_artifact(
 
 
 def read_manifest(path: Path) -> PolicyManifest:
-    """Reads and checks the manifest of a version's folder, but not its files. Raises ArtifactError."""
+    """Reads and checks the manifest of a version's folder, but not its files.
+
+    Raises:
+        ArtifactError: the manifest is missing, too long or not valid.
+    """
     try:
         if (path / MANIFEST).stat().st_size > _MAX_MANIFEST_BYTES:
             raise ArtifactError("the manifest is too long")
@@ -76,10 +87,14 @@ def read_manifest(path: Path) -> PolicyManifest:
 
 
 def verify_artifact(path: Path, shapes_like: Path | None = None) -> PolicyManifest:
-    """Checks each byte of a version against its manifest, and its weights against another version's forms.
+    """Checks every byte of a version against its manifest, and returns the manifest.
 
-    All weights must be finite and, if `shapes_like` is given, have the names, shapes and types of those in that
-    folder. Returns the manifest. Raises ArtifactError; its ComparisonError if that folder cannot be read.
+    All weights must be finite. With `shapes_like`, they must also have the names, shapes and types of the weights in
+    that folder.
+
+    Raises:
+        ArtifactError: the version fails a check.
+        ComparisonError: `shapes_like` cannot be read.
     """
     manifest = read_manifest(path)
     try:
@@ -95,13 +110,13 @@ def verify_artifact(path: Path, shapes_like: Path | None = None) -> PolicyManife
 
 
 def weight_digest(files: Iterable[ArtifactFile]) -> str:
-    """SHA-256 over "sha256  path\\n" of each .safetensors file, by path, in lower-case hexadecimal."""
+    """Returns the SHA-256 over "sha256  path\\n" of each .safetensors file, by path, in lower-case hexadecimal."""
     lines = [f"{file.sha256}  {file.path}\n" for file in weight_files(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def weight_files(files: Iterable[ArtifactFile]) -> list[ArtifactFile]:
-    """The .safetensors files among these, by path."""
+    """Returns the .safetensors files among these, by path."""
     return sorted((file for file in files if file.path.endswith(".safetensors")), key=lambda file: file.path)
 
 
@@ -145,7 +160,12 @@ def _all_specs(path: Path, files: Iterable[str]) -> dict[str, TensorSpec]:
 
 
 def _list_files(path: Path) -> list[str]:
-    """Paths of the files below a folder. Raises ArtifactError for what is neither file nor folder, nor allowed."""
+    """Returns the paths of the files below a folder.
+
+    Raises:
+        ArtifactError: the folder has something that is neither a plain file nor a folder, or a file that is not
+            allowed.
+    """
     files = []
     for each in sorted(path.rglob("*")):
         name = each.relative_to(path).as_posix()
@@ -173,7 +193,7 @@ def _validate(manifest: PolicyManifest) -> None:
 
 @contextmanager
 def _draft(root: Path) -> Iterator[Path]:
-    """A new folder, removed at the end if it is still there. Locked while its writer lives."""
+    """Makes a new folder, locked while its writer lives, and removes it at the end if it is still there."""
     draft = root / f"{_DRAFT_PREFIX}{uuid.uuid4().hex}"
     draft.mkdir()
     lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
@@ -186,7 +206,7 @@ def _draft(root: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Removes what a writer left that was killed; its lock went with it."""
+    """Removes the drafts of writers that were killed: their locks ended with them."""
     for draft in root.glob(f"{_DRAFT_PREFIX}*"):
         lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,4 +1,4 @@
-"""Where the files of a policy version lie: an artifact URI as a folder of this machine, by one rule for all rooms."""
+"""Turns the artifact URI of a policy version into a folder of this machine, by one rule for all rooms."""
 
 from pathlib import Path
 from urllib.parse import urlsplit

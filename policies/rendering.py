@@ -1,4 +1,4 @@
-"""A prompt as the tokens that the policy sees, the same for whoever serves and whoever trains."""
+"""Turns a prompt into the tokens that the policy sees, alike for server and trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROLES = {
     types_pb2.ROLE_USER: "user",
     types_pb2.ROLE_ASSISTANT: "assistant",
 }
-# Characters for private use: one that occurs in no message marks what is not a control token.
+# Unicode's characters for private use. One that occurs in no message marks text that is not a control token.
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -25,8 +25,11 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: types_pb2.Promp
     """Returns the token ids of a prompt, up to where the completion begins.
 
     A chat is rendered by the tokenizer's own template. Text in it that looks like a special token, such as
-    "<|im_end|>", is encoded as the plain text it is, so nobody can end their turn early or speak as the system.
-    Raises jinja2.TemplateError if the template refuses the conversation. Not for two threads with the same tokenizer.
+    "<|im_end|>", is encoded as the plain text it is, so nobody can end their turn early or speak as the system. Two
+    threads must not call this with the same tokenizer at once.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation.
     """
     if prompt.WhichOneof("content") == "text":
         return _ids(tokenizer, prompt.text, add_special_tokens=True)
@@ -46,10 +49,14 @@ def _disarmed_ids(
     specials: dict[str, int],
     pattern: str,
 ) -> list[int]:
-    """Encodes a chat in which a message has the text of a special token.
+    """Returns the token ids of a chat in which a message has the text of a special token.
 
-    A mark between the characters of that text lets the template pass it on without it being one; then the special
-    tokens left are the template's own, and the text between them is encoded, without the marks, as plain text.
+    A mark between the characters of that text gets it through the template without becoming a special token. All
+    special tokens in the result are then the template's own; the text between them is encoded, without the marks, as
+    plain text.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation, or no character is free for the mark.
     """
     taken = set("".join(contents)) | set(str(tokenizer.chat_template))
     mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in taken), None)
@@ -58,7 +65,7 @@ def _disarmed_ids(
     marked = [re.sub(pattern, lambda match: mark.join(match[0]), content) for content in contents]
     token_ids: list[int] = []
     for index, part in enumerate(re.split(f"({pattern})", _render(tokenizer, chat, marked))):
-        # re.split puts what matched at the odd places.
+        # re.split puts the matches at the odd places.
         if index % 2:
             token_ids.append(specials[part])
         elif part:

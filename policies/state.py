@@ -1,4 +1,4 @@
-"""The rollout state machine: what the events of the `policies` topic add up to. Pure, so that all replicas agree.
+"""The rollout state machine: turns the events of the `policies` topic into a state. Pure, so that all replicas agree.
 
 CANDIDATE → CANARY → LIVE → RETIRED       rollback makes a RETIRED version LIVE again
 CANDIDATE, CANARY → REJECTED              a version found bad never serves again
@@ -34,7 +34,7 @@ ALLOWED: Mapping[Stage, frozenset[Stage]] = {
 
 @dataclass(frozen=True)
 class PolicyRecord:
-    """One version as it stands."""
+    """A version, its stage, and how it came there."""
 
     manifest: policy_manifest_pb2.PolicyManifest
     artifact_uri: str
@@ -58,7 +58,7 @@ class PolicyState:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an event came to: the new state, what changed in it, and why nothing did if so."""
+    """The outcome of an event: the new state, the changes, and, if it was refused, the reason."""
 
     state: PolicyState
     changes: tuple[StageChange | ReplicaStatus, ...] = ()
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def apply(state: PolicyState, event: events_pb2.PolicyEvent) -> Outcome:
-    """Returns what `event` does to `state`."""
+    """Returns the outcome of `event` in `state`."""
     match event.WhichOneof("change"):
         case "registered":
             return _register(state, event.registered)
@@ -76,14 +76,14 @@ def apply(state: PolicyState, event: events_pb2.PolicyEvent) -> Outcome:
             status = event.replica_status
             return Outcome(replace(state, replicas={**state.replicas, status.replica_id: status}), (status,))
         case _:
-            return Outcome(state, refusal="an event of a kind that this release does not know")
+            return Outcome(state, refusal="this release does not know events of this kind")
 
 
 def _register(state: PolicyState, event: events_pb2.PolicyRegistered) -> Outcome:
     """Adds a CANDIDATE. The same weights again change nothing; other weights under the same version are refused."""
     version = event.manifest.version
     if version < 1:
-        return Outcome(state, refusal=f"{version} is no version")
+        return Outcome(state, refusal=f"{version} is not a version")
     present = state.policies.get(version)
     if present and present.manifest.weight_digest == event.manifest.weight_digest:
         return Outcome(state)
@@ -99,7 +99,7 @@ def _register(state: PolicyState, event: events_pb2.PolicyRegistered) -> Outcome
 
 
 def _change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> Outcome:
-    """Moves a version, and with it the one that was live."""
+    """Changes a version's stage, and that of the live version where the change concerns it."""
     change = event.change
     record = state.policies.get(change.version)
     if record is None:
@@ -107,7 +107,7 @@ def _change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> O
     if event.expected_live_version not in (0, state.live_version):
         return Outcome(state, refusal=f"version {state.live_version} is live, not {event.expected_live_version}")
     if record.stage != change.from_stage:
-        return Outcome(state, refusal=f"version {change.version} is {_stage_name(record.stage)} by now")
+        return Outcome(state, refusal=f"version {change.version} is now {_stage_name(record.stage)}")
     if change.to_stage not in ALLOWED[record.stage]:
         return Outcome(state, refusal=f"{_stage_name(record.stage)} → {_stage_name(change.to_stage)} is not allowed")
     if change.to_stage == STAGE_LIVE:
@@ -118,7 +118,7 @@ def _change_stage(state: PolicyState, event: events_pb2.PolicyStageChanged) -> O
 
 
 def _make_live(state: PolicyState, change: StageChange) -> Outcome:
-    """Puts a version live, and retires the one before."""
+    """Makes a version live, and retires the one before."""
     changes: list[StageChange] = []
     if state.live_version:
         changes.append(_moved(change, state.live_version, STAGE_LIVE, STAGE_RETIRED))
@@ -130,7 +130,7 @@ def _make_live(state: PolicyState, change: StageChange) -> Outcome:
 
 
 def _reject_live(state: PolicyState, change: StageChange) -> Outcome:
-    """Takes a live version that could not be proved out, and restores the one before."""
+    """Rejects a live version that could not be proved, and restores the one before."""
     changes = [change]
     order = state.live_order[:-1]
     if order:
@@ -141,7 +141,7 @@ def _reject_live(state: PolicyState, change: StageChange) -> Outcome:
 
 
 def previous_live(state: PolicyState) -> int:
-    """Returns the version that a rollback goes to when none is named, or 0."""
+    """Returns the version that a rollback goes to if none is named, or 0."""
     return state.live_order[-2] if len(state.live_order) > 1 else 0
 
 
@@ -160,13 +160,13 @@ def _moved(cause: StageChange, version: int, from_stage: Stage, to_stage: Stage)
 
 
 def _stage_name(stage: Stage) -> str:
-    """Returns a stage's name, or its number where a later release has named one that this one does not know."""
+    """Returns a stage's name, or its number if only a later release knows it."""
     known = policy_service_pb2.Stage.DESCRIPTOR.values_by_number.get(stage)
     return known.name if known else str(stage)
 
 
 def new_change(version: int, from_stage: Stage, to_stage: Stage, actor: str, reason: str) -> StageChange:
-    """Returns a change that takes place now."""
+    """Returns a change that happens now."""
     now = Timestamp()
     now.GetCurrentTime()
     return StageChange(

@@ -1,4 +1,4 @@
-"""Looks into safetensors files without a deep-learning library: what tensors they hold, and whether all is finite."""
+"""Reads safetensors files without a deep-learning library: which tensors they have, and whether all are finite."""
 
 import json
 import math
@@ -22,24 +22,35 @@ _EXPONENTS: Mapping[str, np.unsignedinteger[Any]] = {
 
 
 class WeightsError(Exception):
-    """The file is not a safetensors file, or has what a policy must not have."""
+    """The file is not a safetensors file, or has numbers that a policy must not have."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The form of a tensor."""
+    """The type and shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def tensor_specs(path: Path) -> dict[str, TensorSpec]:
-    """Reads the header: each tensor's name and form. Raises WeightsError, OSError."""
+    """Returns each tensor's type and shape, by name, from the file's header.
+
+    Raises:
+        WeightsError: the file is not a safetensors file.
+        OSError: the file cannot be read.
+    """
     return {name: spec for name, (spec, _) in _read_header(path).items()}
 
 
 def check_finite(path: Path) -> None:
-    """Raises WeightsError if a number in the file is infinite or NaN, or its type cannot be checked; OSError."""
+    """Checks that every number in the file is finite.
+
+    Raises:
+        WeightsError: a number is infinite or NaN, a tensor's type cannot be checked, or the file is not a safetensors
+            file.
+        OSError: the file cannot be read.
+    """
     for name, (spec, offset) in _read_header(path).items():
         exponent = _EXPONENTS.get(spec.dtype)
         if exponent is None:
@@ -53,7 +64,7 @@ def check_finite(path: Path) -> None:
 
 
 def _read_header(path: Path) -> Mapping[str, tuple[TensorSpec, int]]:
-    """Each tensor's form, and where in the file its numbers begin."""
+    """Returns each tensor's type and shape, and where in the file its numbers begin."""
     try:
         # The library checks the header: lengths, overlaps, holes.
         with safe_open(path, framework="numpy"):

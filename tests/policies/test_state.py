@@ -166,7 +166,7 @@ def test_a_canary_goes_live_or_is_rejected(two: PolicyState) -> None:
 @pytest.mark.parametrize(
     ("event", "why"),
     [
-        (moved(1, STAGE_CANDIDATE, STAGE_LIVE), "version 1 is STAGE_RETIRED by now"),
+        (moved(1, STAGE_CANDIDATE, STAGE_LIVE), "version 1 is now STAGE_RETIRED"),
         (moved(1, STAGE_RETIRED, STAGE_LIVE, expected_live=1), "version 2 is live, not 1"),
         (moved(1, STAGE_RETIRED, STAGE_REJECTED), "STAGE_RETIRED → STAGE_REJECTED is not allowed"),
         (moved(1, STAGE_RETIRED, 99), "STAGE_RETIRED → 99 is not allowed"),  # type: ignore[arg-type]
@@ -175,9 +175,9 @@ def test_a_canary_goes_live_or_is_rejected(two: PolicyState) -> None:
         (registered(2, "c"), "version 2 is taken by other weights"),
         (registered(3, parent=9), "parent_version 9 is not registered"),
         (registered(3, reference=9), "reference_version 9 is not registered"),
-        (registered(0), "0 is no version"),
-        (registered(-1), "-1 is no version"),
-        (events_pb2.PolicyEvent(), "an event of a kind that this release does not know"),
+        (registered(0), "0 is not a version"),
+        (registered(-1), "-1 is not a version"),
+        (events_pb2.PolicyEvent(), "this release does not know events of this kind"),
     ],
 )
 def test_what_is_stale_or_wrong_is_refused_without_change(
