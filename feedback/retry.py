@@ -1,4 +1,4 @@
-"""Keeps a process running while what it depends on fails: retries, later each time, and reports only the first failure."""
+"""Keeps a process running while what it depends on fails: retries, later each time, and reports the first failure."""
 
 import math
 import random
@@ -44,5 +44,5 @@ def keep_running(
 
 
 def backoff_seconds(failures: int, max_wait_seconds: float) -> float:
-    """Returns how long to wait after this many failures in a row. Doubles each time; random, so that replicas spread."""
+    """Returns the wait after this many failures in a row. Doubles each time; random, so that replicas spread."""
     return min(max_wait_seconds, _FIRST_WAIT_SECONDS * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)

@@ -1,1 +1,1 @@
-"""The gRPC server on vLLM: it samples, takes feedback, and swaps the policy while requests go on."""
+"""The gRPC server on vLLM: samples, takes feedback, and swaps the policy without failing a request."""

@@ -1,4 +1,4 @@
-"""Finds the policy that an engine can be started on; imports version 1 where there is none yet."""
+"""Finds the policy that an engine can be started on; imports version 1 if there is none yet."""
 
 import asyncio
 import logging
@@ -24,13 +24,13 @@ class NoPolicyError(Exception):
 
 
 async def startable_policy(config: ServingConfig, folder: Path, policies: PolicyLog) -> PolicyRecord:
-    """Returns the live policy, whole on disk.
+    """Returns the live policy, whose files have been verified.
 
-    A live version whose files are damaged is rejected, and the one before takes its place; but none is where no version
-    is whole, since then it is this replica that does not see the folder, and others may.
+    If the files of the live version are damaged, it is rejected and the one before takes its place. If no version is
+    whole, none is rejected: the fault is then likely to be this replica's, which may not see the folder.
 
     Raises:
-        NoPolicyError: no version is live and none can be imported, or none that was live is whole.
+        NoPolicyError: no version is live and none can be imported, or no version that was ever live is whole.
     """
     if not policies.state.live_version:
         await import_first(config, folder, policies)
@@ -47,8 +47,8 @@ async def startable_policy(config: ServingConfig, folder: Path, policies: Policy
         else:
             tried = next((f"v{bad}: {why}" for bad, why in damaged), "none was ever live")
             raise NoPolicyError(
-                f"no policy is whole, not the live one either ({tried}); is the folder that they are in there? "
-                "If it is, restore one from a backup"
+                f"no policy is whole, not the live one either ({tried}); is their folder there, and mounted? "
+                "If it is, restore a version from a backup"
             )
         for bad, why in damaged:
             await reject(policies, policies.state.policies[bad], f"its files are damaged: {why}")
@@ -57,7 +57,7 @@ async def startable_policy(config: ServingConfig, folder: Path, policies: Policy
 
 
 async def reject(policies: PolicyLog, record: PolicyRecord, why: str) -> None:
-    """Takes the live version out, so that the one before it is live again.
+    """Rejects the live version, so that the one before it is live again.
 
     Raises:
         NoPolicyError: there is none before it.
@@ -78,7 +78,7 @@ async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog)
     if model is None:
         raise NoPolicyError("no policy is registered; set serving.initial_model to a Hugging Face model folder")
     if not (model / "config.json").is_file():
-        raise NoPolicyError(f"serving.initial_model: {model} holds no config.json")
+        raise NoPolicyError(f"serving.initial_model: {model} has no config.json")
     manifest = new_manifest(1, reference_version=1)
     path = folder / "v1"
     if path.exists():
@@ -95,7 +95,7 @@ async def import_first(config: ServingConfig, folder: Path, policies: PolicyLog)
 
 
 def _copy_model(model: Path, target: Path) -> None:
-    """Copies a model's files, and nothing that would have to be unpickled."""
+    """Copies a model's files, except those that would have to be unpickled."""
     for source in sorted(model.iterdir()):
         if source.is_file() and source.suffix in {".json", ".jinja", ".safetensors", ".txt", ".model"}:
             shutil.copyfile(source, target / source.name)

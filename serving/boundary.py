@@ -1,6 +1,6 @@
 """The edge of the server: every request is parsed and validated here, and every exception becomes a status.
 
-Requests are parsed here and not by grpc, so that bytes which are no message are refused like any other bad field.
+Requests are parsed here and not by grpc, so that bytes that are no message are refused like any other bad field.
 """
 
 import logging
@@ -27,7 +27,7 @@ class Boundary(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
-        """Returns the method's handler with the boundary around it."""
+        """Returns the method's handler, wrapped."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/alignd.v1."):
             return handler
@@ -96,12 +96,12 @@ def _is_abort(error: Exception) -> bool:
 
 
 def _internal() -> Refusal:
-    """Returns what a caller hears of an error that is ours: nothing of its contents, which may be another user's."""
+    """Returns the refusal for a failure of the server, without the error's text, which may quote another user."""
     return Refusal(grpc.StatusCode.INTERNAL, "INTERNAL", "the server failed; its log says why")
 
 
 def parse(raw: bytes, message_class: type[Message]) -> Message:
-    """Returns the request that `raw` holds.
+    """Returns the request that was serialised as `raw`.
 
     Raises:
         Refusal: INVALID_ARGUMENT, naming every field that breaks a rule of the contract.
@@ -120,7 +120,7 @@ def parse(raw: bytes, message_class: type[Message]) -> Message:
 
 
 def _find_invalid_utf8(raw: bytes, descriptor: Any) -> str:
-    """Returns the path of the first string field in `raw` that is not UTF-8, or "" if there is none to be found."""
+    """Returns the path of the first string field in `raw` that is not UTF-8, or "" if none is found."""
     try:
         unknown: Any = UnknownFieldSet(empty_pb2.Empty.FromString(raw))
     except DecodeError:

@@ -1,4 +1,4 @@
-"""What can be set of the gRPC server and its engine."""
+"""Settings of the gRPC server and its engine."""
 
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ class ServingConfig(BaseModel):
         0.02, ge=0, description="StreamSample sends new text at most this often, in seconds."
     )
     drain_timeout_seconds: float = Field(
-        20.0, ge=0, description="How long a swap waits for requests in flight before it goes on with them marked."
+        20.0, ge=0, description="How long a swap waits for requests in flight; it then marks them and continues."
     )
     shutdown_grace_seconds: float = Field(30.0, ge=0, description="How long a stop waits for requests in flight.")
     probe_tolerance: float = Field(

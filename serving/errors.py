@@ -1,4 +1,4 @@
-"""The refusals that RPCs answer with, and how they look on the wire.
+"""The refusals that RPCs answer with, and their form on the wire.
 
 Every refusal is a google.rpc.Status with one ErrorInfo (an UPPER_SNAKE reason, domain "alignd", and the values that the
 message mentions), a BadRequest that names each field at fault, and a RetryInfo where trying again later can help. The
@@ -14,8 +14,8 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 DOMAIN = "alignd"
-# gRPC sends a status as metadata, all of it thrice and in part as base64, and peers take 8 KiB of that. Beyond it a
-# caller would hear of nothing but the size.
+# gRPC sends a status as metadata, three times and in part as base64, and peers accept 8 KiB of metadata. If there is
+# more, the caller learns nothing but that it was too large.
 _MOST_CHARACTERS, _LONGEST = 1_800, 400
 DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK = "grpc-retry-pushback-ms"
@@ -58,7 +58,7 @@ def bad_field(field: str, description: str) -> Refusal:
 
 
 def bad_fields(violations: Sequence[Violation]) -> Refusal:
-    """Returns INVALID_ARGUMENT for the fields at fault, or for the first of very many."""
+    """Returns INVALID_ARGUMENT for the fields at fault; only for the first ones if they are very many."""
     said: list[Violation] = []
     room = _MOST_CHARACTERS
     for violation in violations:
@@ -73,7 +73,7 @@ def bad_fields(violations: Sequence[Violation]) -> Refusal:
 
 
 def shortened(text: str) -> str:
-    """Returns the beginning of what would be too long to send."""
+    """Returns the text, cut off if it is too long to send."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 

@@ -1,4 +1,4 @@
-"""FeedbackService: checks that feedback is of what was shown to whom, and answers when it is durable."""
+"""FeedbackService: checks that feedback is about what this user was shown, and answers when it is durable."""
 
 import uuid
 from collections import Counter
@@ -13,7 +13,7 @@ from feedback.token import Keyring, TokenError, verify
 from serving.errors import Violation, bad_field, bad_fields, not_permitted
 from serving.recording import record
 
-# Ids are made of the user and the request, so that a retry at any replica makes the same one.
+# Ids are computed from the user and the request, so that a retry at any replica gets the same one.
 _RANKING_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c01")
 _DEMONSTRATION_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c02")
 _MOST_NAMED = 3
@@ -61,7 +61,11 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
         )
 
     def _claims(self, feedback_token: str, user_id: str) -> feedback_token_pb2.FeedbackClaims:
-        """Returns what the token says, if it is ours, in time, and this user's."""
+        """Returns what the token says.
+
+        Raises:
+            Refusal: PERMISSION_DENIED if the token is not ours, has expired, or is another user's.
+        """
         try:
             claims = verify(feedback_token, self.keyring, datetime.now(UTC))
         except TokenError as error:
@@ -78,7 +82,11 @@ def _feedback_id(namespace: uuid.UUID, user_id: str, request_id: str) -> str:
 def _check_ranking(
     request: feedback_service_pb2.SubmitRankingRequest, claims: feedback_token_pb2.FeedbackClaims
 ) -> None:
-    """Refuses a ranking that does not hold each completion of the sample exactly once."""
+    """Checks that a ranking has each completion of the sample exactly once.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT, naming the ids that are unknown, missing or repeated.
+    """
     issued = {each.completion_id for each in claims.completions}
     if len(issued) < 2:
         raise bad_field("feedback_token", "is of a sample with one completion; a ranking needs at least 2")
@@ -91,7 +99,7 @@ def _check_ranking(
 
 
 def _differences(field: str, completion_ids: Iterable[str], issued: set[str]) -> list[Violation]:
-    """Returns how `completion_ids` differs from holding each issued id once."""
+    """Returns in which ways `completion_ids` differs from each issued id once."""
     counts = Counter(completion_ids)
     found = {
         "unknown": sorted(counts.keys() - issued),
@@ -103,6 +111,6 @@ def _differences(field: str, completion_ids: Iterable[str], issued: set[str]) ->
 
 
 def _named(ids: list[str]) -> str:
-    """Returns the first of these, and how many more there are."""
+    """Returns the first few ids, and how many more there are."""
     more = f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
     return ", ".join(ids[:_MOST_NAMED]) + more

@@ -23,7 +23,7 @@ from serving.vllm_engine import Engine, EngineError
 
 @dataclass
 class Serving:
-    """What the replica serves with. It accepts requests from when its engine is proved until it drains."""
+    """What the replica serves with. `accepting` is true from the proof of its engine until it drains."""
 
     slot: Slot
     policies: PolicyLog
@@ -96,7 +96,11 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         )
 
     def _check_policy(self, selector: str, served_version: int) -> None:
-        """Refuses a request for a version that is not the one served."""
+        """Checks that a request asks for the version that is served.
+
+        Raises:
+            Refusal: NOT_FOUND if the version does not exist, FAILED_PRECONDITION if it is not loaded.
+        """
         if selector in ("", "live", f"v{served_version}"):
             return
         metadata = {"policy": selector, "served": f"v{served_version}"}
@@ -110,7 +114,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _record(self, request: Request, sample_id: str, completions: list[Any]) -> None:
-        """Writes the sample to the outbox, so that a ranking of it can be learned from whatever dies next."""
+        """Writes the sample to the outbox, so that its ranking can be learned from whichever process dies next."""
         event = events_pb2.SampleEvent(
             event_id=sample_id,
             user_id=request.user_id,

@@ -1,7 +1,7 @@
 """The replica's view of the `policies` topic: follows it, and appends to it.
 
-The topic is the truth. A proposal is appended and then awaited on the way back, so its caller hears what became of it
-in the order that every replica sees. All state is touched on the event loop; a thread only reads the bus.
+The topic is the truth. A proposal is appended and then read back, so that its caller learns the outcome in the order
+that every replica sees. All state is changed on the event loop; a thread only reads the bus.
 """
 
 import asyncio
@@ -42,15 +42,15 @@ class PolicyLog:
         self._stop = threading.Event()
         self._watchable = True
         self.started = False
-        """Whether all has been read that was in the topic at the start."""
+        """Whether everything that was in the topic at the start has been read."""
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
     async def start(self) -> None:
-        """Begins to follow, and returns when all that was in the topic has been read.
+        """Starts to follow, and returns when everything that was in the topic has been read.
 
         Raises:
-            PolicyLogError: it cannot be followed.
+            PolicyLogError: the topic cannot be followed.
         """
         loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._follow, args=(loop,), name="policy-log", daemon=True)
@@ -61,7 +61,7 @@ class PolicyLog:
         self.started = True
 
     async def stop(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._stop.set()
         if self._thread:
             await asyncio.to_thread(self._thread.join)
@@ -78,10 +78,10 @@ class PolicyLog:
             raise PolicyLogError(f"the policies topic is no longer followed: {self._failure}") from self._failure
 
     async def propose(self, event: events_pb2.PolicyEvent) -> Outcome:
-        """Appends `event`, and returns what it came to.
+        """Appends `event`, and returns its outcome.
 
         Raises:
-            Refusal: UNAVAILABLE if the bus did not take it, or did not give it back in time; safe to retry.
+            Refusal: UNAVAILABLE if the bus did not take the event, or did not return it in time; safe to retry.
         """
         event.event_id = str(uuid.uuid4())
         record = Record(POLICIES, event.event_id.encode(), event.SerializeToString(), event.event_id)
@@ -95,14 +95,14 @@ class PolicyLog:
         return self._outcomes[event.event_id]
 
     async def watch(self, after_revision: int) -> AsyncIterator[policy_service_pb2.WatchResponse]:
-        """Yields every change after `after_revision`, and then each as it happens.
+        """Yields every change after `after_revision`, and then each new one as it happens.
 
         Raises:
-            Refusal: UNAVAILABLE when this replica stops; another one has the same revisions.
+            Refusal: UNAVAILABLE when this replica stops; other replicas have the same revisions.
         """
         revision = after_revision
         while self._watchable:
-            # One at a time: more may come while a change is being sent.
+            # One at a time, since more may come while a change is being sent.
             if revision < len(self.changes):
                 revision += 1
                 yield self.changes[revision - 1]
@@ -111,7 +111,7 @@ class PolicyLog:
         raise unavailable("STOPPING", f"the server is stopping; watch again, after revision {revision}")
 
     def end_watches(self) -> None:
-        """Ends every watch, which would otherwise hold a stop up for as long as it may."""
+        """Ends every watch. Otherwise a watch would delay the server's stop for as long as the grace period allows."""
         self._watchable = False
         self._wake()
 
@@ -125,7 +125,7 @@ class PolicyLog:
         return {}
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Reads the topic; without this thread all who wait for an event would wait for ever, so they are told."""
+        """Reads the topic; if this thread dies, everybody who waits for an event is woken with its error."""
         try:
             self._read_topic(loop)
         except Exception as error:
@@ -137,7 +137,7 @@ class PolicyLog:
         self._wake()
 
     def _read_topic(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Reads the topic for ever, from the beginning; what was read twice is dropped by its event id."""
+        """Reads the topic from the beginning until it is stopped. What is read twice is dropped by its event id."""
         while not self._stop.is_set():
             try:
                 consumer = self.bus.consume([POLICIES], {})
@@ -155,14 +155,14 @@ class PolicyLog:
         try:
             event = events_pb2.PolicyEvent.FromString(delivered.value)
         except DecodeError:
-            logger.error("the record at %s is no PolicyEvent; it is passed over", position)
+            logger.error("the record at %s is not a PolicyEvent; skipping it", position)
         else:
             if event.event_id not in self._outcomes:
                 self._record(event)
         self._wake()
 
     def _wake(self) -> None:
-        """Lets all go on that wait for a change."""
+        """Wakes all that wait for a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""PolicyService: what the trainer and operators say of policy versions, as events on the policy log."""
+"""PolicyService: what the trainer and operators ask of policy versions, as events on the policy log."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -146,13 +146,17 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             )
         )
         if outcome.refusal:
-            # What was allowed when it was asked is not allowed where it came to stand: another call was first.
+            # The change was allowed when it was asked for, but not at its place in the log: another call came first.
             metadata = {"version": str(version)}
             raise Refusal(grpc.StatusCode.ABORTED, "LOST_RACE", outcome.refusal, metadata=metadata)
         return outcome.state.policies[version]
 
     def _state(self) -> PolicyState:
-        """What the log says; before it has been read to its end, that would be of the past."""
+        """Returns the state of the policy log.
+
+        Raises:
+            Refusal: UNAVAILABLE until the log has been read to its end, since its state would be out of date.
+        """
         if not self.policies.started:
             raise unavailable("STARTING", "the server is starting: it is reading the policy log")
         return self.policies.state
@@ -163,16 +167,16 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
                 "NO_SUCH_POLICY",
-                f"there is no policy {name}; ListPolicies tells which there are",
+                f"there is no policy {name}; ListPolicies lists those there are",
                 metadata={"policy": name},
             )
         return record
 
 
 def _changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:
-    """Returns the files besides the weights, such as tokenizer and configuration, that are not the reference's.
+    """Returns the files besides the weights, such as tokenizer and configuration, that differ from the reference's.
 
-    A swap in place exchanges weights and nothing else, so these would take effect at the next start, unproved.
+    A swap in place exchanges only weights, so these files would take effect at the next start, unproved.
     """
     ours, theirs = (
         {(file.path, file.sha256) for file in each.files if not file.path.endswith(".safetensors")}

@@ -1,4 +1,4 @@
-"""Makes an event durable before an RPC answers, and says what went wrong if it cannot."""
+"""Makes an event durable before an RPC answers, or refuses the RPC."""
 
 import hashlib
 from datetime import UTC, datetime
@@ -17,13 +17,13 @@ _RETRY_AFTER_SECONDS = 30.0
 
 
 async def record(outbox: Outbox, topic: str, key: str, event: Event) -> Timestamp:
-    """Stores `event`, and returns when it, or the first try of it, was acknowledged.
+    """Stores `event`, and returns when it, or the first attempt to store it, was acknowledged.
 
     Raises:
         Refusal: ALREADY_EXISTS if the event's id was used with other contents, RESOURCE_EXHAUSTED if the disk is full,
-            UNAVAILABLE if it fails.
+            UNAVAILABLE if the disk fails.
     """
-    # The digest leaves out the time, by which a retry differs from the first try.
+    # Computed before the time is set, which differs between a retry and the first attempt.
     digest = hashlib.sha256(event.SerializeToString(deterministic=True)).digest()
     event.event_time.GetCurrentTime()
     stored = Record(topic, key.encode(), event.SerializeToString(), event.event_id)

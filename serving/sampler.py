@@ -1,6 +1,6 @@
-"""Draws one sample: a request becomes an engine's draw, and its text becomes completions with ids and a feedback token.
+"""Draws one sample: turns a request into an engine's draw, and the text into completions with ids and a feedback token.
 
-Knows neither gRPC nor the bus: what it yields is what the two RPCs of InferenceService send.
+It knows neither gRPC nor the bus: what it yields is what the two RPCs of InferenceService send.
 """
 
 import time
@@ -39,24 +39,24 @@ class Draft:
 
 
 class Quota:
-    """How many completions may be generated at a time."""
+    """Limits how many completions are generated at a time."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.taken = 0
 
     def take(self, count: int) -> None:
-        """Claims room for `count` completions, to be given back.
+        """Reserves room for `count` completions; give_back() returns it.
 
         Raises:
-            Refusal: RESOURCE_EXHAUSTED, with a retry delay, if there is none.
+            Refusal: RESOURCE_EXHAUSTED, with a retry delay, if there is no room.
         """
         if self.taken + count > self.limit:
             raise exhausted("TOO_MANY_COMPLETIONS", f"{self.taken} of {self.limit} completions are in flight")
         self.taken += count
 
     def give_back(self, count: int) -> None:
-        """Gives room back."""
+        """Returns room."""
         self.taken -= count
 
 
@@ -90,7 +90,11 @@ def plan(request: Request, engine: Engine, default_max_tokens: int) -> Plan:
 
 
 def render(prompt: types_pb2.Prompt, engine: Engine) -> list[int]:
-    """Returns the prompt's tokens, after the checks that the contract's rules cannot express."""
+    """Returns the prompt's tokens, after checks that the contract's rules cannot express.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT if the policy's chat template cannot render the prompt.
+    """
     if prompt.WhichOneof("content") == "chat":
         if prompt.chat.messages[-1].role != types_pb2.ROLE_USER:
             raise bad_field("prompt.chat.messages", "the last message must be the user's")
@@ -105,7 +109,7 @@ def render(prompt: types_pb2.Prompt, engine: Engine) -> list[int]:
 async def write(
     engine: Engine, planned: Plan, sample_id: str, hold: Hold, drafts: list[Draft], interval_seconds: float | None
 ) -> AsyncIterator[inference_service_pb2.CompletionDeltas]:
-    """Fills `drafts`, and yields their new text at most every `interval_seconds`; never, if that is None."""
+    """Fills `drafts`, and yields their new text at most every `interval_seconds`; yields nothing if that is None."""
     unsent: dict[int, types_pb2.FinishReason] = {}
     texts: dict[int, str] = {}
     sent_at = 0.0

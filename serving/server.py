@@ -1,8 +1,8 @@
-"""One serving replica, put together: its services, its engine, and the order in which they come and go.
+"""One serving replica, put together: its services, its engine, and the order in which they start and stop.
 
-Coming: the port opens with health NOT_SERVING; the policy log is read; the engine loads the live version and proves it;
-health turns SERVING. Going: health NOT_SERVING, no new calls, those in flight end, then the engine. Feedback is taken
-throughout, since it needs no engine.
+To start, the port opens with health NOT_SERVING, the policy log is read, the engine loads and proves the live version,
+and health turns SERVING. To stop, health turns NOT_SERVING, new calls are refused, calls in flight finish, and the
+engine ends. Feedback is taken throughout, since it needs no engine.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ _KILL_AGAIN_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Places:
-    """Where a replica finds what it shares with others, and keeps what is its own."""
+    """Where a replica finds what it shares with other replicas, and where it keeps its own outbox."""
 
     bus_url: str
     outbox: Path
@@ -72,7 +72,7 @@ async def serve(
     """Serves until SIGTERM or SIGINT.
 
     Raises:
-        EngineError: the engine is dead; start again.
+        EngineError: the engine is dead; the process must be started again.
     """
     bus = await asyncio.to_thread(open_bus, places.bus_url)
     await asyncio.to_thread(bus.create_topics, TOPICS)
@@ -110,7 +110,7 @@ async def serve(
 
 
 async def _add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.HealthServicer:
-    """Adds health, SERVING for feedback alone at first, and reflection."""
+    """Adds reflection and health. Only feedback is SERVING at first."""
     health = grpc_health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     for name in (*_ENGINE_SERVICES, _POLICY_SERVICE):
@@ -148,7 +148,7 @@ async def _until_stopped(work: Coroutine[None, None, None]) -> None:
 async def _run_engine(
     config: ServingConfig, places: Places, serving: Serving, health: grpc_health.aio.HealthServicer
 ) -> None:
-    """Starts the engine on the live policy, and keeps it on the live policy from then on."""
+    """Starts the engine on the live policy, and keeps it on whichever policy is live from then on."""
     await serving.policies.start()
     await health.set(_POLICY_SERVICE, health_pb2.HealthCheckResponse.SERVING)
     record = await startable_policy(config, places.policies, serving.policies)
@@ -174,16 +174,15 @@ async def _run_engine(
 
 
 async def _begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, places: Places) -> PolicyRecord:
-    """Opens the slot with `record`, on which the engine was started; if it cannot be proved, with the one before.
+    """Opens the slot with `record`, on which the engine was started; if it cannot be proved, with the version before.
 
-    Without this a version that was promoted while no replica was there to try it would keep every replica from
-    starting, again and again.
+    Otherwise a version that was promoted while no replica could try it would keep every replica from starting.
     """
     while True:
         try:
             await swapper.begin(record)
         except (ProofError, EngineError) as error:
-            # Raises if the engine is dead, which says nothing about the version.
+            # Raises if the engine is dead: that says nothing about the version.
             await swapper.engine.check_health()
             await reject(swapper.policies, record, str(error))
             record = await startable_policy(config, places.policies, swapper.policies)
@@ -193,13 +192,13 @@ async def _begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, 
 
 
 async def _start_in_thread(folder: Path, config: ServingConfig) -> Engine:
-    """Starts the engine while the port answers. A stop that comes meanwhile does not wait for it to come up."""
+    """Starts the engine while the port answers. If the server is stopped meanwhile, the start is aborted."""
     starting = asyncio.ensure_future(asyncio.to_thread(start_engine, folder, config))
     try:
         return await asyncio.shield(starting)
     except asyncio.CancelledError:
         while not starting.done():
-            # The start fails as soon as the process in which vLLM runs is gone.
+            # The start fails as soon as vLLM's process is gone.
             for process in multiprocessing.active_children():
                 process.kill()
             await asyncio.wait({starting}, timeout=_KILL_AGAIN_SECONDS)
@@ -209,7 +208,11 @@ async def _start_in_thread(folder: Path, config: ServingConfig) -> Engine:
 
 
 async def _watch_engine(engine: Engine) -> None:
-    """Raises EngineError when the engine dies, so that the process ends and is started afresh."""
+    """Checks the engine until it dies, so that the process ends and is started again.
+
+    Raises:
+        EngineError: the engine is dead.
+    """
     while True:
         await asyncio.sleep(_HEALTH_CHECK_SECONDS)
         await engine.check_health()

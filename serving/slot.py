@@ -1,7 +1,7 @@
 """The place of one policy version in an engine: who may use it, and when it may be exchanged.
 
-A request holds the slot from admission to its end, so its version is pinned. An exchange closes the slot to new
-requests, waits for those inside, and opens it again; requests that come meanwhile wait rather than fail.
+A request holds the slot from admission to its end, so its version stays the same. An exchange closes the slot to new
+requests, waits for those inside, and opens it again. Requests that arrive meanwhile wait; they do not fail.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How an exchange went so far, in seconds: the wait for requests inside, and when nothing was inside any more."""
+    """How long an exchange waited for the requests inside, in seconds, and when (by time.monotonic) the slot was empty."""
 
     drain_seconds: float
     emptied_at: float
@@ -43,12 +43,12 @@ class Slot:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Hold]:
-        """Admits a request, after an exchange under way has ended.
+        """Admits a request. Waits while an exchange is under way.
 
         Raises:
             Refusal: UNAVAILABLE if the slot was shut.
         """
-        # Asked again after the wait: another exchange may have begun before this request got its turn.
+        # Checked again after the wait: another exchange may have begun before this request got its turn.
         while not (self._open.is_set() or self._shut):
             await self._open.wait()
         if self._shut:
@@ -65,7 +65,7 @@ class Slot:
                 self._empty.set()
 
     async def close(self, timeout_seconds: float) -> Exchange:
-        """Admits nobody from here on, and returns when those inside are gone, or marked after `timeout_seconds`."""
+        """Admits nobody from now on. Returns when the requests inside are gone, or are marked after `timeout_seconds`."""
         started = time.monotonic()
         self._open.clear()
         try:
@@ -83,11 +83,11 @@ class Slot:
         self._open.set()
 
     def shut(self) -> None:
-        """Refuses all who wait and all who come from here on. Those inside stay."""
+        """Refuses all requests that wait or arrive from now on. Those inside stay."""
         self._shut = True
         self._open.set()
 
     @property
     def idle(self) -> bool:
-        """Whether nobody is inside."""
+        """Whether no request is inside."""
         return not self._holds

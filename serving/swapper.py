@@ -1,7 +1,8 @@
-"""Keeps what the engine serves equal to what the policy log says is live, and proves each swap before users meet it.
+"""Keeps the engine on the version that the policy log says is live, and proves each swap before users meet it.
 
-A swap is proved by log-probabilities: those that the engine gives for the manifest's probes must be the trainer's, and
-must not be those it gave before. A version that cannot be loaded or proved is rejected, and the one before goes on.
+A swap is proved by log-probabilities: those that the engine gives for the manifest's probes must match the trainer's,
+and must differ from those it gave before. A version that cannot be loaded or proved is rejected, and the version before
+it is restored.
 """
 
 import asyncio
@@ -28,12 +29,12 @@ _WARM_UP_TOKENS = (0, 1)
 
 
 class ProofError(Exception):
-    """The engine does not serve what it was told to load."""
+    """The engine does not serve the weights that it was asked to load."""
 
 
 @dataclass(frozen=True)
 class _Proof:
-    """What the engine gave for the probes, and how far that is from the trainer's, in nats."""
+    """The engine's log-probabilities of the probes, and how far they are from the trainer's, in nats."""
 
     logprobs: tuple[tuple[float, ...], ...]
     error: float
@@ -46,12 +47,12 @@ async def _prove(
 
     Args:
         engine: the engine, with nothing else in flight.
-        manifest: what it should serve.
+        manifest: the version that it should serve.
         before: what the previous, different weights gave for the same probes; None if there were none.
         tolerance: largest mean difference from the trainer's log-probabilities, in nats.
 
     Raises:
-        ProofError: the probes differ from the trainer's, or do not differ from the version before.
+        ProofError: the log-probabilities differ from the trainer's, or do not differ from those of the version before.
     """
     if any(len(probe.logprobs) != len(probe.token_ids) - 1 for probe in manifest.probes):
         raise ProofError("a probe must have one log-probability for each of its tokens but the first")
@@ -101,18 +102,18 @@ class Swapper:
         Raises:
             ProofError: the engine does not serve it.
         """
-        # vLLM's first log-probabilities of a prompt take seconds, and an imported version has no probes to ask for. The
-        # first swap would pay for them, with nobody admitted.
+        # vLLM's first log-probabilities of a prompt take seconds. An imported version has no probes, so without this
+        # the first swap would wait for them while it admits nobody.
         await self.engine.logprobs(_WARM_UP_TOKENS, "warm-up")
         proof = await _prove(self.engine, record.manifest, None, self.tolerance)
         self._open(record)
         await self._report(ReplicaStatus(probe_error=proof.error))
 
     async def follow(self) -> None:
-        """Swaps for ever.
+        """Swaps whenever another version is live, without end.
 
         Raises:
-            EngineError: neither the new nor the old version can be served any more; the process has to start afresh.
+            EngineError: neither the new nor the old version can be served; the process must be started again.
         """
         while True:
             live = self.policies.state.policies.get(self.policies.state.live_version)
@@ -122,11 +123,11 @@ class Swapper:
                 await self.policies.changed()
 
     async def swap(self, record: PolicyRecord) -> None:
-        """Serves `record` from here on, or rejects it and goes on with what is served."""
+        """Serves `record` from now on; if that fails, rejects it and continues with the version that was served."""
         version = record.manifest.version
         try:
             path = artifact_folder(record.artifact_uri)
-            # Read from disk again, and before anybody has to wait: what was whole at registration may not be now.
+            # Verified again, before any request has to wait: files that were whole at registration may not be now.
             await asyncio.to_thread(self._verify, path, record)
         except ArtifactError as error:
             await self._reject(record, f"its files cannot be used: {error}")
@@ -151,11 +152,11 @@ class Swapper:
         try:
             found = verify_artifact(path, artifact_folder(self.served.artifact_uri))
         except ComparisonError as error:
-            # Of what is served, which may be just why another is asked for. The engine checks shapes too, if later.
+            # The served version cannot be read, perhaps the very reason for this swap. The engine checks shapes later.
             logger.warning("v%d is not compared with what is served: %s", record.manifest.version, error)
             found = verify_artifact(path)
         if found.weight_digest != record.manifest.weight_digest:
-            raise ArtifactError("the manifest on disk is of other weights than the registered one")
+            raise ArtifactError("the manifest on disk names other weights than the registered one")
 
     async def _before(self, record: PolicyRecord) -> _Proof | None:
         """Returns what the present weights give for the probes of `record`, or None if it has the same weights."""
@@ -165,7 +166,11 @@ class Swapper:
         return _Proof(await _measure(self.engine, record.manifest), 0.0)
 
     async def _restore(self) -> None:
-        """Puts the version before back; if that fails too, the process cannot go on."""
+        """Loads and proves the version that was served before.
+
+        Raises:
+            EngineError: that failed too, and the process must be started again.
+        """
         assert self.served is not None
         await self.engine.load_weights(artifact_folder(self.served.artifact_uri))
         try:
@@ -179,7 +184,7 @@ class Swapper:
         self.slot.open(PolicyRef(version=record.manifest.version, weight_digest=record.manifest.weight_digest))
 
     async def _reject(self, record: PolicyRecord, why: str) -> None:
-        """Tells all replicas that the version is bad; the log then makes the one before live again."""
+        """Reports to all replicas that the version is bad. The log then makes the one before it live again."""
         version = record.manifest.version
         logger.error("v%d is rejected: %s", version, why)
         await self._report(ReplicaStatus(error_message=f"v{version}: {why}"))
@@ -197,7 +202,7 @@ class Swapper:
         await self._propose(events_pb2.PolicyEvent(replica_status=status))
 
     async def _propose(self, event: events_pb2.PolicyEvent) -> None:
-        """Appends `event`, trying again while the bus is away: serving goes on without it."""
+        """Appends `event`, and retries while the bus is away: serving continues without the bus."""
         while True:
             try:
                 await self.policies.propose(event)

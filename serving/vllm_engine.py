@@ -91,7 +91,11 @@ class Engine:
             raise EngineError(f"vLLM failed: {error}") from error
 
     async def logprobs(self, token_ids: Sequence[int], request_id: str) -> list[float]:
-        """Returns the log-probability, in nats, of each token but the first, given those before it."""
+        """Returns the log-probability, in nats, of each token but the first, given those before it.
+
+        Raises:
+            EngineError: vLLM failed, or is dead.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
@@ -108,10 +112,10 @@ class Engine:
         return [row[token].logprob for row, token in zip(rows[1:], token_ids[1:], strict=True)]
 
     async def load_weights(self, folder: Path) -> None:
-        """Replaces the weights in place by those in `folder`, and forgets everything computed from the old ones.
+        """Replaces the weights in place by those in `folder`, and drops everything computed from the old ones.
 
-        Requests in flight stand still meanwhile and then go on with the new weights; the caller sees to it that there
-        are none, or that they are marked.
+        Requests in flight pause and then continue with the new weights; the caller makes sure that there are none, or
+        that they are marked.
 
         Raises:
             EngineError: the weights do not fit, or the engine is dead.
@@ -128,7 +132,11 @@ class Engine:
             raise EngineError(f"vLLM could not load {folder.name}: {error}") from error
 
     async def check_health(self) -> None:
-        """Raises EngineError if the engine is dead."""
+        """Checks that the engine is alive.
+
+        Raises:
+            EngineError: the engine is dead.
+        """
         try:
             await self._llm.check_health()
         except _vllm_errors() as error:
@@ -140,7 +148,7 @@ class Engine:
 
 
 def _vllm_errors() -> tuple[type[Exception], ...]:
-    """What vLLM raises of its own; ValueError is its word for input that it does not take."""
+    """Returns what vLLM raises for failures of its own and, as ValueError, for input that it does not take."""
     from vllm.exceptions import VLLMError
 
     return VLLMError, ValueError

@@ -1,7 +1,7 @@
 """Runs inside vLLM's process, and ends it when the server that started it is gone: after kill -9 nobody else would.
 
-vLLM imports this module, for the class that it is told to mix into its worker, before it loads a model. A process that
-has not come so far gives up by itself when the server does not answer its handshake, after 5 minutes.
+vLLM imports this module before it loads a model, because it mixes a class of this module into its worker. A process
+that has not come so far ends by itself, after 5 minutes in which the server does not answer its handshake.
 """
 
 import multiprocessing
@@ -11,11 +11,11 @@ import threading
 
 
 class EndsWithServer:
-    """Adds nothing to vLLM's worker."""
+    """Adds nothing to vLLM's worker; naming it makes vLLM import this module."""
 
 
 def _end_with_parent() -> None:
-    """Waits until the process that started this one is gone, and then ends this one at once."""
+    """Waits until the process that started this one is gone, and then kills this one."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

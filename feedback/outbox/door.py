@@ -26,7 +26,7 @@ class _Waiting:
 
 
 class Outbox:
-    """Stores events from asyncio. One thread writes them, with one fsync for all that wait at the time (group commit)."""
+    """Stores events from asyncio. One thread writes them, with one fsync for all that wait (group commit)."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         """Opens or creates the file.

@@ -101,7 +101,7 @@ class Store:
         return self._scalar(_last_seq(SAMPLES))
 
     def oldest_ranking_time(self, after_seq: int) -> float | None:
-        """Returns when the earliest ranking after this number was acknowledged, in Unix seconds; None if there is none."""
+        """Returns when the earliest ranking after this number was acknowledged, in Unix seconds; None if none was."""
         earliest = select(func.min(RANKINGS.c.event_time_us)).where(RANKINGS.c.seq > after_seq)
         with self._engine.connect() as connection:
             time_us = connection.execute(earliest).scalar_one()
