@@ -1,6 +1,6 @@
 """Generates the Python code of the contracts into protos/gen, and lints them.
 
-buf.validate is generated too: its descriptor comes out of the installed protovalidate, so both are of one version.
+buf.validate is generated too. Its descriptor comes from the installed protovalidate, so that both have one version.
 
     python protos/generate.py            writes protos/gen
     python protos/generate.py --check    writes nothing; fails if protos/gen differs, or if buf complains
@@ -19,13 +19,13 @@ from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timest
 from grpc_tools import protoc
 from protovalidate._gen.buf.validate import validate_pb
 
-PROTOS = Path(__file__).parent
-GENERATED = PROTOS / "gen"
-VALIDATE = "buf/validate/validate.proto"
+_PROTOS = Path(__file__).parent
+_GENERATED = _PROTOS / "gen"
+_VALIDATE = "buf/validate/validate.proto"
 
 
-def write_dependencies(path: Path) -> None:
-    """Writes the descriptors of buf.validate, and of what it needs, as a FileDescriptorSet."""
+def _write_dependencies(path: Path) -> None:
+    """Writes the descriptors of buf.validate, and of the files that it imports, as a FileDescriptorSet."""
     dependencies = descriptor_pb2.FileDescriptorSet()
     for module in (descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2):
         module.DESCRIPTOR.CopyToProto(dependencies.file.add())
@@ -33,40 +33,40 @@ def write_dependencies(path: Path) -> None:
     path.write_bytes(dependencies.SerializeToString())
 
 
-def run_protoc(*arguments: str) -> None:
+def _run_protoc(*arguments: str) -> None:
     if protoc.main(["protoc", *arguments]) != 0:
         sys.exit("protoc failed; its messages are above")
 
 
-def generate(target: Path) -> None:
+def _generate(target: Path) -> None:
     """Writes messages, type stubs and gRPC stubs of every contract to `target`."""
-    names = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / "alignd").rglob("*.proto"))
+    names = sorted(str(path.relative_to(_PROTOS)) for path in (_PROTOS / "alignd").rglob("*.proto"))
     with tempfile.TemporaryDirectory() as folder:
         dependencies, image = Path(folder, "dependencies.binpb"), Path(folder, "image.binpb")
-        write_dependencies(dependencies)
+        _write_dependencies(dependencies)
         # protoc takes sources or descriptors, not both in one run: the sources become descriptors first.
-        run_protoc(f"-I{PROTOS}", f"--descriptor_set_in={dependencies}", "--include_imports", "--include_source_info",
+        _run_protoc(f"-I{_PROTOS}", f"--descriptor_set_in={dependencies}", "--include_imports", "--include_source_info",
                    f"--descriptor_set_out={image}", *names)  # fmt: skip
-        run_protoc(f"--descriptor_set_in={image}", f"--python_out={target}", f"--pyi_out={target}", VALIDATE, *names)
-        run_protoc(f"--descriptor_set_in={image}", f"--grpc_python_out={target}",
+        _run_protoc(f"--descriptor_set_in={image}", f"--python_out={target}", f"--pyi_out={target}", _VALIDATE, *names)
+        _run_protoc(f"--descriptor_set_in={image}", f"--grpc_python_out={target}",
                    *(name for name in names if name.endswith("_service.proto")))  # fmt: skip
-        lint(image)
+        _lint(image)
     for package in ("alignd/v1", "buf/validate"):
         # So that type checkers read the stubs of an installed package.
         Path(target, package, "py.typed").touch()
 
 
-def lint(image: Path) -> None:
+def _lint(image: Path) -> None:
     """Checks the contracts against buf's STANDARD and COMMENTS rules."""
     buf = Path(sysconfig.get_path("scripts"), "buf")
-    command = [str(buf), "lint", str(image), "--config", str(PROTOS / "buf.yaml")]
-    for path in sorted((PROTOS / "alignd").rglob("*.proto")):
-        command += ["--path", str(path.relative_to(PROTOS))]
+    command = [str(buf), "lint", str(image), "--config", str(_PROTOS / "buf.yaml")]
+    for path in sorted((_PROTOS / "alignd").rglob("*.proto")):
+        command += ["--path", str(path.relative_to(_PROTOS))]
     if subprocess.run(command, check=False).returncode != 0:
         sys.exit("the contracts break buf's rules; its messages are above")
 
 
-def files(folder: Path) -> set[str]:
+def _files(folder: Path) -> set[str]:
     found = (path for path in folder.rglob("*") if path.is_file() and path.suffix in {".py", ".pyi", ".typed"})
     return {str(path.relative_to(folder)) for path in found}
 
@@ -77,15 +77,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
-        generate(fresh)
+        _generate(fresh)
         if arguments.check:
-            names = files(fresh) | files(GENERATED)
-            _, different, missing = filecmp.cmpfiles(fresh, GENERATED, sorted(names), shallow=False)
+            names = _files(fresh) | _files(_GENERATED)
+            _, different, missing = filecmp.cmpfiles(fresh, _GENERATED, sorted(names), shallow=False)
             if different or missing:
                 sys.exit(f"protos/gen is stale: run `make proto`. Differs: {', '.join(different + missing)}")
         else:
-            shutil.rmtree(GENERATED, ignore_errors=True)
-            shutil.copytree(fresh, GENERATED)
+            shutil.rmtree(_GENERATED, ignore_errors=True)
+            shutil.copytree(fresh, _GENERATED)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Exchange:
-    """How long an exchange waited for the requests inside, in seconds, and when (by time.monotonic) the slot was empty."""
+    """How long an exchange waited for the requests inside, in seconds, and the monotonic time when they were gone."""
 
     drain_seconds: float
     emptied_at: float
@@ -65,7 +65,7 @@ class Slot:
                 self._empty.set()
 
     async def close(self, timeout_seconds: float) -> Exchange:
-        """Admits nobody from now on. Returns when the requests inside are gone, or are marked after `timeout_seconds`."""
+        """Admits nobody from now on. Returns when those inside are gone, or are marked after `timeout_seconds`."""
         started = time.monotonic()
         self._open.clear()
         try:

@@ -86,7 +86,7 @@ class Bus(Protocol):
         ...
 
     def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
-        """Returns a consumer that begins at `start`, an offset for each (topic, partition), or at the earliest record."""
+        """Returns a consumer that begins at `start`, an offset per (topic, partition), or at the earliest record."""
         ...
 
     def end_offsets(self, topic: str) -> dict[int, int]:

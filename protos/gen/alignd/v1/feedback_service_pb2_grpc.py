@@ -29,10 +29,12 @@ class FeedbackServiceStub:
     """Takes feedback on samples.
 
     OK means durable: the feedback survives the death of every process, and reaches training once. Each call is made
-    idempotent by its `request_id`, so retry after any failure with the same one. The token returned with the sample is
-    all that is needed, so any replica can take it. A token that is forged, expired or of another user returns
-    PERMISSION_DENIED; bad fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them; the same
-    `request_id` with other contents returns ALREADY_EXISTS; a full disk returns RESOURCE_EXHAUSTED.
+    idempotent by its `request_id`, so retry after any failure with the same one. Any replica can take feedback: all it
+    needs is the token that was returned with the sample.
+
+    Errors: PERMISSION_DENIED for a token that is forged, expired or another user's; INVALID_ARGUMENT, with a
+    google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a `request_id` that was used with other contents;
+    RESOURCE_EXHAUSTED if the disk is full.
     """
 
     def __init__(self, channel):
@@ -57,23 +59,25 @@ class FeedbackServiceServicer:
     """Takes feedback on samples.
 
     OK means durable: the feedback survives the death of every process, and reaches training once. Each call is made
-    idempotent by its `request_id`, so retry after any failure with the same one. The token returned with the sample is
-    all that is needed, so any replica can take it. A token that is forged, expired or of another user returns
-    PERMISSION_DENIED; bad fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them; the same
-    `request_id` with other contents returns ALREADY_EXISTS; a full disk returns RESOURCE_EXHAUSTED.
+    idempotent by its `request_id`, so retry after any failure with the same one. Any replica can take feedback: all it
+    needs is the token that was returned with the sample.
+
+    Errors: PERMISSION_DENIED for a token that is forged, expired or another user's; INVALID_ARGUMENT, with a
+    google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a `request_id` that was used with other contents;
+    RESOURCE_EXHAUSTED if the disk is full.
     """
 
     def SubmitRanking(self, request, context):
         """Records how a user ranks the completions of one sample.
 
-        A later ranking of the same sample by the same user replaces the earlier one in what is learned from.
+        Training uses only the latest ranking of a sample by a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitDemonstration(self, request, context):
-        """Records the completion that a user would have wanted.
+        """Records the completion that a user would have wanted, as a demonstration for the sample's prompt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,10 +108,12 @@ class FeedbackService:
     """Takes feedback on samples.
 
     OK means durable: the feedback survives the death of every process, and reaches training once. Each call is made
-    idempotent by its `request_id`, so retry after any failure with the same one. The token returned with the sample is
-    all that is needed, so any replica can take it. A token that is forged, expired or of another user returns
-    PERMISSION_DENIED; bad fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them; the same
-    `request_id` with other contents returns ALREADY_EXISTS; a full disk returns RESOURCE_EXHAUSTED.
+    idempotent by its `request_id`, so retry after any failure with the same one. Any replica can take feedback: all it
+    needs is the token that was returned with the sample.
+
+    Errors: PERMISSION_DENIED for a token that is forged, expired or another user's; INVALID_ARGUMENT, with a
+    google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a `request_id` that was used with other contents;
+    RESOURCE_EXHAUSTED if the disk is full.
     """
 
     @staticmethod

@@ -28,7 +28,7 @@ if _version_not_supported:
 class InferenceServiceStub:
     """Samples completions from the policy that is live.
 
-    Set a deadline on each call: the server stops generating when it passes, or when the caller leaves. UNAVAILABLE (the
+    Set a deadline on each call: the server stops generating when it passes, or when the caller cancels. UNAVAILABLE (the
     server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit) are safe to retry. Bad
     fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
     """
@@ -54,7 +54,7 @@ class InferenceServiceStub:
 class InferenceServiceServicer:
     """Samples completions from the policy that is live.
 
-    Set a deadline on each call: the server stops generating when it passes, or when the caller leaves. UNAVAILABLE (the
+    Set a deadline on each call: the server stops generating when it passes, or when the caller cancels. UNAVAILABLE (the
     server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit) are safe to retry. Bad
     fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
     """
@@ -105,7 +105,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 class InferenceService:
     """Samples completions from the policy that is live.
 
-    Set a deadline on each call: the server stops generating when it passes, or when the caller leaves. UNAVAILABLE (the
+    Set a deadline on each call: the server stops generating when it passes, or when the caller cancels. UNAVAILABLE (the
     server is starting or draining) and RESOURCE_EXHAUSTED with a RetryInfo (it is at its limit) are safe to retry. Bad
     fields return INVALID_ARGUMENT with a google.rpc.BadRequest that names each of them.
     """

@@ -28,9 +28,11 @@ if _version_not_supported:
 class PolicyServiceStub:
     """Keeps the policy versions and their stages.
 
-    The truth is the `policies` topic, which every replica follows: a call here appends an event and answers when this
-    replica has read it back, so what was answered is what all replicas will see. A call that lost a race returns
-    ABORTED; a version that does not exist NOT_FOUND; a change that the state machine does not allow FAILED_PRECONDITION.
+    The truth is the `policies` topic, which every replica follows. A call that changes something appends an event, and
+    answers when this replica has read it back, so that all replicas will see what was answered.
+
+    Errors: ABORTED if another call was first; NOT_FOUND for a version that does not exist; FAILED_PRECONDITION for a
+    change that the state machine does not allow.
     """
 
     def __init__(self, channel):
@@ -74,9 +76,11 @@ class PolicyServiceStub:
 class PolicyServiceServicer:
     """Keeps the policy versions and their stages.
 
-    The truth is the `policies` topic, which every replica follows: a call here appends an event and answers when this
-    replica has read it back, so what was answered is what all replicas will see. A call that lost a race returns
-    ABORTED; a version that does not exist NOT_FOUND; a change that the state machine does not allow FAILED_PRECONDITION.
+    The truth is the `policies` topic, which every replica follows. A call that changes something appends an event, and
+    answers when this replica has read it back, so that all replicas will see what was answered.
+
+    Errors: ABORTED if another call was first; NOT_FOUND for a version that does not exist; FAILED_PRECONDITION for a
+    change that the state machine does not allow.
     """
 
     def RegisterPolicy(self, request, context):
@@ -106,7 +110,7 @@ class PolicyServiceServicer:
     def Promote(self, request, context):
         """Makes a CANDIDATE or CANARY version LIVE; the one that was LIVE becomes RETIRED.
 
-        Replicas swap soon after; Watch tells when. Idempotent: promoting the live version changes nothing.
+        Replicas swap soon after; Watch reports when. Idempotent: promoting the live version changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,9 +174,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 class PolicyService:
     """Keeps the policy versions and their stages.
 
-    The truth is the `policies` topic, which every replica follows: a call here appends an event and answers when this
-    replica has read it back, so what was answered is what all replicas will see. A call that lost a race returns
-    ABORTED; a version that does not exist NOT_FOUND; a change that the state machine does not allow FAILED_PRECONDITION.
+    The truth is the `policies` topic, which every replica follows. A call that changes something appends an event, and
+    answers when this replica has read it back, so that all replicas will see what was answered.
+
+    Errors: ABORTED if another call was first; NOT_FOUND for a version that does not exist; FAILED_PRECONDITION for a
+    change that the state machine does not allow.
     """
 
     @staticmethod
