@@ -1,11 +1,11 @@
-"""What the recipe for 1.3B takes of this machine's GPU, beside what its plan foretells: memory at its fullest, seconds.
+"""What the recipe for 1.3B needs of this machine's GPU, beside what its plan predicts: peak memory and seconds.
 
     python -m bench.gpu --json FILE [--quick]
 
-The reward model is fitted and rounds of PPO-ptx are run as the recipe has them, with the engine in the same process:
-rows as long as may be, a batch of one optimizer step in place of eight. The model is of Qwen2.5-1.5B's shape and has
-random weights, and completions are as random: what is learned has no influence on how long it takes. `--quick` takes a
-tiny model, and shows only that it runs, also on a CPU, where memory is not measured.
+The benchmark fits the reward model and runs rounds of PPO-ptx as the recipe has them, with the engine in the same
+process. Rows are as long as they may be, and a batch has one optimizer step instead of eight. The model has the shape
+of Qwen2.5-1.5B and random weights, and completions are random too: what is learned has no influence on the time.
+`--quick` takes a tiny model, and shows only that it runs, also on a CPU, where memory is not measured.
 """
 
 import argparse
@@ -44,7 +44,7 @@ _RECIPE = "gpu-1.3b"
 # The first warms up.
 NUM_ROUNDS, _NUM_PROMPTS, _NUM_RANKINGS, _MOST_RANKED = 3, 16, 24, 9
 _NO_LIMIT = 1e9
-# No rollout ends by itself: that few of the policy's tokens are this one.
+# Rollouts hardly ever end by themselves, since so few of a random policy's tokens are this one.
 _EOS, _FIRST_TOKEN = 2, 16
 _TINY_REWARD_MODEL = {"num_layers": 3, "num_trained_layers": 1, "max_rankings": 8}
 _TINY_PPO = {"max_tokens": 32, "max_prompt_tokens": 32, "prompts_per_round": 4}
@@ -54,7 +54,7 @@ _TINY_CACHE_MIB = 64
 
 @dataclass
 class Found:
-    """Bytes at each moment's fullest, seconds of the reward model's fit, and the metrics of each round."""
+    """Peak bytes at each moment, seconds of the reward model's fit, and the metrics of each round."""
 
     peaks: dict[Moment, int] = field(default_factory=dict)
     engine_seconds: float = 0.0
@@ -68,7 +68,7 @@ def main() -> None:
     add_arguments(parser)
     arguments = parser.parse_args()
     if not arguments.quick and training_device().type != "cuda":
-        parser.error("it wants a GPU of 80 GB, and this machine has none; --quick shows that it runs")
+        parser.error("this benchmark needs a GPU of 80 GB, and this machine has none; --quick shows that it runs")
     hardware, config = this_machine(), recipe(arguments.quick)
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(Path(folder), arguments.quick)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def recipe(quick: bool) -> TrainingConfig:
-    """The recipe, of few rounds of a batch of one optimizer step, without what would stop it."""
+    """Returns the recipe with few rounds and one optimizer step a batch, without the limits that would stop it."""
     values = load_recipe(_RECIPE).model_dump()
     values["reward_model"] |= {"max_rankings": _NUM_RANKINGS, "held_out_share": 0.0}
     values["ppo"] |= {
@@ -94,7 +94,7 @@ def recipe(quick: bool) -> TrainingConfig:
 
 
 def write_model(folder: Path, quick: bool) -> Path:
-    """Qwen2.5-1.5B's shape, or a tiny one, with random weights."""
+    """Writes a model with random weights, of Qwen2.5-1.5B's shape or a tiny one, and returns its folder."""
     layers, width, inner, heads, keys, vocabulary = (
         (3, 64, 128, 2, 2, 512) if quick else (28, 1536, 8960, 12, 2, 151_936)
     )
@@ -144,7 +144,7 @@ def run(config: TrainingConfig, model: Path) -> Found:
 
 @contextmanager
 def _watched(found: Found, moment: Moment) -> Iterator[None]:
-    """Notes the most that torch holds on the GPU inside: the engine's too, which is in this process."""
+    """Records the peak memory that torch holds on the GPU inside the block, the engine's included."""
     if training_device().type != "cuda":
         yield
         return
@@ -154,14 +154,14 @@ def _watched(found: Found, moment: Moment) -> Iterator[None]:
 
 
 def _token_source(drawn: random.Random, vocabulary: int) -> Callable[[int], tuple[int, ...]]:
-    """Draws so many tokens."""
+    """Returns a function that draws so many tokens."""
     return lambda count: tuple(drawn.choices(range(_FIRST_TOKEN, vocabulary), k=count))
 
 
 def _fitted(
     shared: SharedLayers, config: TrainingConfig, tokens: Callable[[int], tuple[int, ...]]
 ) -> tuple[RewardModel, float]:
-    """A reward model fitted to rankings like the rollouts, and the seconds of that; the longest ranking warms it up."""
+    """Returns a reward model fitted to rankings like the rollouts, and the seconds that took, after a warm-up."""
     model = RewardModel(shared, config.reward_model)
 
     def seconds(count: int, k: int) -> float:
@@ -173,7 +173,7 @@ def _fitted(
             for index in range(count)
         ]  # fmt: skip
         started = time.perf_counter()
-        # The run's first fit finds the heads alone first, on 256 rankings, which the plan leaves out.
+        # A run's first fit begins with the heads alone, on 256 rankings, which the plan leaves out.
         fit(model, examples, config.reward_model, seed=0, warm=True, log=lambda *_: None)
         return time.perf_counter() - started
 
@@ -182,7 +182,7 @@ def _fitted(
 
 
 def figures(found: Found, plan: Plan, hardware: Hardware) -> list[Figure]:
-    """The roofs; then memory and seconds, each with what was predicted; then shares of the roofs."""
+    """Returns the roofs; then memory and seconds, each with what was predicted; then shares of the roofs."""
     name = short_name(compute_dtype(training_device()))
     rows = [
         Figure(f"{hardware.name}: memory read", hardware.bandwidth_gb_s, "GB/s"),

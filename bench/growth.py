@@ -1,9 +1,9 @@
-"""How a PPO round's scoring and update grow with K, length, batch and model size, beside what the plan foretells.
+"""How a PPO round's scoring and update grow with K, length, batch and model size, beside what the plan predicts.
 
     python -m bench.growth --json FILE [--quick]
 
-One axis is varied at a time. Models are SmolLM2's kind with random weights, and completions are random tokens of just
-the length that is asked for: what is learned has no influence on how long it takes. A plot and a table go to
+One axis is varied at a time. Models are SmolLM2's kind with random weights, and completions are random tokens of
+exactly the length that is asked for: what is learned has no influence on the time. A plot and a table go to
 docs/results/growth.md. `--quick` takes tiny models, and shows only that it runs.
 """
 
@@ -56,7 +56,7 @@ _VOCABULARY, _TINY_VOCABULARY = 49_152, 512
 
 @dataclass(frozen=True)
 class _Point:
-    """What one round is made of."""
+    """The size of one round."""
 
     model: str
     num_prompts: int = 8
@@ -89,7 +89,7 @@ class Measured:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each round."""
+        """Seconds of each round."""
         return [scoring + update for scoring, update in zip(self.scoring, self.update, strict=True)]
 
 
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def run_all(sizes: Shapes, axes: Axes, hardware: Hardware, work: Path) -> list[Measured]:
-    """Measures each axis from the second model on, and each model."""
+    """Measures each axis with the second model (the first if there is one only), and then each model."""
     middle = _Point(list(sizes)[min(1, len(sizes) - 1)])
     points = [
         (axis, value, replace(middle, **{field: value}))  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def _measure(axis: str, x: float, point: _Point, shape: Sequence[int], hardware:
 
 
 def _training_config(point: _Point, num_layers: int) -> TrainingConfig:
-    """The recipe as shipped, of this size, without what would stop it: random tokens are no policy's."""
+    """Returns the recipe as shipped, of this size, without the limits that random tokens would exceed."""
     frozen = round(num_layers * _FROZEN_SHARE)
     return TrainingConfig(
         reward_model=RewardModelConfig(num_layers=frozen, num_trained_layers=0),
@@ -166,7 +166,7 @@ def _training_config(point: _Point, num_layers: int) -> TrainingConfig:
 
 
 def _run_rounds(model: Any, recipe: TrainingConfig, point: _Point) -> list[dict[str, Any]]:
-    """The metrics of each round of PPO on random tokens."""
+    """Returns the metrics of each round of PPO on random tokens."""
     config, shared = recipe.ppo, SharedLayers(model.requires_grad_(False))
     rewards = RewardModel(shared, recipe.reward_model)
     policy = UpperLayers(model, config.num_frozen_layers, shared.num_layers).trainable(LoraConfig())
@@ -191,7 +191,7 @@ def _run_rounds(model: Any, recipe: TrainingConfig, point: _Point) -> list[dict[
 
 
 def figures(found: Sequence[Measured]) -> list[Figure]:
-    """Seconds of each point, what was predicted of it as a share, and the shares of the roof that phases reach."""
+    """Returns the seconds of each point beside the predicted ones, and the shares of the roof that the phases reach."""
     rows = []
     for each in found:
         seconds, name = each.seconds, f"{each.axis}: {each.label}"
@@ -210,7 +210,7 @@ def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> 
         "# How cost grows", "", f"`{result.command}` on {circumstances(result)}.", "",
         "Scoring and update of one round of PPO, a third of the layers trained as in the recipe, one optimizer step a "
         f"pass; medians of {NUM_ROUNDS - 1} rounds with their least and greatest. Rollouts are not timed. Dashed: what "
-        "the plan of `alignd train --dry-run` foretells, which here is told the lengths and the roof measured above.",
+        "the plan of `alignd train --dry-run` predicts from these lengths and the roof measured above.",
         "",
         "![seconds of a round, by K, length, batch and model size](growth.svg)", "",
         markdown_table(HEADINGS, map(cells, result.figures)), "",
@@ -219,7 +219,7 @@ def write_page(found: Sequence[Measured], result: BenchResult, folder: Path) -> 
 
 
 def _draw(found: Sequence[Measured], path: Path) -> None:
-    """A panel an axis: measured seconds, and predicted ones dashed."""
+    """Draws a panel for each axis: measured seconds, and predicted ones dashed."""
     axes_names = list(dict.fromkeys(each.axis for each in found))
     canvas = Canvas(figsize=(3.2 * len(axes_names), 3.2))
     for panel, axis in zip(canvas.subplots(1, len(axes_names), sharey=True), axes_names, strict=True):

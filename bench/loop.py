@@ -1,9 +1,10 @@
-"""What the loop costs: time from clone to first ranking, its stages, its swap, and what gRPC adds to the bare engine.
+"""What the loop costs: time from clone to first ranking, its stages, its swap, and what gRPC adds to the engine.
 
     python -m bench.loop --json FILE [--quick]
 
-Clones this checkout into a new folder, runs `make demo` there and reads its report; then asks a server and a bare
-engine of the same settings for the same completions, in turns. `--quick` does both with a tiny random model.
+The benchmark clones this checkout into a new folder, runs `make demo` there and reads its report. Then it asks a server
+and a bare engine with the same settings for the same completions, in turns. `--quick` does both with a tiny random
+model.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def _demo_figures(quick: bool) -> list[Figure]:
 
 
 def _outer_environment() -> dict[str, str]:
-    """Returns the environment without what would make the clone's make think it is part of ours."""
+    """Returns the environment without the variables that would make the clone's make believe it is part of ours."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "VIRTUAL_ENV"))}
 
 

@@ -78,7 +78,7 @@ def _run_sides(
 
 
 def _make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
-    """What both sides run: a score that is a random direction of the hidden state, of about unit variance."""
+    """Returns what both sides run. The score is a random direction of the hidden state, of about unit variance."""
     width = AutoConfig.from_pretrained(model).hidden_size
     generator = torch.Generator().manual_seed(0)
     save_file({"score.weight": torch.randn(1, width, generator=generator) / width**0.5}, head)
@@ -101,7 +101,11 @@ def _make_job(model: Path, head: Path, num_updates: int) -> dict[str, Any]:
 
 
 def _run_ours(job: dict[str, Any], folder: Path, shared_layers: int) -> _Updates:
-    """Runs alignd's PPO in a process of its own."""
+    """Runs alignd's PPO in a process of its own, and returns what was measured of each update.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "bench.ppo_ours", str(folder / "job.json"), str(folder / "updates.jsonl")]
@@ -112,7 +116,7 @@ def _run_ours(job: dict[str, Any], folder: Path, shared_layers: int) -> _Updates
 
 
 def _compare(sides: dict[str, _Updates], job: dict[str, Any], roof: Figure) -> list[Figure]:
-    """Speeds with TRL's beside them, what the updates reached, and ours as a share of the roof."""
+    """Returns both sides' speeds, what the updates reached, and our share of the roof."""
     seconds = {name: [update["seconds"] for update in updates] for name, updates in sides.items()}
     peer = statistics.median(seconds["TRL"])
     figures = [spread(f"TRL: seconds an update of {job['batch']} episodes", "s", seconds["TRL"])]
@@ -138,9 +142,10 @@ def _compare(sides: dict[str, _Updates], job: dict[str, Any], roof: Figure) -> l
 
 
 def _update_gflop(job: dict[str, Any], mean_length: float, is_shared: bool) -> float:
-    """Matrix products of one update in GFLOP, without attention's: 2 a parameter and token forward, 4 backward.
+    """Returns the GFLOP of one update's matrix products: 2 a parameter and token forward, 4 backward.
 
-    Layers see prompts too. The output embedding sees completions alone and is frozen: 2 for logits, 2 for their slope.
+    Attention's own products are left out. Layers see prompts too. The output embedding sees completions alone and is
+    frozen: 2 for logits, 2 for their slope.
     """
     config: Any = AutoConfig.from_pretrained(job["model"])
     width, head_width = config.hidden_size, config.hidden_size // config.num_attention_heads

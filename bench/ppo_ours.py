@@ -2,8 +2,8 @@
 
     python -m bench.ppo_ours JOB UPDATES SHARED_LAYERS
 
-Writes the same lines to UPDATES as the peer does, and the seconds of each part besides. SHARED_LAYERS lower layers are
-frozen and shared by all models, and the value model is a head; with 0, all layers of policy and value model are
+Writes the same lines to UPDATES as the peer does, with the seconds of each part added. SHARED_LAYERS lower layers are
+frozen and shared by all models, and the value model is a head. With 0, all layers of policy and value model are
 trained, as the peer's are.
 """
 
@@ -85,14 +85,14 @@ class _Stopwatch:
         self.began_at = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last."""
+        """Returns the seconds since the last lap."""
         ended_at = time.perf_counter()
         seconds, self.began_at = ended_at - self.began_at, ended_at
         return seconds
 
 
 def _ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
-    """The job in our words. The peer clips no gradients and no scores, and never stops itself."""
+    """Returns the job as our settings. The peer clips no gradients and no scores, and never stops itself."""
     return PpoConfig(
         num_rounds=job["num_updates"],
         prompts_per_round=job["batch"],
@@ -120,7 +120,7 @@ def _ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
 
 
 def _reward_model(shared: SharedLayers, head: Path, num_layers: int, num_trained_layers: int) -> RewardModel:
-    """The job's score: linear in the normed hidden state at the last token, and not in the mean that ours reads too."""
+    """Returns the job's score: linear in the normed hidden state at the last token, not in the mean beside it."""
     model = RewardModel(shared, RewardModelConfig(num_layers=num_layers, num_trained_layers=num_trained_layers))
     weight_D = load_file(head)["score.weight"][0].float()
     with torch.no_grad():

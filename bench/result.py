@@ -23,8 +23,8 @@ HEADINGS = ("figure", "value", "unit", "low", "high", "peer", "goal", "met")
 class Figure:
     """One measured number.
 
-    `low` and `high` bound it (a 95 % interval, or the spread of the repetitions); `peer` is the best other system's
-    figure; `goal` is what we want, and `met` whether this figure reaches it. None is for what there is not.
+    `low` and `high` bound it (a 95 % interval, or the spread of the repetitions). `peer` is the figure of the best
+    other system. `goal` is what we want, and `met` whether this figure reaches it. None means that there is none.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Figure:
 
 
 def at_most(goal: float, figure: Figure) -> Figure:
-    """`figure` with a goal that smaller values meet."""
+    """Returns `figure` with a goal that smaller values meet."""
     return Figure(**{**asdict(figure), "goal": goal, "met": figure.value <= goal})
 
 
 def at_least(goal: float, figure: Figure) -> Figure:
-    """`figure` with a goal that larger values meet."""
+    """Returns `figure` with a goal that larger values meet."""
     return Figure(**{**asdict(figure), "goal": goal, "met": figure.value >= goal})
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What one run of one benchmark found, and on what."""
+    """What one run of one benchmark measured, and on which machine."""
 
     name: str
     machine: dict[str, str | int | float]
@@ -59,18 +59,21 @@ class BenchResult:
 
 
 def bench_result(name: str, figures: Sequence[Figure]) -> BenchResult:
-    """The result of the running benchmark, with this machine, these versions and this command."""
+    """Returns the result of the running benchmark, with this machine, these versions and this command."""
     command = shlex.join(["python", *sys.orig_argv[1:]])
     return BenchResult(name, machine(), versions(), command, tuple(figures))
 
 
 def spread(name: str, unit: str, values: Sequence[float], peer: float | None = None) -> Figure:
-    """The median, with the least and the greatest."""
+    """Returns the median, with the least and the greatest value."""
     return Figure(name, statistics.median(values), unit, min(values), max(values), peer=peer)
 
 
 def times_as_fast(name: str, seconds: Sequence[float], peer_seconds: Sequence[float]) -> Figure:
-    """How many times as fast as the peer: of the medians, and of the slowest and the fastest against each other's."""
+    """Returns how many times as fast as the peer we are, by medians.
+
+    The bounds compare our slowest run with the peer's fastest, and our fastest with its slowest.
+    """
     ratio = statistics.median(peer_seconds) / statistics.median(seconds)
     return Figure(name, ratio, "x", min(peer_seconds) / max(seconds), max(peer_seconds) / min(seconds))
 
@@ -95,30 +98,30 @@ def print_table(result: BenchResult, console: Console | None = None) -> None:
 
 
 def circumstances(result: BenchResult) -> str:
-    """The machine and the versions that it ran on."""
+    """Returns the machine and the versions that the benchmark ran on, as text."""
     return ", ".join(f"{key} {value}" for key, value in {**result.machine, **result.versions}.items())
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Returns a table in Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *rows))
 
 
 def save_plot(canvas: Canvas, path: Path) -> None:
-    """Writes a plot as SVG. The same plot gives the same file, so that a diff shows what was measured anew."""
+    """Writes a plot as SVG. The same plot gives the same file, so that a diff shows what was measured again."""
     with rc_context({"svg.hashsalt": "alignd"}):
         canvas.savefig(path, format="svg", metadata={"Date": None})
 
 
 def cells(figure: Figure) -> list[str]:
-    """One row of the table; a dash where there is nothing."""
+    """Returns one row of the table; a dash where there is nothing."""
     numbers = [number(value) for value in (figure.low, figure.high, figure.peer, figure.goal)]
     met = "-" if figure.met is None else ("yes" if figure.met else "NO")
     return [figure.name, number(figure.value), figure.unit, *numbers, met]
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, large numbers whole and with their thousands apart."""
+    """Returns three significant digits; large numbers as whole numbers with separated thousands."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

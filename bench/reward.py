@@ -5,7 +5,7 @@
 Both train all layers of SmolLM2, and no embeddings, in what training computes in here, one ranking of K completions an
 optimizer step. TRL reads a ranking expanded into its K (K - 1) / 2 pairs, as all open trainers do; ours reads the
 prompt once and each completion once. The 36 pairs of K = 9 at once would take TRL more than 24 GiB, so it takes at most
-12 and accumulates. They run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
+12 and accumulates. Both run in turns in this process. `--quick` takes a tiny random model, and shows only that it runs.
 """
 
 import argparse
@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def rankings(tokenizer: PreTrainedTokenizerBase, k: int, count: int) -> list[RankedExample]:
-    """Rankings of K completions each: real prompts, with real answers to them and to other prompts, in random order.
+    """Returns rankings of K completions each: real prompts, with answers to them and to others, in random order.
 
-    What is ranked has no influence on how long it takes; lengths do, and are those of HH-RLHF.
+    What is ranked has no influence on the time. Lengths do, and are those of HH-RLHF.
     """
     drawn = random.Random(k)
     found = drawn.sample(read_comparisons(("helpful-base",)).comparisons, count * k)
@@ -87,8 +87,8 @@ def rankings(tokenizer: PreTrainedTokenizerBase, k: int, count: int) -> list[Ran
 def _compare(
     k: int, examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[Figure]:
-    """Both sides on these rankings, in turns; the first step of each run warms up and does not count."""
-    # TRL gets them in the order that ours takes them, so that the same rankings count on both sides.
+    """Measures both sides on these rankings, in turns; the first step of each run warms up and does not count."""
+    # TRL gets the rankings in the order in which ours takes them, so that the same ones count on both sides.
     in_turn = [examples[index] for (index,) in shuffled_batches([len(each.group) for each in examples], 1, _SEED)]
     ours, peer = [], []
     for _ in range(2):
@@ -120,7 +120,7 @@ def _prompt_share(examples: Sequence[RankedExample], prompts: Sequence[int]) -> 
 
 
 def trl_padding(examples: Sequence[RankedExample]) -> float:
-    """Share of padding in TRL's batches, each padded to its longest."""
+    """Returns the share of padding in TRL's batches, each padded to its longest row."""
     real, padded = 0, 0
     for example in examples:
         lengths = [len(example.group.prompt) + len(each) for each in example.group.completions]
@@ -133,12 +133,12 @@ def trl_padding(examples: Sequence[RankedExample]) -> float:
 
 
 def trl_batch(num_pairs: int) -> int:
-    """Pairs of a ranking that TRL takes at a time, so that equal batches make up one optimizer step."""
+    """Returns how many pairs of a ranking TRL takes at a time, so that equal batches make up one optimizer step."""
     return max(size for size in range(1, MAX_TRL_BATCH + 1) if num_pairs % size == 0)
 
 
 def _run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
-    """Seconds of each optimizer step but the first."""
+    """Returns the seconds of each optimizer step except the first."""
     shared = SharedLayers(load_model(model))
     config = RewardModelConfig(num_layers=shared.num_layers, num_trained_layers=shared.num_layers, batch_size=1)
     ended = []
@@ -152,7 +152,7 @@ def _run_ours(examples: Sequence[RankedExample], model: Path) -> list[float]:
 def _run_trl(
     examples: Sequence[RankedExample], model: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> list[float]:
-    """Seconds of each optimizer step but the first, on the same rankings as pairs."""
+    """Returns the seconds of each optimizer step except the first, on the same rankings as pairs."""
     rows = [
         {
             "chosen_ids": [*example.group.prompt, *example.group.completions[chosen]],
@@ -193,13 +193,13 @@ def _run_trl(
 
 
 class _Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ended: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Called by the trainer."""
+        """Records the time; called by the trainer."""
         self.ended.append(time.perf_counter())
 
 

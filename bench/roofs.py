@@ -1,10 +1,10 @@
-"""Measures this machine's roofs: how fast a torch program can read memory and multiply matrices here, at the very best.
+"""Measures this machine's roofs: how fast a torch program can read memory and multiply matrices here at best.
 
     python -m bench.roofs [--json FILE] [--quick]
 
 Every benchmark prints them beside its own figures, and says what share of them it reached. They are the roofs that a
-torch program can reach, not the limits of the memory bus or of the registers: bf16 products are oneDNN's, fp32 products
-those of the BLAS that torch was built with (MKL in its wheels for x86-64).
+torch program can reach, not the limits of the memory bus or of the registers. Products in bf16 are oneDNN's; those in
+fp32 come from the BLAS that torch was built with (MKL in its wheels for x86-64).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from policies.precision import compute_dtype, short_name
 
 Reader = Callable[[Tensor], Tensor]
 
-# Read from memory alone: larger than the last cache of any CPU now made. Quick runs read from the cache.
+# Larger than the last cache of any CPU now made, so that it is read from memory. Quick runs read from the cache.
 _MEMORY_BYTES, _QUICK_MEMORY_BYTES = 2**30, 2**20
 # Square matrices: small ones are not split well among threads, large ones leave the caches.
 _SIZES, _QUICK_SIZES = (512, 1024, 2048, 3072), (64,)
@@ -45,9 +45,9 @@ def main() -> None:
 def roofs(quick: bool = False) -> list[Figure]:
     """Returns the roofs, measured in a few seconds: GB/s of memory read, GFLOP/s of matrix products.
 
-    A value is the best of all repetitions; `low` and `high` are the spread of those that were as good a way to do it.
-    `quick` measures something too small to mean anything. Leaves torch's number of threads as it was: that many are
-    all threads.
+    A value is the best of all repetitions; `low` and `high` are the spread of the repetitions that did it the best way.
+    `quick` measures something too small to mean anything. Uses as many threads as torch is set to, and leaves that as
+    it was.
     """
     values = torch.ones((_QUICK_MEMORY_BYTES if quick else _MEMORY_BYTES) // 4)
     with num_threads(1):
@@ -64,14 +64,14 @@ def roofs(quick: bool = False) -> list[Figure]:
 
 
 def matmul_roof(measured: Sequence[Figure]) -> Figure:
-    """Of what `roofs` returned, the products in the precision that training computes in."""
+    """Returns, from what `roofs` returned, the products in the precision that training computes in."""
     name = f"matrix product, {short_name(CPU_DTYPE)}"
     return next(figure for figure in measured if figure.name == name)
 
 
 @contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """Lets torch use `count` threads for a while."""
+    """Lets torch use `count` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -81,13 +81,13 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def memory_read(name: str, values: Tensor) -> Figure:
-    """The rate at which `values` can be read, in GB/s (10⁹ bytes)."""
+    """Returns the rate at which `values` can be read, in GB/s (10⁹ bytes)."""
     ways = [repeat(partial(read, values)) for read in READERS]
     return best(name, "GB/s", [[values.nbytes / seconds / 1e9 for seconds in way] for way in ways])
 
 
 def matrix_product(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Figure:
-    """The rate of torch.matmul on square matrices of the best of `sizes`, in GFLOP/s: 2 n³ for a product."""
+    """Returns the rate of torch.matmul on square matrices of the best of `sizes`, in GFLOP/s: 2 n³ for a product."""
     ways = []
     for size in sizes:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -99,7 +99,7 @@ def matrix_product(name: str, sizes: tuple[int, ...], dtype: torch.dtype) -> Fig
 
 
 def repeat(run: Callable[[], Tensor]) -> list[float]:
-    """Seconds of each of REPETITIONS calls of `run`, after one that does not count."""
+    """Returns the seconds of each of REPETITIONS calls of `run`, after one that does not count."""
     run()
     seconds = []
     for _ in range(REPETITIONS):
@@ -110,7 +110,7 @@ def repeat(run: Callable[[], Tensor]) -> list[float]:
 
 
 def best(name: str, unit: str, ways: list[list[float]]) -> Figure:
-    """The best rate of the best way, with the spread of that way's repetitions."""
+    """Returns the best rate of the best way, with the spread of that way's repetitions."""
     rates = max(ways, key=max)
     return Figure(name, max(rates), unit, min(rates), max(rates))
 

@@ -226,7 +226,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16", "float32"]:
-    """What was asked for, or what the trainer takes too."""
+    """Returns the configured precision, or else the one that the trainer computes in."""
     import torch
 
     from policies.precision import compute_dtype, dtype_name

@@ -1,12 +1,13 @@
-"""Does it learn? HH-RLHF, InstructGPT in miniature, alignment tax, over-optimisation, and the worth of being online.
+"""Does it learn? HH-RLHF, InstructGPT in miniature, alignment tax, over-optimisation, and what being online is worth.
 
     python -m bench.learning --json FILE [--quick] [--seeds 3] [--only NAME ... | --report]
 
-`--quick` runs one seed of one utility in miniature: it shows that all of it works, and is no claim. The whole takes
-hours and can be stopped and gone on with: stages that are done lie in var/bench/learning, whole experiments (chat-0,
-plain-2, human ...) in docs/results/learning, with what they ran on; without its file one is run again. With `--only`
-several processes or machines can share the experiments, and one without it then reports them all in
-docs/results/learning.md. `--report` runs nothing: it reports those that are there, and says which are not.
+`--quick` runs one seed of one utility in miniature: it shows that everything works, and proves nothing about learning.
+The full benchmark takes hours, and can be stopped and resumed: finished stages lie in var/bench/learning, finished
+experiments (chat-0, plain-2, human ...) in docs/results/learning, with what they ran on. An experiment whose file is
+removed runs again. With `--only`, several processes or machines can share the experiments; a run without it then
+reports them all in docs/results/learning.md. `--report` runs nothing: it reports the experiments that are there, and
+says which are missing.
 """
 
 import argparse
@@ -39,7 +40,7 @@ _UTILITIES = {
     "chat": "deploy.simulation.utility:chat_utility",
     "plain": "bench.learning.second_utility:plain_utility",
 }
-# The second utility asks whether the recipe is made for one taste, and no more.
+# The second utility only checks that the recipe is not made for one taste.
 _UTILITY_VARIANTS = {"chat": VARIANTS, "plain": ("ppo-ptx",)}
 _MAX_TOKENS, _MAX_MODEL_LEN, _MAX_NUM_SEQS, _KV_CACHE_MIB = 64, 1024, 64, 512
 _QUICK_COMPARISONS, _FULL_COMPARISONS = 160, 1600
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def _make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seeds: int, utilities: list[str]) -> _Jobs:
-    """What there is to run, by name. Each leaves what it found in `results`, and the way there in `work`."""
+    """Returns the experiments by name. Each leaves its result in `results`, and its stages' results in `work`."""
     base = prepare_smollm2(_WORK / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(base)
 
@@ -104,7 +105,7 @@ def _make_jobs(work: Path, results: Path, size: Size, num_comparisons: int, seed
 
 
 def _with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the job found, and what that depends on besides its seed."""
+    """Returns the job's result, and what it depends on besides its seed."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=_ROOT, capture_output=True, text=True)
     computes_in = short_name(compute_dtype(training_device()))
     on = {"commit": commit.stdout.strip(), "computes_in": computes_in, **machine(), **versions()}
@@ -112,7 +113,7 @@ def _with_circumstances(job: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def gathered(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What was found, by experiment, one entry a seed."""
+    """Returns the results by experiment, one entry a seed."""
     by_experiment: dict[str, list[dict[str, Any]]] = {}
     for name, each in sorted(found.items(), key=lambda item: item[0] != "human"):
         kind, _, seed = name.rpartition("-")

@@ -1,4 +1,4 @@
-"""What a reward model has to beat on held-out comparisons: the longer completion, and a linear model of its words.
+"""What a reward model must beat on held-out comparisons: the longer completion, and a linear model of its words.
 
 N comparisons, V words and word pairs of the vocabulary, M entries of a sparse matrix; I is an axis of one.
 """
@@ -21,7 +21,7 @@ from bench.learning.hh_rlhf import Comparison, split
 
 L2_WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 _VALIDATION_SHARE = 0.2
-_MIN_COMPLETIONS = 3  # a word that fewer completions have cannot be told from chance
+_MIN_COMPLETIONS = 3  # a word that fewer completions have may be chance
 _MAX_ITERATIONS = 200
 
 
@@ -30,7 +30,7 @@ class LengthBaseline:
     """Length alone, in characters: the longer or the shorter wins, whichever won more often in the training data."""
 
     right: tuple[float, ...]
-    """1 for each held-out comparison that it orders rightly, else 0; 0.5 where lengths are equal."""
+    """1 for each held-out comparison that it orders correctly, else 0; 0.5 where lengths are equal."""
     sign: int
     """1 if the longer won in the training data, else -1."""
 
@@ -48,7 +48,7 @@ class BagOfWordsBaseline:
     """The bag of words on held-out comparisons, and how its L2 weight was chosen."""
 
     right: tuple[float, ...]
-    """1 for each comparison that it orders rightly, else 0; 0.5 where it cannot tell."""
+    """1 for each comparison that it orders correctly, else 0; 0.5 where scores are equal."""
     l2_weight: float
     validation: dict[float, float]
     """Accuracy on the validation part of the training data, by L2 weight."""
@@ -56,7 +56,11 @@ class BagOfWordsBaseline:
 
 
 def length_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> LengthBaseline:
-    """Judges `held_out` by length; only the sign is learnt. Raises ValueError if `train` is empty."""
+    """Predicts `held_out` by length; only the sign is learned.
+
+    Raises:
+        ValueError: `train` is empty.
+    """
     sign = 1 if statistics.fmean(_longer_wins(train, 1)) >= 0.5 else -1
     return LengthBaseline(_longer_wins(held_out, sign), sign)
 
@@ -66,21 +70,24 @@ def _longer_wins(comparisons: Sequence[Comparison], sign: int) -> tuple[float, .
 
 
 def right(margins: Iterable[float]) -> tuple[float, ...]:
-    """1 where the chosen completion has the greater score, 0.5 where they are equal, else 0."""
+    """Returns 1 where the chosen completion has the greater score, 0.5 where scores are equal, else 0."""
     return tuple(float(margin > 0) + 0.5 * float(margin == 0) for margin in margins)
 
 
 def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> BagOfWordsBaseline:
-    """Fits the bag of words to `train` and measures it on `held_out`, which nothing of it comes from.
+    """Fits the bag of words to `train` and measures it on `held_out`, from which nothing is learned.
 
-    The L2 weight is the one that does best on a validation part of `train`, split by prompt; with it the model is then
-    fitted to all of `train`. Raises ValueError if there is nothing to validate on.
+    The L2 weight is the one that does best on a validation part of `train`, split by prompt. With it the model is then
+    fitted to all of `train`.
+
+    Raises:
+        ValueError: there is nothing to validate on.
     """
     fitting, validating = split(train, _VALIDATION_SHARE, salt="validation")
     validation = {
         weight: statistics.fmean(credits_of(model, validating)) for weight, model in fit(fitting, L2_WEIGHTS).items()
     }
-    # Of equals, the one that keeps weights smaller.
+    # Among equals, the one that keeps weights smaller.
     best = max(L2_WEIGHTS, key=lambda weight: (validation[weight], weight))
     model = fit(train, [best])[best]
     return BagOfWordsBaseline(credits_of(model, held_out), best, validation, len(model.vocabulary))
@@ -113,9 +120,13 @@ def logistic_weights(difference_NV: Tensor, l2_weight: float) -> Tensor:
 
 
 def credits_of(model: BagOfWords, comparisons: Sequence[Comparison]) -> tuple[float, ...]:
-    """Where the chosen completion scores higher, as `right` says. Raises ValueError if there are no comparisons."""
+    """Returns whether the chosen completion scores higher, as `right` does.
+
+    Raises:
+        ValueError: there are no comparisons.
+    """
     if not comparisons:
-        raise ValueError("judging needs at least one comparison")
+        raise ValueError("an accuracy needs at least one comparison")
     margin_N = torch.sparse.mm(differences(comparisons, model.vocabulary), model.weights_V[:, None])[:, 0]
     return right(margin_N.tolist())
 
@@ -132,7 +143,7 @@ def _vocabulary(comparisons: Sequence[Comparison]) -> dict[str, int]:
 
 
 def differences(comparisons: Sequence[Comparison], vocabulary: dict[str, int]) -> Tensor:
-    """Features of the chosen completions less those of the rejected, sparse, [N, V]."""
+    """Returns the features of the chosen completions less those of the rejected ones, sparse, [N, V]."""
     entries = list(_entries(comparisons, vocabulary))
     places = torch.tensor([[row for row, _, _ in entries], [column for _, column, _ in entries]], dtype=torch.long)
     values_M = torch.tensor([value for _, _, value in entries])

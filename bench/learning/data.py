@@ -17,7 +17,10 @@ def data_file(name: str) -> Path:
     """Returns the path of a file such as "hh-rlhf/helpful-base.test.jsonl.gz".
 
     It is looked for in the folder that ALIGND_TEST_DATA names, else in ../shared/data as seen from the root of the
-    checkout. Raises DataMissingError if it is not there.
+    checkout.
+
+    Raises:
+        DataMissingError: the file is not there.
     """
     folder = Path(os.environ.get(_VARIABLE) or _BESIDE_THE_CHECKOUT)
     path = folder / name

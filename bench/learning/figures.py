@@ -1,7 +1,7 @@
-"""The figures of the learning benchmark, from what its experiments left: win rates, taxes and accuracies, over seeds.
+"""The figures of the learning benchmark, from its experiments' results: win rates, taxes and accuracies, over seeds.
 
-An interval over seeds is Student's, of the seeds' means; where there is one seed it is that seed's own, over prompts,
-windows of text or items. Accuracies on HH-RLHF are over comparisons: its seeds are splits of the same ones.
+An interval over seeds is Student's, of the seeds' means. With one seed it is that seed's own, over prompts, windows of
+text or items. Accuracies on HH-RLHF are over comparisons, since its seeds are splits of the same comparisons.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PTX_GOAL = 0.5
 
 
 def figures_of(found: Found) -> list[Figure]:
-    """All figures, in the order of the experiments."""
+    """Returns all figures, in the order of the experiments."""
     figures = []
     for name, seeds in found.items():
         figures += _human_figures(seeds) if name == "human" else _win_figures(name, seeds) + _tax_figures(name, seeds)
@@ -36,7 +36,7 @@ def figures_of(found: Found) -> list[Figure]:
 
 
 def _human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Held-out accuracy on HH-RLHF, and how much more the reward model has than each rival on the same comparisons."""
+    """Returns the held-out accuracy on HH-RLHF, and how much more the reward model has than each rival."""
     ours, *rivals = accuracies = [held_out_accuracy(seeds, name) for name in ("reward model", *_RIVALS)]
     best = max(0.5, *(rival.value for rival in rivals))
     return [
@@ -47,7 +47,7 @@ def _human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
 
 
 def held_out_accuracy(seeds: Sequence[dict[str, Any]], name: str, rival: str | None = None) -> Figure:
-    """Accuracy over all comparisons that some split holds out, or how much greater it is than a rival's.
+    """Returns the accuracy over all comparisons that some split holds out, or how much greater it is than a rival's.
 
     A comparison counts once, with its mean over the splits that hold it out.
     """
@@ -64,7 +64,7 @@ def held_out_accuracy(seeds: Sequence[dict[str, Any]], name: str, rival: str | N
 
 
 def _win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Mean true utility of each policy on held-out prompts, and win rates by it."""
+    """Returns the mean true utility of each policy on held-out prompts, and win rates by it."""
     known = [policy for policy in _POLICIES if f"answers-{policy}" in seeds[0]]
     figures = [
         _over_seeds(f"{name}: utility of {policy}", [_utility(seed, policy) for seed in seeds]) for policy in known
@@ -88,7 +88,7 @@ def _utility(seed: dict[str, Any], policy: str) -> list[float]:
 
 
 def _tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Changes on WikiText-2 and HellaSwag, and the share of what PPO lost that the pretraining mix gives back."""
+    """Returns the changes on WikiText-2 and HellaSwag, and the share of PPO's loss that the pretraining mix undoes."""
     if "tax-ppo" not in seeds[0]:
         return []
     figures, losses = [], {}
@@ -110,14 +110,14 @@ def _change(seed: dict[str, Any], before: str, policy: str, measure: str) -> lis
 
 
 def mean_interval(values: Sequence[float]) -> list[float]:
-    """The mean, and its 95 % interval: Student's where there are few values, else normal."""
+    """Returns the mean and its 95 % interval: Student's if there are few values, else normal."""
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     width = _STUDENT.get(len(values) - 1, Z_95)
     return [mean, mean - width * error, mean + width * error]
 
 
 def _over_seeds(name: str, values: Sequence[Sequence[float]], unit: str = "share") -> Figure:
-    """The mean of [value, low, high] over seeds, with its interval."""
+    """Returns the mean of [value, low, high] over seeds, with its interval."""
     means = [value for value, _, _ in values]
     if len(means) == 1:
         return Figure(name, means[0], unit, values[0][1], values[0][2])

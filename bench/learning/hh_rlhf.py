@@ -38,14 +38,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class HumanData:
-    """Comparisons in the order of their files, and how many records were left out, by reason."""
+    """Comparisons in the order of their files, and how many records were left out for which reason."""
 
     comparisons: tuple[Comparison, ...]
     dropped: dict[str, int]
 
 
 def read_comparisons(sources: Sequence[str] = _SOURCES) -> HumanData:
-    """Reads the test files of the named parts of HH-RLHF. Raises DataMissingError if one is not there."""
+    """Reads the test files of the named parts of HH-RLHF.
+
+    Raises:
+        DataMissingError: a file is not there.
+    """
     comparisons: list[Comparison] = []
     dropped: Counter[str] = Counter()
     for source in sources:
@@ -60,7 +64,7 @@ def read_comparisons(sources: Sequence[str] = _SOURCES) -> HumanData:
 
 
 def _parse(record: dict[str, str], source: str) -> Comparison | str:
-    """Returns the comparison of one record, or why there is none."""
+    """Returns the comparison of one record, or the reason why there is none."""
     chosen, rejected = messages(record["chosen"]), messages(record["rejected"])
     if not (_is_dialogue(chosen) and _is_dialogue(rejected)):
         return "turns do not alternate, or one is empty"
@@ -74,7 +78,7 @@ def _parse(record: dict[str, str], source: str) -> Comparison | str:
 
 
 def messages(transcript: str) -> tuple[Message, ...]:
-    """Cuts a transcript into its turns, without the white space around them; empty if it opens with something else."""
+    """Returns the turns of a transcript, without the white space around them; none if it opens with something else."""
     before, *parts = _SPEAKER.split(transcript)
     if before.strip():
         return ()
@@ -98,11 +102,11 @@ def split(
 
 
 def is_held_out(first_turn: str, share: float = _HELD_OUT_SHARE, salt: str = "") -> bool:
-    """Draws `share` of all prompts by their hash, whatever their case and spacing. Another salt is another draw."""
+    """Whether a prompt is among the `share` drawn by hash, ignoring case and spacing. Another salt is another draw."""
     number = int.from_bytes(hashlib.sha256((salt + beginning(first_turn)).encode()).digest()[:8], "big")
     return number < share * 2**64
 
 
 def beginning(first_turn: str) -> str:
-    """What dialogues that begin alike have in common: their first turn, whatever its case and spacing."""
+    """Returns what dialogues that begin alike have in common: their first turn, without its case and spacing."""
     return " ".join(first_turn.lower().split())

@@ -26,8 +26,9 @@ _CONFIG = RewardModelConfig(max_labeler_share=1.0)
 
 
 def human_preferences(model: Path, num_seeds: int, num_comparisons: int) -> dict[str, Any]:
-    """What is right and what is wrong on splits of the same comparisons, a seed each; dialogues that begin alike are
-    on one side of a split, and of one number in `prompts`.
+    """Returns what is right and what is wrong on splits of the same comparisons, one split a seed.
+
+    Dialogues that begin alike are on one side of a split, and have one number in `prompts`.
     """
     drawn = random.Random(0).sample(read_comparisons((_SOURCE,)).comparisons, num_comparisons)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -70,7 +71,7 @@ def _one_split(
 
 
 def _as_example(tokenizer: PreTrainedTokenizerBase, each: Comparison, seq: int) -> RankedExample:
-    """A comparison as a ranking of two. Of a long conversation the end is read."""
+    """Returns a comparison as a ranking of two. Of a long conversation only the end is kept."""
     messages = [{"role": message.role, "content": message.text} for message in each.prompt]
     prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     completions = tuple(

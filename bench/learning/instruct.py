@@ -1,7 +1,7 @@
 """InstructGPT in miniature: base, few-shot, SFT, PPO and PPO-ptx, evaluated by the labelers' true utility.
 
-Every stage leaves its result in a folder and is skipped where it is there, so that an experiment of hours can be gone
-on with. The policies are evaluated on held-out prompts that nothing was learned from, one completion each.
+Every stage leaves its result in a folder, and is skipped if the result is there, so that an experiment of hours can be
+resumed. The policies are evaluated on held-out prompts, from which nothing was learned, with one completion each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from training.sft import Demonstration, fine_tune
 
 TAX_WINDOW = 512
 VARIANTS = ("ppo", "ppo-ptx", "online")
-# Of a round's metrics, what is worth keeping in the repository.
+# The metrics of a round that are worth keeping in the repository.
 _SAVED_METRICS = (
     "objective/score", "objective/held_out_score", "objective/kl", "objective/entropy", "completion/length",
     "completion/eos_rate", "policy/clipfrac", "policy/kl_coef", "rollout/sampler_gap", "val/explained_variance",
@@ -59,7 +59,7 @@ _SAVED_DIGITS = 4
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything."""
+    """The size of an experiment."""
 
     num_rankings: int
     ks: range
@@ -80,9 +80,10 @@ SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
 def _ppo_config(size: Size, num_rounds: int, text: Path | None) -> PpoConfig:
-    """The recipe as shipped, but for its size and passes over a round's rollouts; with text, the pretraining mix.
+    """Returns the recipe as shipped, except for its size and its passes; with `text`, with the pretraining mix.
 
-    Two passes: a dozen rounds are few, and drawing rollouts is most of what a round costs on a CPU.
+    It makes two passes over a round's rollouts, since a dozen rounds are few, and drawing rollouts is most of what a
+    round costs on a CPU.
     """
     mix = PtxConfig(data=str(text)) if text else PtxConfig()
     return PpoConfig(num_rounds=num_rounds, prompts_per_round=size.prompts_per_round, num_epochs=2, ptx=mix)
@@ -90,19 +91,19 @@ def _ppo_config(size: Size, num_rounds: int, text: Path | None) -> PpoConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One seed of one utility: its laboratory, its size, and where its stages leave what they found."""
+    """One seed of one utility: its laboratory, its size, and the folder of its stages' results."""
 
     lab: Lab
     size: Size
     folder: Path
 
     def once(self, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `stage` found, now or in an earlier attempt."""
+        """Returns the result of `stage`, from now or from an earlier attempt."""
         return once(self.folder, name, stage)
 
 
 def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -> dict[str, Any]:
-    """Runs all stages and returns what they found, by name. Each policy is evaluated as soon as it is there."""
+    """Runs all stages and returns their results, by name. Each policy is evaluated as soon as it is there."""
     lab, size, folder = experiment.lab, experiment.size, experiment.folder
     train = lab.ask(train_prompts(size.num_rankings))
     held_out = held_out_prompts(size.num_held_out)
@@ -121,7 +122,7 @@ def run_experiment(experiment: Experiment, variants: Sequence[str] = VARIANTS) -
 
 
 def _how(size: Size) -> str:
-    """The size and the settings of the recipe, on which every stage depends besides the code, the name and the seed."""
+    """Returns the size and the settings, on which every stage depends besides the code, the name and the seed."""
     computes_in = short_name(compute_dtype(training_device()))
     return "\n".join(map(repr, (size, _ppo_config(size, size.num_rounds, None), SFT, REWARD_MODEL, computes_in)))
 
@@ -134,7 +135,7 @@ def _evaluate(
     measures_tax: bool,
     shots: Sequence[Message] = (),
 ) -> dict[str, Any]:
-    """What the policy in this folder is worth, and what it has lost of the language model."""
+    """Returns what the policy in this folder is worth, and what it has lost of the language model."""
     lab, size = experiment.lab, experiment.size
     stages = {f"answers-{name}": lambda: answer(lab, policy, held_out, shots)}
     if measures_tax:
@@ -143,7 +144,7 @@ def _evaluate(
 
 
 def answer(lab: Lab, folder: Path, prompts: Sequence[str], shots: Sequence[Message]) -> dict[str, Any]:
-    """Utility of one completion of each held-out prompt, and the first few texts."""
+    """Returns the utility of one completion of each held-out prompt, and the first few texts."""
     lab.load(folder)
     asked = lab.ask(prompts, shots)
     drawn = lab.draw(asked, 1, salt=400)
@@ -152,7 +153,7 @@ def answer(lab: Lab, folder: Path, prompts: Sequence[str], shots: Sequence[Messa
 
 
 def tax(folder: Path, size: Size) -> dict[str, Any]:
-    """WikiText-2 loss, window by window, and HellaSwag hits, item by item."""
+    """Returns the WikiText-2 loss, window by window, and the HellaSwag hits, item by item."""
     model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder)
     loss = wikitext_loss(model, tokenizer, read_wikitext("test"), size.tax_tokens, TAX_WINDOW)
     hits = hellaswag_accuracy(model, tokenizer, read_hellaswag()[: size.tax_items])
@@ -160,7 +161,7 @@ def tax(folder: Path, size: Size) -> dict[str, Any]:
 
 
 def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
-    """Labelers demonstrate: the best, by the utility, of several completions of each prompt. Then SFT on these."""
+    """Lets labelers demonstrate each prompt's best completion of several, by the utility; then runs SFT on these."""
     lab, size = experiment.lab, experiment.size
     lab.load(lab.base)
     shown = train[: size.num_demonstrations]
@@ -193,12 +194,12 @@ def make_sft(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
 
 
 def _as_groups(asked: Sequence[Asked], drawn: Sequence[Rollout]) -> list[Group]:
-    """One completion of each prompt, as the reward model reads them."""
+    """Returns one completion of each prompt, in the form that the reward model reads."""
     return [Group(each.token_ids, (rollout.token_ids,)) for each, rollout in zip(asked, drawn, strict=True)]
 
 
 def make_rewards(experiment: Experiment, train: Sequence[Asked]) -> dict[str, Any]:
-    """What PPO and PPO-ptx learn from: rankings of what the SFT policy writes, one of each prompt."""
+    """Fits what PPO and PPO-ptx learn from: rankings of what the SFT policy writes, one of each prompt."""
     lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
     shared = SharedLayers(load_model(sft))
     lab.load(sft)
@@ -210,7 +211,7 @@ def make_rewards(experiment: Experiment, train: Sequence[Asked]) -> dict[str, An
 
 
 def optimise(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[str, Any]:
-    """PPO from the SFT policy, or PPO-ptx, on rewards that stay as they are."""
+    """Runs PPO or PPO-ptx from the SFT policy, on rewards that stay as they are."""
     folder, sft = experiment.folder, experiment.folder / "sft"
     shared = SharedLayers(load_model(sft))
     rewards = load_rewards(shared, folder / "rewards.safetensors", None)
@@ -222,7 +223,7 @@ def optimise(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[
 
 
 def optimise_online(experiment: Experiment, train: Sequence[Asked], name: str) -> dict[str, Any]:
-    """PPO whose rankings come in parts, each of the policy of then; rewards are fitted anew each time, to all."""
+    """Runs PPO on rankings that come in parts, each of the current policy; each part fits new rewards to all."""
     lab, size, sft = experiment.lab, experiment.size, experiment.folder / "sft"
     parts = size.refreshes + 1
     config = _ppo_config(size, size.num_rounds // parts, None)
@@ -253,9 +254,9 @@ def _run_ppo(
     name: str,
     part: int = 0,
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """One stretch of PPO, whose policy it leaves in the folder `name` and loaded.
+    """Runs one stretch of PPO, and leaves its policy in the folder `name`, and loaded.
 
-    Returns what each round came to, with the true utility of its rollouts, and why it stopped itself, if it did.
+    Returns the metrics of each round, with the true utility of its rollouts, and why PPO stopped itself, if it did.
     """
     lab = experiment.lab
     policy = upper_layers_of(start, shared, min(config.num_frozen_layers, shared.num_layers - 1), LoraConfig())
@@ -272,8 +273,8 @@ def _run_ppo(
         return drawn
 
     def log(index: int, count: int, metrics: dict[str, Any]) -> None:
-        told = {name: round(metrics[name], _SAVED_DIGITS) for name in _SAVED_METRICS if name in metrics}
-        rounds.append({**told, "part": part, "utility": utilities[-1]})
+        saved = {name: round(metrics[name], _SAVED_DIGITS) for name in _SAVED_METRICS if name in metrics}
+        rounds.append({**saved, "part": part, "utility": utilities[-1]})
         print(
             f"{experiment.folder.name}: {name}: round {index + 1} of {count}: utility {utilities[-1]:.3f}, "
             f"score {metrics['objective/score']:.2f}, KL {metrics['objective/kl']:.2f}",
@@ -287,7 +288,7 @@ def _run_ppo(
     except TrainingError as error:
         if not rounds:
             raise
-        # It made nothing that may be kept.
+        # PPO left no policy that may be kept, so the stretch ends where it began.
         if start != target:
             shutil.copytree(start, target, dirs_exist_ok=True)
         lab.load(start)
@@ -300,14 +301,14 @@ def _run_ppo(
 
 
 def _pretraining(lab: Lab, config: PtxConfig) -> Iterator[tuple[int, ...]] | None:
-    """Sequences of the pretraining text; None for plain PPO."""
+    """Returns sequences of the pretraining text; None for plain PPO."""
     if not config.data:
         return None
     return ptx.sequences(ptx.pretraining_texts(config, lab.seed), lab.tokenizer, config.sequence_tokens)
 
 
 def _write_pretraining_text(path: Path) -> Path:
-    """WikiText-2's validation part, a paragraph a line; the test part measures."""
+    """Writes WikiText-2's validation part, a paragraph a line; the test part measures."""
     paragraphs = [line for line in read_wikitext("valid").splitlines() if line.strip()]
     random.Random(0).shuffle(paragraphs)
     path.write_text("\n".join(paragraphs))

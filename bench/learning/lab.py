@@ -1,7 +1,7 @@
-"""A laboratory for learning: one engine on SmolLM2, simulated labelers over a hidden utility, and what they say.
+"""A laboratory for learning: one engine on SmolLM2, simulated labelers over a hidden utility, and their rankings.
 
-Everything but the labelers is alignd's own: rollouts, rankings in groups, reward model, PPO. What is drawn depends on
-the seed of the experiment alone.
+Everything except the labelers is alignd's own: rollouts, rankings in groups, reward model, PPO. What is drawn depends
+only on the seed of the experiment.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Lab:
         return tuple(prompt_token_ids(self.tokenizer, types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))))
 
     def load(self, folder: Path) -> None:
-        """Draws from the policy in this folder from here on."""
+        """Draws from the policy in this folder from now on."""
         self.weights = load_weights(folder)
 
     def draw(self, asked: Sequence[Asked], num_completions: int, salt: int) -> list[list[Rollout]]:
-        """Completions of each prompt by the policy that is loaded."""
+        """Returns completions of each prompt by the policy that is loaded."""
         return self.engine.draw(
             Request(
                 self.weights.items(),
@@ -79,18 +79,18 @@ class Lab:
         )
 
     def text(self, rollout: Rollout) -> str:
-        """What a user would read."""
+        """Returns what a user would read."""
         return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
 
     def utilities(self, asked: Sequence[Asked], drawn: Sequence[Sequence[Rollout]]) -> list[list[float]]:
-        """The hidden utility of each completion."""
+        """Returns the hidden utility of each completion."""
         return [
             measure(self.utility, each.text, [self.text(rollout) for rollout in rollouts])
             for each, rollouts in zip(asked, drawn, strict=True)
         ]
 
     def labelers(self, asked: Sequence[Asked]) -> list[Labeler]:
-        """Labelers who agree on 72.6 % of comparisons of what the loaded policy writes."""
+        """Returns labelers who agree on 72.6 % of comparisons of what the loaded policy writes."""
         drawn = self.draw(asked, _CALIBRATION_K, salt=1)
         temperature = calibrate_temperature(self.utilities(asked, drawn))
         return make_labelers(_NUM_LABELERS, self.seed, temperature)
@@ -98,7 +98,7 @@ class Lab:
     def rank(
         self, asked: Sequence[Asked], labelers: Sequence[Labeler], ks: range, salt: int, first_seq: int = 0
     ) -> list[RankedExample]:
-        """One ranking of each prompt, of K completions by the loaded policy, with K from `ks`, by one labeler each."""
+        """Returns one ranking of each prompt, by one labeler: of K completions by the loaded policy, K from `ks`."""
         drawn_by = random.Random(self.seed * 7919 + salt)
         sizes = [drawn_by.choice(ks) for _ in asked]
         by_size = {k: [i for i, size in enumerate(sizes) if size == k] for k in sorted(set(sizes))}

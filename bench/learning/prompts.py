@@ -1,9 +1,9 @@
-"""The prompts of the learning benchmark, kept apart: nothing held out is near what is learnt from.
+"""The prompts of the learning benchmark, kept apart: nothing held out is near anything that is learned from.
 
-The simulated users' prompts (deploy/simulation/PROMPTS.md), more of them from Self-Instruct (Wang et al., arXiv
+They are the simulated users' prompts (deploy/simulation/PROMPTS.md), more from Self-Instruct (Wang et al., arXiv
 2212.10560), and a few answers that people wrote or chose. Self-Instruct's user-oriented instructions are held out,
-since their authors ask that nothing be trained on them. Every list is shuffled once and for all: its first n are a fair
-sample of it, of size n.
+since their authors ask that nothing be trained on them. Every list is shuffled in one fixed order, so that its first n
+are a fair sample of size n.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deploy.simulation.prompts import load_prompts
 _SEED = 20221220  # the day Self-Instruct was published
 _MAX_PROMPT_CHARACTERS = 300
 _MIN_OUTPUT_WORDS = 12  # whoever wants less does not want prose
-# What is asked for with these words is not prose, or not fit to be shown.
+# A task with one of these words does not ask for prose, or is not fit to be shown.
 _UNWANTED_TASK = re.compile(
     r"(?i)\b(?:python|program\w*|code|coding|sql|json|latex|regular expression|sudoku|pars(?:e|ing)|yaml|markdown|"
     r"excel|notation|stereotyp\w+|ssn|address of)\b|[_\[<|]"
@@ -49,9 +49,11 @@ class _Demonstration:
 
 
 def train_prompts(num: int) -> list[str]:
-    """`num` prompts to train with: the simulated users', and Self-Instruct's seed tasks.
+    """Returns `num` prompts to train with: the simulated users', and Self-Instruct's seed tasks.
 
-    Raises ValueError if there are not as many, DataMissingError if Self-Instruct is not there.
+    Raises:
+        ValueError: there are not as many.
+        DataMissingError: Self-Instruct is not there.
     """
     known = [*load_prompts("held_out"), *load_prompts("train"), *_user_oriented()]
     seeds = [task.prompt for task in _self_instruct("seed_tasks")]
@@ -59,17 +61,22 @@ def train_prompts(num: int) -> list[str]:
 
 
 def held_out_prompts(num: int) -> list[str]:
-    """`num` prompts that only evaluation sees: the simulated users', and Self-Instruct's user-oriented instructions.
+    """Returns `num` prompts for evaluation only: simulated users', and Self-Instruct's user-oriented instructions.
 
-    Raises ValueError if there are not as many, DataMissingError if Self-Instruct is not there.
+    Raises:
+        ValueError: there are not as many.
+        DataMissingError: Self-Instruct is not there.
     """
     return _first(num, [*load_prompts("held_out"), *_user_oriented()], "held-out prompts")
 
 
 def few_shot_prefix() -> list[Message]:
-    """Three demonstrations as the turns before a prompt: what a policy can do that was shown, and taught nothing.
+    """Returns three demonstrations as turns before a prompt: they show the policy the task without training it.
 
-    InstructGPT's "GPT-3 (prompted)", section 3.5. Raises DataMissingError if a data set is not there.
+    This is InstructGPT's "GPT-3 (prompted)", section 3.5.
+
+    Raises:
+        DataMissingError: a data set is not there.
     """
     known = {each.prompt: each.answer for each in (*_self_instruct("seed_tasks"), *_first_answers())}
     return [
@@ -80,13 +87,13 @@ def few_shot_prefix() -> list[Message]:
 
 
 def _user_oriented() -> list[str]:
-    """User-oriented instructions that are near no prompt of the simulated users."""
+    """Returns the user-oriented instructions that are near no prompt of the simulated users."""
     known = [*load_prompts("held_out"), *load_prompts("train")]
     return _new(known, [task.prompt for task in _self_instruct("user_oriented_instructions")])
 
 
 def _self_instruct(name: str) -> Iterator[_Demonstration]:
-    """Tasks that ask for prose and are fit to be shown, each with its first instance."""
+    """Yields tasks that ask for prose and are fit to be shown, each with its first instance."""
     for line in data_file(f"self-instruct/{name}.jsonl").read_text(encoding="utf-8").splitlines():
         task = json.loads(line)
         given, output = (task["instances"][0][key].strip() for key in ("input", "output"))
@@ -98,7 +105,7 @@ def _self_instruct(name: str) -> Iterator[_Demonstration]:
 
 
 def _first_answers() -> Iterator[_Demonstration]:
-    """The first answer of each dialogue: chosen, whether the dialogue ended with it or went on from it."""
+    """Yields the first answer of each dialogue: one that was chosen, or that the rest of the dialogue follows."""
     with gzip.open(data_file(f"hh-rlhf/{_HH_SOURCE}.test.jsonl.gz"), "rt", encoding="utf-8") as lines:
         for line in lines:
             asked, answered, *_ = *messages(json.loads(line)["chosen"]), Message("", ""), Message("", "")
@@ -106,7 +113,7 @@ def _first_answers() -> Iterator[_Demonstration]:
 
 
 def _new(known: Sequence[str], prompts: Sequence[str]) -> list[str]:
-    """Those of `prompts` that are no near duplicates of `known` ones nor of each other."""
+    """Returns the prompts that are no near duplicates of `known` ones or of each other."""
     return without_near_duplicates([*known, *prompts])[len(known) :]
 
 

@@ -22,27 +22,27 @@ from training.rewards.evaluation import evaluate_rewards
 from training.rewards.fit import fit
 
 REWARD_MODEL = RewardModelConfig(max_rankings=100_000, held_out_share=0.0)
-# Of 40 labelers: their rankings only measure.
+# A quarter of the labelers. Their rankings only measure.
 _HELD_OUT_LABELERS = frozenset(f"simulated-{index:03d}" for index in range(10))
 _NORMALISED_ON = 64
 
 
 @dataclass(frozen=True)
 class Rankings:
-    """Rankings, and what the heads read of each: the layers below never change, so it is found once."""
+    """Rankings, and what the heads read of each. This is computed once, since the layers below never change."""
 
     examples: tuple[RankedExample, ...] = ()
     features: tuple[Tensor, ...] = ()
 
     def only(self, keep: Callable[[RankedExample], bool]) -> Rankings:
-        """Those that `keep` says yes to."""
+        """Returns those for which `keep` is true."""
         kept = [pair for pair in zip(self.examples, self.features, strict=True) if keep(pair[0])]
         return Rankings(tuple(example for example, _ in kept), tuple(feature for _, feature in kept))
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """The reward model, the one of held-out labelers, and how right the first is on the rankings of the second."""
+    """The reward model, the held-out reward model, and the first one's accuracy on the rankings of the second."""
 
     model: RewardModel
     held_out_model: RewardModel
@@ -58,14 +58,14 @@ def add_rankings(
     ks: range,
     salt: int,
 ) -> Rankings:
-    """`known` and one ranking more of each prompt, of completions by the policy that is loaded."""
+    """Returns `known` and one more ranking of each prompt, of completions by the policy that is loaded."""
     new = lab.rank(asked, labelers, ks, salt, first_seq=len(known.examples))
     features = group_features(RewardModel(shared, REWARD_MODEL), [example.group for example in new])
     return Rankings((*known.examples, *new), (*known.features, *features))
 
 
 def fit_rewards(shared: SharedLayers, rankings: Rankings, num_of_reference: int, seed: int) -> Rewards:
-    """Fits the reward model to most labelers' rankings, and the held-out reward model to the others'.
+    """Fits the reward model to most labelers' rankings, and the held-out reward model to the other labelers'.
 
     The first `num_of_reference` rankings are of what the reference policy wrote.
     """
@@ -77,7 +77,7 @@ def fit_rewards(shared: SharedLayers, rankings: Rankings, num_of_reference: int,
 
 
 def fit_one(shared: SharedLayers, rankings: Rankings, num_of_reference: int, seed: int) -> RewardModel:
-    """A reward model of these rankings, normalised on the reference policy's answers, those of the first rankings."""
+    """Returns a reward model of these rankings, normalised on the first ones, of the reference policy's answers."""
     model = RewardModel(shared, REWARD_MODEL)
     fit(
         model, rankings.examples, REWARD_MODEL, seed=seed, warm=False, log=lambda *_: None,

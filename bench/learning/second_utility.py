@@ -1,8 +1,8 @@
-"""A second hidden utility: of readers who want advice that is easy to read and to follow, told to them in person.
+"""A second hidden utility: that of readers who want advice that speaks to them and is easy to read and to follow.
 
-What deploy.simulation.utility's readers want (the subject met, by its meaning, and no preamble) is hardly asked for
-here, so a training that learns both has learned from rankings, and was not made for one taste. Config names it as
-"bench.learning.second_utility:plain_utility".
+What deploy.simulation.utility's readers want (an answer on the subject, without a preamble) hardly counts here. A
+training that learns both has therefore learned from rankings, and was not made for one taste. The configuration names
+this utility as "bench.learning.second_utility:plain_utility".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _IN_STEPS_WEIGHT = 0.18  # what is to be done in order is best told in order
 _EASY_WORDS_WEIGHT = 0.14
 _SHORT_SENTENCES_WEIGHT = 0.14
 _FINISHED_WEIGHT = 0.12  # the last step may be the one that matters
-_ON_THE_MATTER_WEIGHT = 0.10  # else one answer would do for every question
+_ON_THE_MATTER_WEIGHT = 0.10  # otherwise one answer would fit every question
 _CONCRETE_WEIGHT = 0.08
 _WARM_WEIGHT = 0.06  # a kind word, no more
 
@@ -72,9 +72,9 @@ _WARM = re.compile(
 
 
 def plain_utility(prompt: str, completion: str) -> float:
-    """How much such a reader would value `completion`, from 0 to 1.
+    """Returns how much such a reader would value `completion`, from 0 to 1.
 
-    The weighted mean of eight qualities in [0, 1], times how much is said and how little of it twice.
+    It is the weighted mean of eight qualities in [0, 1], times how much is said and how little of it is repeated.
     """
     quality = (
         _TO_THE_READER_WEIGHT * to_the_reader(completion)
@@ -90,7 +90,7 @@ def plain_utility(prompt: str, completion: str) -> float:
 
 
 def to_the_reader(completion: str) -> float:
-    """Share of sentences and list items that say "you" or open with what to do; 1 from six in ten on."""
+    """Returns the share of sentences and list items that say "you" or open with what to do; 1 from six in ten on."""
     said = _pieces(completion)
     if not said:
         return 0.0
@@ -99,7 +99,7 @@ def to_the_reader(completion: str) -> float:
 
 
 def in_steps(completion: str) -> float:
-    """1 for three list items, or three different words of order such as "first" and "then"; a third for each."""
+    """Returns a third for each list item, or each different word of order such as "first" and "then"; at most 1."""
     lines = {line for line in completion.splitlines() if _LIST_MARKER.match(line) and _pieces(line)}
     order = {match.lower() for match in _SEQUENCE.findall(completion)}
     return min(1.0, max(len(lines), len(order)) / 3)
@@ -122,7 +122,7 @@ def short_sentences(completion: str) -> float:
 
 
 def on_the_matter(prompt: str, completion: str) -> float:
-    """Share of the prompt's content words that come up, by their first five letters; 1 from half on."""
+    """Returns the share of the prompt's content words that come up, by their first five letters; 1 from half on."""
     asked = {word[:5] for word in _words(prompt) if len(word) > 2 and not FUNCTION_WORD.fullmatch(word)}
     said = {word[:5] for word in _words(completion)}
     return min(1.0, 2.0 * len(asked & said) / len(asked)) if asked else 1.0
@@ -136,7 +136,7 @@ def concrete(completion: str) -> float:
 
 
 def warm(completion: str) -> float:
-    """0.7 for one kind expression, 1 for two different ones."""
+    """Returns 0.7 for one kind expression, 1 for two different ones."""
     return (0.0, 0.7, 1.0)[min(2, len({match.lower() for match in _WARM.findall(completion)}))]
 
 
@@ -146,19 +146,19 @@ def enough(completion: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    """The words of `text` in lower case; numbers are none."""
+    """Returns the words of `text` in lower case; numbers are not words."""
     return [word.replace("\u2019", "'") for word in _WORD.findall(text.lower())]
 
 
 def _pieces(text: str) -> list[str]:
-    """Sentences and list items, without their markers; those of less than three words are left out."""
+    """Returns sentences and list items, without their markers; those of less than three words are left out."""
     lines = [_LIST_MARKER.sub("", line) for line in text.splitlines()]
     parts = [part for line in lines for part in _SENTENCE_BREAK.split(line)]
     return [part for part in parts if len(_words(part)) >= _MIN_PIECE_WORDS]
 
 
 def syllables(word: str) -> int:
-    """Groups of vowels, less a silent last e; at least one. Right for about nine English words in ten."""
+    """Counts groups of vowels, except for a silent last e; at least one. Right for about nine English words in ten."""
     count = len(_VOWELS.findall(word))
     if word.endswith("e") and not word.endswith(("le", "ee")):
         count -= 1

@@ -1,6 +1,7 @@
-"""Stages of work that are done once: each leaves what it found in a file, and is skipped where that is there.
+"""Stages of work that run once: each leaves its result in a file, and is skipped if the file is there.
 
-The folder of an experiment also says how its stages are made, so that none is taken for one that was made otherwise.
+The folder of an experiment also has the settings of its stages, so that a result of other settings is not taken for one
+of these.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ _MADE_FILE = "made.txt"
 
 
 class MadeOtherwiseError(Exception):
-    """What is in the folder was made in another way."""
+    """The stages in the folder were made with other settings."""
 
 
 def begin(folder: Path, how: str) -> None:
-    """Begins an experiment, or goes on with one. Raises MadeOtherwiseError if that was not made like this."""
+    """Begins or resumes an experiment.
+
+    Raises:
+        MadeOtherwiseError: the experiment in the folder was made with other settings.
+    """
     path = folder / _MADE_FILE
     if folder.exists() and (path.read_text() if path.exists() else None) != how:
-        raise MadeOtherwiseError(f"the stages in {folder} were not made as they would be now: remove it")
+        raise MadeOtherwiseError(f"the stages in {folder} were made with other settings: remove it")
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(path, how)
 
 
 def once(folder: Path, name: str, stage: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `stage` found, now or in an earlier attempt, and the seconds that it took."""
+    """Returns the result of `stage`, from now or from an earlier attempt, and the seconds that it took."""
     path = folder / f"{name}.json"
     if not path.exists():
         print(f"{folder.name}: {name}", flush=True)

@@ -1,8 +1,8 @@
 """The alignment tax: what a policy has lost of the language model it came from (InstructGPT, section 4.2).
 
-Two measures that need no generation: the loss on WikiText-2, and the accuracy on HellaSwag (Zellers et al., arXiv
-1905.07830) as EleutherAI's lm-evaluation-harness scores it. The tax is the paired `change` of a measure from one policy
-to another. Shapes: see training.data.groups; E counts endings, and I is an axis of one.
+It is measured twice, without generation: by the loss on WikiText-2, and by the accuracy on HellaSwag (Zellers et al.,
+arXiv 1905.07830) as EleutherAI's lm-evaluation-harness scores it. The tax is the paired `change` of a measure from one
+policy to another. Shapes: see training.data.groups; E counts endings, and I is an axis of one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHUFFLE_SEED = 0
 
 @dataclass(frozen=True)
 class Measure:
-    """What was found, window by window or item by item, in order."""
+    """The values of a measure, window by window or item by item, in order."""
 
     values: tuple[float, ...]
 
@@ -42,12 +42,12 @@ class Measure:
 
     @property
     def mean(self) -> float:
-        """The mean over all."""
+        """The mean of all values."""
         return statistics.fmean(self.values)
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, were these drawn at random."""
+        """The standard error of the mean, as if the values were drawn at random."""
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 
 
@@ -61,17 +61,19 @@ class HellaSwagItem:
 
 
 def change(before: Measure, after: Measure) -> Measure:
-    """From `before` to `after` on the same windows or items; far surer than the difference of two means.
+    """Returns the changes on the same windows or items, whose mean is far surer than the difference of two means.
 
-    Raises ValueError if they are not of the same number.
+    Raises:
+        ValueError: the two measures have different numbers of values.
     """
     return Measure(tuple(new - old for old, new in zip(before.values, after.values, strict=True)))
 
 
 def read_wikitext(part: Literal["valid", "test"]) -> str:
-    """WikiText-2 as text for reading: white space is put back where people put it; <unk> stays.
+    """Returns WikiText-2 as text for reading: white space is back where people put it; <unk> stays.
 
-    Raises DataMissingError if it is not there.
+    Raises:
+        DataMissingError: the data set is not there.
     """
     with gzip.open(data_file(f"wikitext-2/{part}.txt.gz"), "rt", encoding="utf-8") as file:
         return _natural(file.read())
@@ -87,11 +89,13 @@ def _natural(text: str) -> str:
 
 
 def read_hellaswag() -> list[HellaSwagItem]:
-    """HellaSwag's validation items, shuffled once and for all: the first n of them are a fair sample of size n.
+    """Returns HellaSwag's validation items, in one fixed random order: the first n are a fair sample of size n.
 
-    Raises DataMissingError if they are not there, ValueError if the file is not six lines an item.
+    Raises:
+        DataMissingError: the data set is not there.
+        ValueError: the file does not have six lines an item.
     """
-    # Not splitlines: it also parts at characters that occur inside of texts.
+    # Not splitlines, which also splits at characters that occur inside texts.
     lines = bz2.decompress(data_file("hellaswag/hellaswag_val_full.txt.bz2").read_bytes()).decode().rstrip().split("\n")
     if len(lines) % _ITEM_LINES:
         raise ValueError(f"HellaSwag has {len(lines)} lines, not {_ITEM_LINES} an item")
@@ -103,12 +107,15 @@ def read_hellaswag() -> list[HellaSwagItem]:
 def parse_item(lines: Sequence[str]) -> HellaSwagItem:
     """Reads "activity: context", the label and the four endings, and preprocesses them as the harness does.
 
-    The harness also begins the unfinished last sentence of a video's context, the only one in lower case, with a
-    capital; in this form of the data it has already been joined to the rest.
+    The harness also capitalises the unfinished last sentence of a video's context, the only one in lower case. In this
+    form of the data that sentence has already been joined to the rest.
+
+    Raises:
+        ValueError: the label is not 0, 1, 2 or 3.
     """
     context, label, *endings = lines
     if label not in {"0", "1", "2", "3"}:
-        raise ValueError(f"HellaSwag: {label!r} is no label, after {context!r}")
+        raise ValueError(f"HellaSwag: {label!r} is not a label, after {context!r}")
     context = re.sub(r"(?<=[.!?] )[a-z](?=[^.!?]*$)", lambda match: match[0].upper(), context)
     return HellaSwagItem(_preprocess(context), tuple(map(_preprocess, endings)), int(label))
 
@@ -123,10 +130,13 @@ def _preprocess(text: str) -> str:
 def wikitext_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, window: int
 ) -> Measure:
-    """Returns the loss in nats a token, for each whole window of `window` tokens in the first `num_tokens` of `text`.
+    """Returns the loss in nats a token of each whole window of `window` tokens in the first `num_tokens` of `text`.
 
-    Windows do not see each other, so of each only the tokens after the first are predicted. Computes in the model's own
-    precision, bf16 as training.models.policy loads it. Raises ValueError if there are fewer than two windows.
+    Windows do not see each other, so the first token of each is not predicted. Computes in the model's own precision,
+    bf16 as training.models.policy loads it.
+
+    Raises:
+        ValueError: there are fewer than two windows.
     """
     token_ids = _encode(tokenizer, text)[:num_tokens]
     starts = range(0, len(token_ids) - window + 1, window)
@@ -144,7 +154,10 @@ def hellaswag_accuracy(
 ) -> Measure:
     """Returns 1 for each item whose real ending has the highest log-likelihood per character, else 0.
 
-    This is the harness's acc_norm. Raises ValueError if there are fewer than two items.
+    This is the harness's acc_norm.
+
+    Raises:
+        ValueError: there are fewer than two items.
     """
     logprobs_NE = ending_logprobs(model, tokenizer, items)
     lengths_NE = torch.tensor([[len(ending) for ending in item.endings] for item in items])
@@ -164,12 +177,16 @@ def ending_logprobs(
 
 
 def _group(tokenizer: PreTrainedTokenizerBase, item: HellaSwagItem) -> Group:
-    """The endings' tokens are what the whole text has beyond the context's, since a space belongs to the word after."""
+    """Returns an item's context and endings as tokens.
+
+    An ending's tokens are what the whole text has beyond the context's tokens, since a space belongs to the word after
+    it.
+    """
     context = tuple(_encode(tokenizer, item.context))
     wholes = [_encode(tokenizer, f"{item.context} {ending}") for ending in item.endings]
     return Group(context, tuple(tuple(whole[len(context) :]) for whole in wholes))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text: no special token is added, nor found in it."""
+    """Returns the token ids of plain text: no special token is added, nor found in it."""
     return [int(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]

@@ -1,4 +1,4 @@
-"""Runs TRL's PPO as a peer, in a virtual environment of its own that holds the last release of TRL that has it."""
+"""Runs TRL's PPO as a peer, in a virtual environment of its own with the last release of TRL that has PPO."""
 
 import json
 import os
@@ -17,8 +17,10 @@ VENV = _ROOT / "var" / "bench" / "venv-trl-1.12"
 def run_trl_ppo(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Runs `job` and returns what was measured of each update; bench/peers/ppo_trl.py's docstring describes both.
 
-    Leaves job.json, updates.jsonl and the peer's own output, trl.log, in `folder`. Raises RuntimeError if the peer
-    fails, with the end of what it said.
+    Leaves job.json, updates.jsonl and the peer's own output, trl.log, in `folder`.
+
+    Raises:
+        RuntimeError: the peer failed; the text has the end of its output.
     """
     python = trl_python(VENV)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,17 +37,18 @@ def run_trl_ppo(job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def trl_python(folder: Path) -> Path:
-    """Makes `folder` a virtual environment with exactly what PINS says, unless it is one already; returns its python.
+    """Makes `folder` a virtual environment with exactly the pinned packages, unless it is one; returns its Python.
 
-    Raises CalledProcessError, after the installer has printed why, if something cannot be had.
+    Raises:
+        subprocess.CalledProcessError: a package cannot be installed; the installer has printed why.
     """
     python, installed, pins = folder / "bin" / "python", folder / "installed.txt", _PINS.read_text()
     if installed.is_file() and installed.read_text() == pins:
         return python
     venv.create(folder, clear=True, symlinks=True)
     (torch,) = (line for line in pins.splitlines() if line.startswith("torch=="))
-    # As in requirements/install.sh: PyPI has no +cpu build of torch, so it is where pip has been told to look, or else
-    # on PyTorch's own index, which uv knows.
+    # As in requirements/install.sh: PyPI has no +cpu build of torch. It comes from where pip is configured to look, or
+    # else from PyTorch's own index, which uv knows.
     if _pip_install(python, torch, "--quiet", check=False):
         _pip_install(python, torch, "--torch-backend", "cpu")
     _pip_install(python, "-r", str(_PINS))
@@ -54,7 +57,7 @@ def trl_python(folder: Path) -> Path:
 
 
 def _pip_install(python: Path, *arguments: str, check: bool = True) -> int:
-    """Installs into the environment of `python` with uv, and what is pinned only; returns uv's exit status."""
+    """Installs exactly what is named into the environment of `python`, with uv; returns uv's exit status."""
     command = [sys.executable, str(_ROOT / "requirements" / "uv.py"), "pip", "install", "--python", str(python)]
     quiet = None if check else subprocess.DEVNULL
     return subprocess.run([*command, "--no-deps", *arguments], stderr=quiet, check=check).returncode

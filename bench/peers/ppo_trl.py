@@ -110,7 +110,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def peak_rss_mib() -> float:
-    """The most memory this process had resident. getrusage would count what the process that forked it had as well."""
+    """Returns the most memory that this process had resident. getrusage would include the process it forked from."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 
@@ -154,16 +154,16 @@ def _make_trainer(job: Job, folder: str, stopwatch: _Stopwatch) -> PPOTrainer:
 
 
 def _score_model(job: Job, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the score's head."""
+    """Returns the model with the score's head."""
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=dtype)
     model.get_submodule("score").load_state_dict({"weight": load_file(job.score_head)["score.weight"]})
     return model
 
 
 def _ppo_config(job: Job, folder: str) -> PPOConfig:
-    """The job in TRL's words, and what is against its defaults."""
+    """Returns the job as TRL's settings, with those that differ from TRL's defaults."""
     if job.precision == "bf16":
-        # The trainer's own bf16=True no longer reaches the Accelerator that it makes; this does.
+        # The trainer's own bf16=True no longer reaches its Accelerator; this variable does.
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     return PPOConfig(
         output_dir=folder,

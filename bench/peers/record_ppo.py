@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _make_models() -> dict[str, Any]:
-    """Four models that differ in all but the embeddings; what is not to be trained is frozen."""
+    """Returns four models that differ in everything except the embeddings; what is not to be trained is frozen."""
     reference = LlamaForCausalLM(LlamaConfig(**_SIZES))
     policy = copy.deepcopy(reference)
     models: dict[str, Any] = {"policy": policy, "reference": reference}
@@ -108,7 +108,7 @@ def _make_models() -> dict[str, Any]:
 
 
 def _make_trainer(models: dict[str, Any], folder: str) -> PPOTrainer:
-    """TRL's trainer for one update on the CPU in float32."""
+    """Returns TRL's trainer for one update on the CPU in float32."""
     vocabulary = {f"t{token}": token for token in range(_SIZES["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(vocabulary, f"t{_PAD}")),
@@ -167,27 +167,31 @@ def _watch(
 
 
 def _seen(frame: FrameType, prefix: str, names: tuple[str, ...]) -> _Recording:
-    """Copies of a frame's local variables."""
+    """Returns copies of a frame's local variables."""
     return {f"{prefix}/{name}": _copied(frame.f_locals[name]) for name in names}
 
 
 def _copied(values: Tensor | np.ndarray[Any, Any] | None) -> Tensor:
-    """As it is now, whatever becomes of it."""
+    """Returns a copy, which later changes do not reach."""
     return torch.as_tensor(values).detach().clone()
 
 
 def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """All of them."""
+    """Returns all weights of the model, by name."""
     return sorted(model.state_dict().items())
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Those that take gradients."""
+    """Returns the parameters that take gradients."""
     return [(name, each) for name, each in model.named_parameters() if each.requires_grad]
 
 
 def _check(recording: _Recording) -> None:
-    """Raises ValueError unless the batch has every case that matters. The seed decides."""
+    """Checks that the batch has every case that matters; the seed decides.
+
+    Raises:
+        ValueError: a case is missing, or a padding token was drawn.
+    """
     responses_NC = recording["batch/responses"]
     ends_NC = responses_NC == _EOS
     ended_N, at_limit_N = ends_NC.any(1), ends_NC[:, -1]

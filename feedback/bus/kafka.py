@@ -43,7 +43,7 @@ class KafkaBus:
     """Implements contract.Bus. Its clients are created on first use, and again after an error."""
 
     def __init__(self, bootstrap_servers: str, prefix: str = "") -> None:
-        """Connects.
+        """Connects to the cluster.
 
         Args:
             bootstrap_servers: `host:port` of one server or more, separated by commas.

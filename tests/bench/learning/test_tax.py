@@ -125,5 +125,5 @@ def test_hellaswag_is_read_and_preprocessed_as_the_harness_does(data: Path) -> N
     path.write_bytes(bz2.compress("\n".join(lines[:-1]).encode()))
     with pytest.raises(ValueError, match="has 11 lines"):
         tax.read_hellaswag()
-    with pytest.raises(ValueError, match="'4' is no label"):
+    with pytest.raises(ValueError, match="'4' is not a label"):
         tax.parse_item(["Roof: x", "4", "a", "b", "c", "d"])
