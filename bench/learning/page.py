@@ -21,7 +21,7 @@ comparisons that any of three splits holds out; dialogues that begin alike count
 
 The pretraining mix is WikiText-2's validation part, and the tax is measured on its test part: a policy that gives back
 more than was lost has learned WikiText, and has not got back what it knew. HellaSwag has nothing to do with the mix.
-An interval from 0 to 0 means as many right answers in every seed, of 100 a seed; one seed by itself is known to 4 points.
+An interval from 0 to 0 means as many right answers in every seed, of 100 a seed; one seed alone is sure to 4 points.
 
 The recipe is as shipped except for its size: PPO takes 12 rounds and two passes over each round's rollouts instead of
 10 and one, SFT two epochs instead of four, and a quarter of the labelers are held out instead of 35 % of users. Two

@@ -24,6 +24,6 @@ def test_every_phase_is_measured_beside_its_plan(tmp_path: Path) -> None:
         seconds, predicted = figures[f"{phase}: seconds"], figures[f"{phase}: predicted"]
         assert seconds.value > 0 < predicted.value
         assert figures[f"{phase}: share of the roof"].value < 1
-    # Nearly as long as may be, which the plan is told: one token of this small vocabulary's 512 ends a rollout.
+    # Nearly the longest that the plan allows for: one token of this small vocabulary's 512 ends a rollout.
     assert min(metrics["completion/length"] for metrics in found.rounds) > 0.85 * config.ppo.max_tokens
     assert figures["sampler against trainer"].value < 0.01

@@ -1,4 +1,4 @@
-"""The benchmark of growth on tiny models: every point is measured, and told beside what the plan predicted."""
+"""The benchmark of growth on tiny models: every point is measured, and reported beside what the plan predicted."""
 
 from pathlib import Path
 

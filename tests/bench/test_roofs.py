@@ -58,7 +58,7 @@ def test_threads_come_back_after_an_error() -> None:
 
 @pytest.mark.parametrize("read", roofs.READERS)
 def test_readers_depend_on_every_value(read: roofs.Reader) -> None:
-    """One that skipped values would look faster than memory is."""
+    """A reader that skipped values would look faster than memory is."""
     values = torch.ones(1000)
     before = read(values)
     for i in (0, 499, 999):

@@ -20,7 +20,7 @@ TOPIC_OF = {
 def sample(
     sample_id: str = "s1", text: str = "Why?", num_completions: int = 3, spanning: int = -1, user_id: str = "u"
 ) -> Message:
-    """A sample whose completions are named s1-0, s1-1, ..."""
+    """Returns a sample whose completions are named s1-0, s1-1, ..."""
     completions = [
         types_pb2.Completion(
             completion_id=f"{sample_id}-{index}",
@@ -44,7 +44,7 @@ def sample(
 def ranking(
     ranking_id: str, sample_id: str = "s1", order: Sequence[Sequence[int]] = ((0,), (1,), (2,)), time_seconds: int = 0
 ) -> Message:
-    """A ranking of a sample's completions, best first, as groups of their indices."""
+    """Returns a ranking of a sample's completions, best first, as groups of their indices."""
     groups = [types_pb2.RankingGroup(completion_ids=[f"{sample_id}-{index}" for index in group]) for group in order]
     return events_pb2.RankingEvent(
         event_id=ranking_id,
@@ -56,7 +56,7 @@ def ranking(
 
 
 def demonstration(demonstration_id: str, sample_id: str = "s1", text: str = "That is why.") -> Message:
-    """A demonstration for a sample's prompt."""
+    """Returns a demonstration for a sample's prompt."""
     return events_pb2.DemonstrationEvent(
         event_id=demonstration_id,
         event_time=Timestamp(seconds=TIME_SECONDS),
@@ -67,12 +67,12 @@ def demonstration(demonstration_id: str, sample_id: str = "s1", text: str = "Tha
 
 
 def record(event: Message) -> Record:
-    """The event as it is published."""
+    """Returns the event as it is published."""
     key = getattr(event, "sample_id", None) or event.event_id  # type: ignore[attr-defined]
     return Record(TOPIC_OF[type(event)], key.encode(), event.SerializeToString(), event.event_id)  # type: ignore[attr-defined]
 
 
 def delivered(event: Message, offset: int, partition: int = 0) -> Delivered:
-    """The event as it is read."""
+    """Returns the event as it is read."""
     published = record(event)
     return Delivered(Position(published.topic, partition, offset), published.key, published.value, published.event_id)

@@ -26,25 +26,25 @@ def start(*name_and_arguments: object) -> subprocess.Popen[str]:
 
 
 def relay(outbox: str, bus_url: str) -> None:
-    """The relay, until SIGTERM."""
+    """Runs the relay until SIGTERM."""
     run_relay(Path(outbox), bus_url, _stop_on_sigterm(), QUICK)
 
 
 def ingest(bus_url: str, store_url: str) -> None:
-    """Ingest, until SIGTERM."""
-    # Here, so that the processes that do without a database start sooner.
+    """Runs ingest until SIGTERM."""
+    # Imported here, so that the processes that need no database start sooner.
     from feedback.store.ingest import run_ingest
 
     run_ingest(bus_url, store_url, _stop_on_sigterm(), QUICK)
 
 
 def append(outbox: str) -> None:
-    """Appends events e0, e1, ... for ever, several at a time, and says each when it was acknowledged."""
+    """Appends events e0, e1, ... without end, several at a time, and prints each when it was acknowledged."""
     asyncio.run(_append(Outbox(Path(outbox), 1 << 30)))
 
 
 def publish(bus_url: str, topic: str, prefix: str, count: str) -> None:
-    """Publishes records prefix/0, prefix/1, ..., and says each when the bus had it; then waits to be killed."""
+    """Publishes records prefix/0, prefix/1, ..., prints each when the bus has it, and then waits to be killed."""
     bus = open_bus(bus_url)
     for number in range(int(count)):
         bus.publish([Record(topic, prefix.encode(), str(number).encode(), f"{prefix}/{number}")])
@@ -53,7 +53,7 @@ def publish(bus_url: str, topic: str, prefix: str, count: str) -> None:
 
 
 def open_store(url: str) -> None:
-    """Opens a store, and says how many rankings it has."""
+    """Opens a store, and prints how many rankings it has."""
     from feedback.store.reader import Store
 
     store = Store(url)

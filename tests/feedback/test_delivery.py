@@ -78,14 +78,14 @@ def outbox(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store_url_for(bus_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """SQLite beside SQLite, PostgreSQL beside Kafka: what people will run."""
+    """The pairs that people will run: SQLite with SQLite, PostgreSQL with Kafka."""
     if bus_url.startswith("kafka"):
         return new_database(request.getfixturevalue("postgres_server"))
     return f"sqlite:///{tmp_path}/store.db"
 
 
 def kill_now_and_then(command: tuple[object, ...], stop: threading.Event, seed: int, kills: list[int]) -> None:
-    """Keeps a process running, but kills it with SIGKILL after a random while, again and again."""
+    """Keeps a process running, and kills it with SIGKILL after a random time, again and again."""
     chance = random.Random(seed)
     while not stop.is_set():
         process = processes.start(*command)
@@ -177,7 +177,7 @@ def test_a_broker_that_comes_back_empty_gets_all_again(tmp_path: Path, outbox: P
                 acknowledge(outbox, life * 50, life * 50 + 50)
                 wait_until(lambda life=life: len(store.ranked_groups()) == life * 50 + 50)  # type: ignore[misc]
         with running_tansu(tmp_path, port), closing(OutboxFile(outbox, 1 << 30)) as file:
-            # All that the broker lost is published again, for other consumers than the store.
+            # Everything that the broker lost is published again, for other consumers than the store.
             with closing(open_bus(bus_url)) as bus:
                 bus.create_topics(TOPICS)
                 found: set[str] = set()

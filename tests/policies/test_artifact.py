@@ -33,7 +33,7 @@ def make_manifest(version: int = 1) -> PolicyManifest:
 
 
 def make_writer(seed: int = 0, shape: tuple[int, ...] = (4, 6), value: float | None = None) -> Callable[[Path], None]:
-    """Writes two files of weights and a config."""
+    """Returns a function that writes two files of weights and a config."""
 
     def write_files(path: Path) -> None:
         numbers = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with the ChatML template of SmolLM2, which also trims."""
+    """Returns a byte-level BPE tokenizer with the ChatML template of SmolLM2, which also trims."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

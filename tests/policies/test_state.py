@@ -1,4 +1,4 @@
-"""The rollout state machine keeps its word whatever events arrive."""
+"""The rollout state machine keeps its promises whatever events arrive."""
 
 import functools
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ def stages(state: PolicyState) -> dict[int, Stage]:
 
 
 class Rollout(RuleBasedStateMachine):
-    """Any events in any order; the ones that make sense are made likely."""
+    """Applies any events in any order; those that make sense are more likely."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def test_a_replica_that_stops_and_goes_on_comes_to_the_same(events: list[events_
 
 @pytest.fixture
 def two() -> PolicyState:
-    """v1 was live, v2 is."""
+    """A state in which v1 was live and v2 is."""
     return replay([
         registered(1),
         moved(1, STAGE_CANDIDATE, STAGE_LIVE),

@@ -33,13 +33,13 @@ class Stubs:
 
 
 def chat(content: str = "Why is the sky blue?") -> types_pb2.Prompt:
-    """A conversation of one turn."""
+    """Returns a conversation of one turn."""
     message = types_pb2.Message(role=types_pb2.ROLE_USER, content=content)
     return types_pb2.Prompt(chat=types_pb2.Chat(messages=[message]))
 
 
 def sample_request(**fields: Any) -> inference_service_pb2.SampleRequest:
-    """A request that is in order but for what is given."""
+    """Returns a valid request, with these fields replaced."""
     sampling = types_pb2.SamplingParams(max_tokens=8)
     return inference_service_pb2.SampleRequest(
         **{"user_id": "ada", "prompt": chat(), "num_completions": 4, "sampling": sampling, **fields}
@@ -47,30 +47,30 @@ def sample_request(**fields: Any) -> inference_service_pb2.SampleRequest:
 
 
 def sampling(**fields: Any) -> types_pb2.SamplingParams:
-    """At most 16 tokens, unless it is given otherwise."""
+    """Returns sampling parameters with at most 16 tokens, unless given otherwise."""
     return types_pb2.SamplingParams(**{"max_tokens": 16, **fields})
 
 
 def long_request(**fields: Any) -> inference_service_pb2.StreamSampleRequest:
-    """A stream that takes a while."""
+    """Returns a request for a stream that takes a while."""
     request = sample_request(sampling=sampling(max_tokens=400), **fields)
     return inference_service_pb2.StreamSampleRequest.FromString(request.SerializeToString())
 
 
 def draw(stubs: Stubs, **fields: Any) -> inference_service_pb2.SampleResponse:
-    """What Sample returns."""
+    """Returns what Sample returns."""
     return stubs.inference.Sample(sample_request(**fields), timeout=TIMEOUT_SECONDS)  # type: ignore[no-any-return]
 
 
 def texts(sample: inference_service_pb2.SampleResponse) -> list[str]:
-    """The completions' texts, by index."""
+    """Returns the completions' texts, by index."""
     return [completion.text for completion in sample.completions]
 
 
 def ranking_request(
     sample: inference_service_pb2.SampleResponse, **fields: Any
 ) -> feedback_service_pb2.SubmitRankingRequest:
-    """A ranking of the sample by index, that is in order but for what is given."""
+    """Returns a valid ranking of the sample, best first by index, with these fields replaced."""
     ids = [each.completion_id for each in sample.completions]
     given = {
         "request_id": str(uuid.uuid4()),
@@ -83,12 +83,12 @@ def ranking_request(
 
 
 def groups(*ids: Sequence[str]) -> list[types_pb2.RankingGroup]:
-    """Groups of completion ids, best first."""
+    """Returns groups of completion ids, best first."""
     return [types_pb2.RankingGroup(completion_ids=each) for each in ids]
 
 
 def refused(method: Any, request: Message | bytes, code: grpc.StatusCode, field: str = "") -> Any:
-    """Calls, and returns the error, which must be of this code and, if one is given, name this field and no other."""
+    """Calls, and returns the error, which must have this code and, if a field is given, name it and no other."""
     with pytest.raises(grpc.RpcError) as raised:
         answer = method(request, timeout=TIMEOUT_SECONDS)
         list(answer if hasattr(answer, "__next__") else ())
@@ -100,12 +100,12 @@ def refused(method: Any, request: Message | bytes, code: grpc.StatusCode, field:
 
 
 def fields_of(error: Any) -> list[str]:
-    """The fields that the error's BadRequest names."""
+    """Returns the fields that the error's BadRequest names."""
     return [each.field for each in detail(error, error_details_pb2.BadRequest).field_violations]
 
 
 def detail(error: Any, kind: type[Message]) -> Any:
-    """The error's detail of a kind, such as ErrorInfo; an empty one if it has none."""
+    """Returns the error's detail of a kind, such as ErrorInfo; an empty one if it has none."""
     found = kind()
     status = rpc_status.from_call(error)
     for packed in status.details if status else ():

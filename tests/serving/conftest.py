@@ -14,7 +14,7 @@ from tests.serving.rollout import live_version, wait_served
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server; ends cleanly after the last test, or that is an error."""
+    """The server. It must end cleanly after the last test."""
     with running_server(tmp_path_factory.mktemp("server")) as running:
         yield running
 
@@ -34,7 +34,7 @@ def tiny_llama(server: Server) -> Path:
 
 @pytest.fixture
 def root(server: Server) -> Path:
-    """Where versions lie."""
+    """The folder of all versions."""
     return server.data_dir / "policies"
 
 
@@ -42,7 +42,7 @@ def root(server: Server) -> Path:
 def version_1_again(stubs: Stubs) -> Iterator[None]:
     """Leaves version 1 live and served."""
     yield
-    # A swap under way is not yet in the replica's report, which would then still tell of version 1.
+    # While a swap is under way, the replica's report would still name version 1.
     wait_served(stubs, live_version(stubs))
     stubs.policies.Rollback(RollbackRequest(version=1, actor="test"), timeout=TIMEOUT_SECONDS)
     wait_served(stubs, 1)

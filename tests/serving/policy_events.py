@@ -16,7 +16,7 @@ __all__ = ["STAGE_CANDIDATE", "STAGE_LIVE", "STAGE_REJECTED", "STAGE_RETIRED", "
 
 
 def registered(version: int, weights: str = "a", parent: int = 0, reference: int = 0) -> events_pb2.PolicyEvent:
-    """A registration; `weights` is one character, and makes up the digest."""
+    """Returns a registration; `weights` is one character, of which the digest consists."""
     manifest = policy_manifest_pb2.PolicyManifest(
         version=version, parent_version=parent, reference_version=reference or version, weight_digest=weights * 64
     )
@@ -26,7 +26,7 @@ def registered(version: int, weights: str = "a", parent: int = 0, reference: int
 
 
 def moved(version: int, from_stage: Stage, to_stage: Stage, expected_live: int = 0) -> events_pb2.PolicyEvent:
-    """A change of stage."""
+    """Returns a change of stage."""
     change = new_change(version, from_stage, to_stage, "operator", "why not")
     return events_pb2.PolicyEvent(
         stage_changed=events_pb2.PolicyStageChanged(change=change, expected_live_version=expected_live)
@@ -34,7 +34,7 @@ def moved(version: int, from_stage: Stage, to_stage: Stage, expected_live: int =
 
 
 def reported(replica_id: str, version: int) -> events_pb2.PolicyEvent:
-    """What a replica serves."""
+    """Returns a replica's report of what it serves."""
     status = ReplicaStatus(replica_id=replica_id)
     status.policy.version = version
     return events_pb2.PolicyEvent(replica_status=status)

@@ -1,4 +1,4 @@
-"""The real processes of the loop, for tests: started by their verbs, awaited until they serve, all ended at the end."""
+"""The real processes of the loop, for tests: started by their verbs, awaited until they serve, and ended at the end."""
 
 import os
 import signal
@@ -41,7 +41,10 @@ class Server:
 
 
 def environment(folder: Path, **settings: object) -> dict[str, str]:
-    """The environment of processes that keep all in `folder`; settings are named as in ALIGND_..., in lower case."""
+    """Returns the environment of processes that keep everything in `folder`.
+
+    Settings are named as in ALIGND_..., in lower case.
+    """
     chosen = {
         "data_dir": folder / "var",
         "serving__port": free_port(),
@@ -55,7 +58,7 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
 
 
 def address_of(settings: Mapping[str, str]) -> str:
-    """Where the server of this environment listens."""
+    """Returns where the server of this environment listens."""
     return f"127.0.0.1:{settings['ALIGND_SERVING__PORT']}"
 
 
@@ -75,7 +78,11 @@ def log_of(verb: str, settings: Mapping[str, str]) -> Path:
 def wait_until(
     is_done: Callable[[], bool], timeout_seconds: float, what: str, by: "subprocess.Popen[bytes] | None" = None
 ) -> None:
-    """Returns when `is_done`. Raises AssertionError, which says what did not come about, or that `by` died first."""
+    """Waits until `is_done`.
+
+    Raises:
+        AssertionError: it did not come about in time, or the process `by` died first; the text says which.
+    """
     deadline = time.monotonic() + timeout_seconds
     while not is_done():
         assert by is None or by.poll() is None, f"{what}: the process ended with {by and by.returncode} instead"
@@ -84,7 +91,7 @@ def wait_until(
 
 
 def is_serving(address: str, service: str = "") -> bool:
-    """Whether the health service says so; False too where nobody answers."""
+    """Whether the health service reports SERVING; False also if nobody answers."""
     with grpc.insecure_channel(address) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         try:
@@ -95,7 +102,11 @@ def is_serving(address: str, service: str = "") -> bool:
 
 
 def wait_serving(process: subprocess.Popen[bytes], settings: Mapping[str, str]) -> None:
-    """Returns when the engine of `alignd serve` serves. Raises AssertionError with its log if it ends instead."""
+    """Waits until the engine of `alignd serve` serves.
+
+    Raises:
+        AssertionError: the server ended instead; the text is its log.
+    """
 
     def serves() -> bool:
         assert process.poll() is None, log_of("serve", settings).read_text(errors="replace")[-4000:]
@@ -105,7 +116,7 @@ def wait_serving(process: subprocess.Popen[bytes], settings: Mapping[str, str]) 
 
 
 def engine_processes(pid: int) -> list[int]:
-    """The processes in which the server `pid` runs vLLM."""
+    """Returns the processes in which the server `pid` runs vLLM."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -128,7 +139,7 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
-    """Server, relay and ingest on the embedded bus; they end by SIGTERM, cleanly, and leave nothing running."""
+    """Runs server, relay and ingest on the embedded bus. They must end cleanly by SIGTERM and leave nothing running."""
     settings = environment(folder)
     processes = {verb: start(verb, settings) for verb in ("serve", "relay", "ingest")}
     try:
@@ -137,7 +148,7 @@ def running_server(folder: Path) -> Iterator[Server]:
         pids = {verb: process.pid for verb, process in processes.items()}
         yield Server(address_of(settings), folder / "var", settings, pids)
     finally:
-        # Somebody watches to the end, and must not hold it up.
+        # A watch stays open to the end, and must not delay the stop.
         with grpc.insecure_channel(address_of(settings)) as channel:
             watch = policy_service_pb2_grpc.PolicyServiceStub(channel).Watch(policy_service_pb2.WatchRequest())
             began = time.monotonic()
@@ -153,7 +164,7 @@ def running_server(folder: Path) -> Iterator[Server]:
 
 
 def end(process: subprocess.Popen[bytes], timeout_seconds: float = 60.0) -> int:
-    """The exit code of a process that was asked to end; it is killed if it does not."""
+    """Returns the exit code of a process that was asked to end, and kills it if it does not."""
     try:
         return process.wait(timeout_seconds)
     except subprocess.TimeoutExpired:

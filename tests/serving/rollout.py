@@ -1,4 +1,4 @@
-"""What operators and the trainer do with versions of the shared server, and callers who never stop meanwhile."""
+"""What operators and the trainer do with versions of the shared server, while callers keep calling."""
 
 import itertools
 import threading
@@ -55,7 +55,7 @@ def registration(path: Path, manifest: PolicyManifest, **fields: Any) -> Registe
 
 
 def new_version(stubs: Stubs, root: Path, **options: Any) -> tuple[Path, PolicyManifest]:
-    """A version on disk and registered."""
+    """Writes a version to disk and registers it."""
     path, manifest = write_version(root, root / "v1", next_version(root), **options)
     registered = stubs.policies.RegisterPolicy(registration(path, manifest), timeout=TIMEOUT_SECONDS).policy
     assert (registered.version, registered.stage) == (manifest.version, STAGE_CANDIDATE)
@@ -68,7 +68,7 @@ def promote(stubs: Stubs, version: int, **fields: Any) -> Policy:
 
 
 class Load:
-    """What callers saw who never stop calling."""
+    """What callers saw that never stop calling."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str]] = []
@@ -93,7 +93,7 @@ class Load:
 
 @contextmanager
 def load(server: Server, num_callers: int = 6) -> Iterator[Load]:
-    """Calls all the time for as long as the block runs; none may fail."""
+    """Calls the server for as long as the block runs; no call may fail."""
     running = Load()
     callers = [threading.Thread(target=running.call, args=(server.address, number)) for number in range(num_callers)]
     for caller in callers:

@@ -1,4 +1,4 @@
-"""What a server starts on: the live version if it is whole, else the one before; version 1 is imported once."""
+"""What a server starts on: the live version if it is whole, or else the one before; version 1 is imported once."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -67,7 +67,7 @@ async def test_the_configured_model_becomes_version_1_once(
 async def test_an_import_that_was_interrupted_is_taken_up(
     policies: PolicyLog, root: Path, config: ServingConfig, tmp_path: Path
 ) -> None:
-    """The folder was there before a crash, and the log was not told of it."""
+    """A crash came after the folder was written and before the version was registered."""
     written = (await startable_policy(config, root, policies)).manifest
     bus = open_bus(f"sqlite:///{tmp_path}/other.db")
     bus.create_topics(TOPICS)
@@ -101,7 +101,7 @@ async def test_a_damaged_live_version_gives_way_to_the_one_before(
 async def test_where_no_version_is_whole_none_is_rejected(
     policies: PolicyLog, root: Path, config: ServingConfig, tmp_path: Path
 ) -> None:
-    """It is this replica that does not see the folder: others may, and so may this one later."""
+    """Only this replica fails to see the folder. Others may see it, and so may this one later."""
     await startable_policy(config, root, policies)
     await promoted(policies, root, 2)
     root.rename(tmp_path / "elsewhere")

@@ -32,7 +32,7 @@ DIGEST = "0" * 64
 
 
 def fields_at_fault(raw: bytes, kind: type[Message]) -> list[str]:
-    """The fields that a refusal names; [] if there is none. Anything but a Refusal fails the test."""
+    """Returns the fields that a refusal names; [] if there is none. Any error that is no Refusal fails the test."""
     try:
         message = parse(raw, kind)
     except Refusal as refusal:
@@ -50,13 +50,13 @@ def varint(number: int) -> bytes:
 
 
 def lengthy(number: int, value: bytes) -> bytes:
-    """A field of the wire type of strings and messages."""
+    """Returns a field of the wire type of strings and messages."""
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 @st.composite
 def wire_fields(draw: st.DrawFn) -> bytes:
-    """Bytes that look like a message to the parser, nested, with any values."""
+    """Returns bytes that look like a message to the parser, nested, with any values."""
     numbers = st.integers(1, 12)
     leaf = st.one_of(
         st.builds(lambda number, value: varint(number << 3) + varint(value), numbers, st.integers(0, 2**64 - 1)),
@@ -89,7 +89,7 @@ def test_deep_nesting_is_refused() -> None:
 
 
 def string_fields(descriptor: Any) -> Iterator[tuple[FieldDescriptor, ...]]:
-    """The way to each string field in a message."""
+    """Returns the path to each string field of a message."""
     for field in descriptor.fields:
         if field.type == FieldDescriptor.TYPE_STRING:
             yield (field,)
@@ -114,7 +114,7 @@ def test_invalid_utf8_is_named_wherever_it_stands(kind: type[Message], way: tupl
 
 
 def in_order(kind: type[Any]) -> Any:
-    """A request of this kind without fault."""
+    """Returns a valid request of this kind."""
     given_ranking = {"request_id": str(uuid.uuid4()), "feedback_token": "t", "user_id": "ada"}
     manifest = policy_manifest_pb2.PolicyManifest(version=2, reference_version=1, weight_digest=DIGEST)
     manifest.files.add(path="model.safetensors", sha256=DIGEST)

@@ -23,7 +23,7 @@ from serving.errors import (
 
 
 def unpacked(refusal: Refusal, kind: type[Message]) -> Any:
-    """The detail of a kind in the refusal's google.rpc.Status, or None."""
+    """Returns the detail of a kind in the refusal's google.rpc.Status, or None."""
     for packed in to_status(refusal).details:
         found = kind()
         if packed.Unpack(found):
@@ -78,7 +78,7 @@ def test_values_that_the_message_mentions_are_in_its_metadata() -> None:
 
 @pytest.mark.parametrize("length", [10, 5_000])
 def test_a_refusal_has_room_in_what_grpc_sends(length: int) -> None:
-    """Its peers take 8 KiB of metadata, and otherwise tell the caller of nothing but that."""
+    """Peers accept 8 KiB of metadata. If there is more, the caller learns only that it was too large."""
     violations = [Violation(f"groups[{index}].completion_ids[{index}]", "x" * length) for index in range(256)]
     refusal = bad_fields(violations)
     ((key, value),) = trailing_metadata(refusal, None)

@@ -1,4 +1,4 @@
-"""Feedback over the public API of a real server: what is acknowledged arrives once, what is not in order is refused."""
+"""Feedback over the public API of a real server: what is acknowledged arrives once, what is invalid is refused."""
 
 import threading
 import uuid
@@ -36,7 +36,7 @@ DENIED = grpc.StatusCode.PERMISSION_DENIED
 
 
 def stored(server: Server, ranking_id: str) -> RankedGroup:
-    """The ranking as training reads it, once it has arrived."""
+    """Returns the ranking as training reads it, once it has arrived."""
     with closing(Store(server.store_url)) as store:
         found: list[RankedGroup] = []
 

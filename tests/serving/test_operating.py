@@ -29,7 +29,7 @@ def said(server: Server, *arguments: str) -> str:
     return done.stdout
 
 
-def told(server: Server, *arguments: str) -> Any:
+def output_of(server: Server, *arguments: str) -> Any:
     return json.loads(said(server, *arguments, "--json"))
 
 
@@ -59,15 +59,15 @@ def test_versions_are_listed_shown_and_traced(stubs: Stubs, server: Server, root
     first = next(line for line in said(server, "policies", "list").splitlines() if line.startswith("│ v1 "))
     assert "LIVE" in first
     assert replica(stubs).replica_id in first
-    listed = told(server, "policies", "list")
+    listed = output_of(server, "policies", "list")
     assert listed["live_version"] == 1
     assert [policy["version"] for policy in listed["policies"]][:1] == [manifest.version]
-    assert told(server, "policies", "show", name)["manifest"]["weight_digest"] == manifest.weight_digest
+    assert output_of(server, "policies", "show", name)["manifest"]["weight_digest"] == manifest.weight_digest
     assert manifest.weight_digest in said(server, "policies", "show", name)
     lineage = said(server, "policies", "lineage", name)
     assert lineage.index(name) < lineage.index("v1 ")
     assert "imported" in lineage
-    assert [policy["version"] for policy in told(server, "policies", "lineage", name)] == [manifest.version, 1]
+    assert [policy["version"] for policy in output_of(server, "policies", "lineage", name)] == [manifest.version, 1]
 
 
 def test_status_is_one_screen(server: Server) -> None:

@@ -38,7 +38,7 @@ TIMEOUT_SECONDS = 30.0
 
 @asynccontextmanager
 async def replica(bus_url: str) -> AsyncIterator[PolicyLog]:
-    """A log of its own on the bus, read to the end."""
+    """Runs a log of its own on the bus, read to the end."""
     bus = await asyncio.to_thread(open_bus, bus_url)
     await asyncio.to_thread(bus.create_topics, TOPICS)
     followed = PolicyLog(bus)
@@ -133,7 +133,7 @@ async def test_what_is_no_event_or_came_twice_is_passed_over(bus_url: str) -> No
 
 
 async def watched(followed: PolicyLog, after_revision: int, count: int) -> list[WatchResponse]:
-    """The first changes that a watcher sees; it is slower than they come."""
+    """Returns the first changes that a watcher sees, who reads more slowly than they come."""
     seen = []
     async with asyncio.timeout(TIMEOUT_SECONDS):
         async for change in followed.watch(after_revision):
@@ -198,7 +198,7 @@ async def test_who_waits_for_a_log_that_is_no_longer_followed_is_told(
 
 
 async def test_nothing_is_said_of_policies_before_the_log_was_read(bus_url: str) -> None:
-    """What is not read yet would be missing, and a trainer that is told so gives its run up."""
+    """A version that is not read yet would seem to be missing, and a trainer that hears so gives up its run."""
     async with replica(bus_url) as first:
         await first.propose(registered(1))
         bus = await asyncio.to_thread(open_bus, bus_url)

@@ -28,7 +28,7 @@ def demonstration(number: int) -> events_pb2.DemonstrationEvent:
 
 
 async def fill(outbox: Outbox) -> tuple[int, Refusal]:
-    """How many events found room, and what the next was told."""
+    """Returns how many events found room, and the refusal of the next."""
     for number in range(100):
         try:
             await record(outbox, DEMONSTRATIONS, "s", demonstration(number))
@@ -42,7 +42,7 @@ async def test_a_full_outbox_is_resource_exhausted_and_takes_again_when_there_is
     assert 0 < stored < 20
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OUTBOX_FULL")
     assert refusal.retry_after_seconds
-    # What was acknowledged is there, and asking again for it needs no room.
+    # The acknowledged event is there, and a retry of it needs no room.
     await record(outbox, DEMONSTRATIONS, "s", demonstration(0))
     file = outbox._file
     file.mark_published([seq for seq, _ in file.pending(100)])

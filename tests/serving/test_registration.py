@@ -1,4 +1,4 @@
-"""What may be registered and promoted, and what is refused; the server goes on with version 1 whatever it is given."""
+"""What may be registered and promoted, and what is refused; the server still serves version 1 whatever it is given."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_unfit_weights_are_not_registered(stubs: Stubs, root: Path, change: Call
 
 
 def test_a_version_with_another_tokenizer_is_not_registered(stubs: Stubs, root: Path) -> None:
-    """It would be rendered with the old one until the next start, and with the new one from then on."""
+    """Its prompts would be rendered with the old tokenizer until the next start, and with the new one from then on."""
     version = next_version(root)
     path, manifest = write_version(root, root / "v1", version, change_files=versions.with_another_template)
     error = refused(stubs.policies.RegisterPolicy, registration(path, manifest), PRECONDITION, "artifact_uri")

@@ -163,7 +163,7 @@ def test_a_stream_and_a_call_draw_the_same(stubs: Stubs) -> None:
 
 
 def test_callers_that_leave_give_their_room_back(stubs: Stubs) -> None:
-    """Far more completions are asked for and left than may be in flight; then all the room is there again."""
+    """Callers ask for and leave far more completions than may be in flight; then all the room must be free again."""
     chance = random.Random(0)
     for _ in range(60):
         call = stubs.inference.StreamSample(long_request(num_completions=16), timeout=TIMEOUT_SECONDS)

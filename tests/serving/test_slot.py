@@ -13,7 +13,7 @@ V1, V2 = PolicyRef(version=1), PolicyRef(version=2)
 
 
 async def stay(slot: Slot, leave: asyncio.Event, holds: list[Hold]) -> int:
-    """Holds the slot until told to leave; returns the version that it then has."""
+    """Holds the slot until `leave` is set; returns the version that it then has."""
     async with slot.hold() as hold:
         holds.append(hold)
         await leave.wait()
@@ -28,7 +28,7 @@ async def settle() -> None:
 
 @pytest.fixture
 async def slot() -> Slot:
-    """Open, with version 1."""
+    """An open slot, with version 1."""
     opened = Slot()
     opened.open(V1)
     return opened

@@ -1,4 +1,4 @@
-"""A swap that cannot wait: requests go on across it, marked, and the new version is live behind them."""
+"""A swap that cannot wait: requests continue across it, marked, and the new version is live behind them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hasty(folder: Path) -> Iterator[Stubs]:
-    """A server whose swaps wait for nobody."""
+    """A server whose swaps do not wait for requests."""
     settings = environment(folder, serving__drain_timeout_seconds=0)
     process = start("serve", settings)
     try:
@@ -57,5 +57,5 @@ def test_what_a_swap_overtakes_ends_and_says_so(hasty: Stubs, folder: Path, seed
     assert get(hasty, manifest.version).history[-1].reason == "a test"
     after = draw(hasty).completions
     assert {(each.policy.version, each.spans_swap) for each in after} == {(manifest.version, False)}
-    # Users may rank what they were shown; it is ingest's reader that leaves such completions out.
+    # Users may rank what they were shown; the store's reader leaves such completions out.
     hasty.feedback.SubmitRanking(ranking_request(sample), timeout=TIMEOUT_SECONDS)

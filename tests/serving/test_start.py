@@ -78,7 +78,7 @@ def test_a_server_that_cannot_prove_the_live_version_serves_the_one_before_until
             )
         assert (live.version, live.stage, bad.stage) == (1, STAGE_LIVE, STAGE_REJECTED)
         assert "differ from the trainer's" in bad.history[-1].reason
-        # A server whose engine is gone ends, for its supervisor to start it afresh.
+        # A server whose engine is gone ends, so that its supervisor starts it again.
         (engine,) = engine_processes(process.pid)
         os.kill(engine, signal.SIGKILL)
         assert process.wait(30) not in (0, None)

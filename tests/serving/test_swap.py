@@ -1,4 +1,4 @@
-"""A new version goes live under load without a failed request, is proved, and is turned away if it is not what it says.
+"""A new version goes live under load without a failed request and is proved; if it cannot be, it is rejected.
 
 Each test leaves version 1 live.
 """
@@ -212,19 +212,19 @@ def test_a_watcher_hears_of_a_rejection_as_it_happens(stubs: Stubs, root: Path) 
         if heard and (change.version, change.to_stage) == (1, STAGE_LIVE):
             break
     past.cancel()
-    told = f"v{manifest.version}: its files cannot be used"[:20]
+    expected = f"v{manifest.version}: its files cannot be used"[:20]
     assert heard == [
         (manifest.version, STAGE_CANDIDATE, ""),
         (1, STAGE_RETIRED, ""),
         (manifest.version, STAGE_LIVE, ""),
-        (0, 0, told),
+        (0, 0, expected),
         (manifest.version, STAGE_REJECTED, ""),
         (1, STAGE_LIVE, ""),
     ]
 
 
 def test_what_is_served_may_be_damaged_when_another_version_is_asked_for(stubs: Stubs, root: Path) -> None:
-    """It may be why: the other is whole, and goes live."""
+    """The damage may be why: the other version is whole, and goes live."""
     path, manifest = new_version(stubs, root)
     promote(stubs, manifest.version)
     wait_served(stubs, manifest.version)

@@ -37,7 +37,7 @@ GARBAGE = [b"\xff", b"\x0a\xff\xff\xff\xff\xff", b"\x0a\x05a", os.urandom(1000) 
 
 
 def raw_method(stubs: Stubs, method: Any) -> Any:
-    """The method as a callable of bytes."""
+    """Returns the method as a callable of bytes."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     kind = stubs.channel.unary_stream if method.server_streaming else stubs.channel.unary_unary
     return kind(path, request_serializer=lambda raw: raw, response_deserializer=lambda raw: raw)
@@ -45,7 +45,7 @@ def raw_method(stubs: Stubs, method: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def still_serving(stubs: Stubs) -> Iterator[None]:
-    """Whatever a test sends, the next request is served."""
+    """Checks that, whatever a test sends, the next request is served."""
     yield
     assert len(draw(stubs).completions) == 4
 
@@ -98,7 +98,7 @@ def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def http2_call(address: str, path: str, data: bytes) -> bytes:
-    """Calls by hand, leaves the stream open, and returns what ends it: the payload of the trailers."""
+    """Makes a call by hand, leaves the stream open, and returns the payload of the trailers that end it."""
     headers = {
         ":method": "POST",
         ":scheme": "http",

@@ -1,4 +1,4 @@
-"""Policy versions made for tests: the tiny Llama with other weights, and probes as the trainer reckons them."""
+"""Policy versions made for tests: the tiny Llama with other weights, and probes as the trainer computes them."""
 
 import shutil
 from collections.abc import Callable
@@ -23,7 +23,7 @@ LAYER = "model.layers.0.mlp.down_proj.weight"
 
 
 def perturbed(weights: Weights, seed: int) -> Weights:
-    """Other weights but for the embeddings, as the trainer makes them, and far enough away for other words to come."""
+    """Returns other weights, except for the embeddings, as the trainer makes them; they write other words."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: tensor
@@ -34,34 +34,34 @@ def perturbed(weights: Weights, seed: int) -> Weights:
 
 
 def with_nan(weights: Weights) -> Weights:
-    """One number is none."""
+    """Makes one number NaN."""
     changed = weights[LAYER].clone()
     changed[0, 0] = float("nan")
     return {**weights, LAYER: changed}
 
 
 def of_another_shape(weights: Weights) -> Weights:
-    """One tensor has a row less."""
+    """Takes a row away from one tensor."""
     return {**weights, LAYER: weights[LAYER][:-1].contiguous()}
 
 
 def of_another_type(weights: Weights) -> Weights:
-    """One tensor is in fp32."""
+    """Makes one tensor fp32."""
     return {**weights, LAYER: weights[LAYER].float()}
 
 
 def with_one_more(weights: Weights) -> Weights:
-    """There is a tensor that the reference does not have."""
+    """Adds a tensor that the reference does not have."""
     return {**weights, "model.extra": torch.zeros(4, dtype=torch.bfloat16)}
 
 
 def with_one_less(weights: Weights) -> Weights:
-    """A tensor is not there."""
+    """Takes one tensor away."""
     return {name: tensor for name, tensor in weights.items() if name != LAYER}
 
 
 def with_another_template(folder: Path) -> None:
-    """Conversations are rendered otherwise."""
+    """Changes how conversations are rendered."""
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "user"))
 
@@ -100,7 +100,7 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def greedy_text(folder: Path, token_ids: list[int], tokenizer: Any, num_tokens: int) -> str:
-    """What transformers writes with the weights in the folder, computing in what a server does here by default."""
+    """Returns what transformers writes with the weights in the folder, in a server's default precision here."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype(training_device()))
     written = model.generate(torch.tensor([token_ids]), max_new_tokens=num_tokens, do_sample=False)
     # A server holds back bytes at the end that make no character yet; transformers decodes them as U+FFFD.
@@ -108,5 +108,5 @@ def greedy_text(folder: Path, token_ids: list[int], tokenizer: Any, num_tokens: 
 
 
 def names(completion: types_pb2.Completion) -> tuple[int, str]:
-    """The version and weights that the completion says wrote it."""
+    """Returns the version and weights that the completion says wrote it."""
     return completion.policy.version, completion.policy.weight_digest

@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder where data is looked for."""
+    """An empty folder, where the data sets are looked for."""
     monkeypatch.setenv("ALIGND_TEST_DATA", str(tmp_path))
     return tmp_path

@@ -18,7 +18,7 @@ def test_length_learns_its_sign_from_the_training_data_alone() -> None:
 
 
 def test_bag_of_words_learns_words_and_pairs_that_length_does_not_tell() -> None:
-    """A word wins, unless "not" stands before it: only pairs of words tell."""
+    """A word wins unless "not" stands before it, which only pairs of words show."""
     train = [comparison(f"it is good {i}", f"good it is not {i}", f"Prompt {i}") for i in range(40)]
     held_out = [comparison("it is good now", "good it is not"), comparison("is good", "is not")]
     found = baselines.bag_of_words_baseline(train, held_out)

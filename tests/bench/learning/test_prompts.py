@@ -17,7 +17,7 @@ def dialogue(prompt: str, answer: str) -> tuple[str, str]:
 
 @pytest.fixture
 def small_data(data: Path) -> Path:
-    """Some of each: what should be taken, and what should not."""
+    """Some tasks that should be taken, and some that should not."""
     held_out = load_prompts("held_out")[0]
     fact, snack, paris = prompts.FEW_SHOT_PROMPTS
     seeds = [

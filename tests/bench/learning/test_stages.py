@@ -1,4 +1,4 @@
-"""Stages are done once, and never taken for others."""
+"""Stages run once, and a result of other settings is never taken for one of these."""
 
 from pathlib import Path
 from typing import Any

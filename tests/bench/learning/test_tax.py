@@ -52,7 +52,7 @@ def test_endings_scored_in_one_row_equal_a_loop_over_each(
     expected = [[naive_logprob(model, tokenizer, i.context, e) for e in i.endings] for i in ITEMS]
     found_NE = tax.ending_logprobs(model, tokenizer, ITEMS)
     torch.testing.assert_close(found_NE.double(), torch.tensor(expected).double(), atol=1e-3, rtol=0)
-    # The same where every item is a batch of its own.
+    # The values are the same if every item is a batch of its own.
     monkeypatch.setattr(policy_model, "SCORING_TOKENS", 1)
     torch.testing.assert_close(tax.ending_logprobs(model, tokenizer, ITEMS), found_NE, atol=1e-3, rtol=0)
 

@@ -47,7 +47,7 @@ def prompts(count: int) -> list[str]:
 
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data that is at hand, and tokens enough for a window of it."""
+    """Data sets that need no download, and enough tokens for a window of text."""
     shots = [Message("user", "Why?"), Message("assistant", "Because.")]
     monkeypatch.setattr(instruct, "train_prompts", prompts)
     monkeypatch.setattr(instruct, "held_out_prompts", lambda count: [f"Why is {index}?" for index in range(count)])
@@ -70,7 +70,7 @@ def test_every_stage_runs_once_and_the_page_tells_of_it(
     lab.load(tiny_model)
     labelers = make_labelers(7, 0, 1.0)
     ranked = lab.rank(lab.ask(prompts(9)), labelers, SIZE.ks, salt=5, first_seq=3)
-    # Who ranked the last of the part before is not the first again.
+    # The labeler who ranked the last prompt of one part does not rank the first of the next.
     assert [each.labeler for each in ranked] == [labelers[seq % 7].user_id for seq in range(3, 12)]
     assert [each.seq for each in ranked] == list(range(3, 12))
 

@@ -190,7 +190,7 @@ def test_what_was_acknowledged_survives_the_publisher(bus: Bus, bus_url: str, to
     publisher.send_signal(signal.SIGKILL)
     acknowledged += publisher.communicate()[0].split()
     found = [each.event_id for each in read_all(bus, topic, len(acknowledged))]
-    # The last line may be cut short by the kill; all before it were whole.
+    # The kill may have cut the last line short; all lines before it are whole.
     assert set(acknowledged[:-1]) <= set(found)
     assert len(found) == len(set(found))
 
@@ -230,7 +230,7 @@ def test_a_bus_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
 
 
 def test_kafka_keeps_what_was_published_for_good(kafka_url: str) -> None:
-    """Whatever the brokers' default: what ingest has not read yet is nowhere else."""
+    """The brokers' default must not matter: what ingest has not read yet is stored nowhere else."""
     servers, _, name = kafka_url.removeprefix("kafka://").partition("/")
     with closing(open_bus(kafka_url)) as bus:
         bus.create_topics(TOPICS)
@@ -244,7 +244,7 @@ def test_kafka_keeps_what_was_published_for_good(kafka_url: str) -> None:
 
 
 def test_a_header_that_is_null_is_as_none() -> None:
-    """Kafka allows it, though kafka-python does not write one."""
+    """Kafka allows a header without a value, though kafka-python does not write one."""
     record = SimpleNamespace(
         topic="p.t", partition=0, offset=3, key=None, value=b"v", headers=[(EVENT_ID_HEADER, None)]
     )

@@ -99,7 +99,7 @@ async def test_requests_that_come_together_share_an_fsync(outbox: Outbox, monkey
 
 
 def test_a_commit_is_on_disk_before_it_returns(tmp_path: Path) -> None:
-    """In WAL mode it is only with this: kill -9 would not show it, a power failure would."""
+    """In WAL mode this needs synchronous=FULL. A power failure would show its absence; kill -9 would not."""
     with closing(open_sqlite(tmp_path / "any.db")) as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -165,7 +165,7 @@ async def test_a_full_disk_is_reported_as_full_and_recovers(outbox: Outbox, path
     await outbox.append(make_record(1), b"d", NOW)
     connection = outbox._file._file._connection
     assert connection is not None
-    # What SQLite says is the same as on a full disk.
+    # SQLite's error is the same as on a full disk.
     connection.execute("PRAGMA max_page_count = 1")
     with pytest.raises(OutboxFull):
         await outbox.append(make_record(2, 100_000), b"d", NOW)
@@ -247,7 +247,7 @@ def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:
         timer = threading.Timer(round_ms / 1000, writer.send_signal, [signal.SIGKILL])
         timer.start()
         text = writer.stdout.read()
-        # A last line without its end may have been cut short.
+        # A last line without a line break may have been cut short.
         said += text[: text.rfind("\n") + 1].split()
         writer.wait()
         timer.join()

@@ -1,4 +1,4 @@
-"""A store that is opened has all its tables, or is as it was."""
+"""A store that is opened has all its tables, or stays as it was."""
 
 import sqlite3
 from contextlib import closing
@@ -12,7 +12,7 @@ from feedback.store.engine import open_engine
 
 
 def test_all_migrations_are_made_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise two processes that open a new store at once could each make a part."""
+    """Otherwise two processes that open a new store at once could each run a part of the migrations."""
     upgrade = command.upgrade
 
     def fail_at_the_end(*arguments: Any) -> None:

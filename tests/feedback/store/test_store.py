@@ -1,4 +1,4 @@
-"""What both engines of the store promise: each event once, whatever the bus delivers how often in which order."""
+"""What both engines of the store promise: each event once, however often and in whatever order it is delivered."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def store(ledger: Ledger, store_url: str) -> Iterator[Store]:
 
 
 def write(ledger: Ledger, batch: Sequence[Delivered], log_id: str = "log") -> int:
-    """Writes a batch as an ingest does that has just read the offsets."""
+    """Writes a batch, like an ingest that has just read the offsets."""
     after = {(each.position.topic, each.position.partition): Offset(log_id, each.position.offset + 1) for each in batch}
     return ledger.write(batch, ledger.offsets(), after)
 
@@ -178,7 +178,7 @@ def test_a_ranking_is_replaced_within_the_bound(ledger: Ledger, store: Store) ->
         ["c"],
     ]
     assert store.ranked_groups(after_seq=newest.seq - 2, up_to_seq=newest.seq - 2) == []
-    # The one that counts has a number before the first that is asked for.
+    # The ranking that counts has a number before the first one that is asked for.
     assert [g.ranking_id for g in store.ranked_groups(after_seq=newest.seq - 2, up_to_seq=newest.seq - 1)] == ["b"]
 
 
@@ -227,13 +227,13 @@ def test_a_users_latest_demonstration_of_a_sample_counts(ledger: Ledger, store: 
     others.user_id = "v"
     write_events(ledger, sample("s1"), sample("s2"), later, demonstration("b"), others, demonstration("d", "s2"))
     assert [each.demonstration_id for each in store.demonstrations()] == ["a", "c", "d"]
-    # Of two at the same moment the greater id, as with rankings.
+    # Of two at the same moment the one with the greater id counts, as with rankings.
     write_events(ledger, demonstration("e", "s2", "the same moment"))
     assert [each.demonstration_id for each in store.demonstrations()] == ["a", "c", "e"]
 
 
 def test_the_same_thing_submitted_twice_is_one(ledger: Ledger, store: Store) -> None:
-    # Two replicas that took the same retry give it different times.
+    # Two replicas that took attempts of the same request give the event different times.
     assert write_events(ledger, sample(), ranking("r1", time_seconds=0), ranking("r1", time_seconds=3)) == 0
     assert store.num_rankings() == 1
 
