@@ -54,7 +54,7 @@ def check_finite(path: Path) -> None:
     for name, (spec, offset) in _read_header(path).items():
         exponent = _EXPONENTS.get(spec.dtype)
         if exponent is None:
-            raise WeightsError(f"{path.name}: tensor {name} is of type {spec.dtype}")
+            raise WeightsError(f"{path.name}: tensor {name} is of type {spec.dtype}, which cannot be checked")
         if not math.prod(spec.shape):
             continue
         bits = np.memmap(path, dtype=exponent.dtype, mode="r", offset=offset, shape=(math.prod(spec.shape),))

@@ -74,7 +74,7 @@ def _follow(bus: Bus, ledger: Ledger, stop: threading.Event, check_seconds: floa
                 try:
                     num_dead_letters = ledger.write(batch, before, after)
                 except StaleError as error:
-                    logger.warning("ingest: overtaken by another one: %s", error)
+                    logger.warning("ingest: another ingest has moved the offsets; reading from there: %s", error)
                     stop.wait(random.uniform(0.05, 0.5))
                     return
                 before |= after
