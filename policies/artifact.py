@@ -126,7 +126,9 @@ def _check_files(path: Path, manifest: PolicyManifest) -> None:
     if len(listed) != len(manifest.files):
         raise ArtifactError("the manifest names a file twice")
     if listed != found:
-        raise ArtifactError(f"missing files: {sorted(listed - found)}; files not in the manifest: {sorted(found - listed)}")
+        raise ArtifactError(
+            f"missing files: {sorted(listed - found)}; files not in the manifest: {sorted(found - listed)}"
+        )
     for file in manifest.files:
         if _describe(path, file.path) != file:
             raise ArtifactError(f"{file.path} is not what was written")

@@ -61,7 +61,9 @@ async def _prove(
     flat = [logprob for row in served for logprob in row]
     error = sum(abs(a - b) for a, b in zip(flat, trained, strict=True)) / len(flat) if flat else 0.0
     if not error <= tolerance:
-        raise ProofError(f"served log-probabilities differ from the trainer's by {error:.4f} nats, more than {tolerance}")
+        raise ProofError(
+            f"served log-probabilities differ from the trainer's by {error:.4f} nats, more than {tolerance}"
+        )
     if flat and before is not None and before.logprobs == served:
         raise ProofError("the engine still gives the log-probabilities of the version before")
     return _Proof(served, error)
