@@ -86,11 +86,10 @@ def _demo_figures(quick: bool) -> list[Figure]:
     ]
     if quick:
         return figures  # a random model has nothing to learn from
-    rate = found["by_utility"]
-    count = rate["wins"] + rate["ties"] + rate["losses"]
+    won = found["by_utility"]
     return [
         *figures,
-        at_least(0.5, Figure("win rate by hidden utility", (rate["wins"] + rate["ties"] / 2) / count, "share")),
+        at_least(0.5, Figure("win rate by hidden utility", won["value"], "share", won["low"], won["high"])),
     ]
 
 

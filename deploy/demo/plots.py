@@ -32,8 +32,7 @@ def _win_rates(result: DemoResult) -> Plot:
     figure, axes = _axes(WIDE)
     rows = (("hidden utility", result.by_utility, POLICY), ("reward model", result.by_reward_model, REWARD_MODEL))
     for row, (_, rate, color) in enumerate(rows):
-        low, high = rate.interval
-        axes.plot([100 * low, 100 * high], [row, row], color=color, linewidth=3, solid_capstyle="round")
+        axes.plot([100 * rate.low, 100 * rate.high], [row, row], color=color, linewidth=3, solid_capstyle="round")
         axes.plot(100 * rate.value, row, "o", color=color, markersize=10)
         axes.annotate(f"{rate.value:.0%}", (100 * rate.value, row), (0, 11), textcoords="offset points", ha="center")
     axes.axvline(50, color=INK, linewidth=1.5, linestyle=(0, (4, 3)))

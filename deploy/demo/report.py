@@ -13,8 +13,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from deploy.demo.plots import draw_plots
-from deploy.demo.result import DemoResult, WinRate, first_and_last
+from deploy.demo.result import DemoResult, first_and_last
 from feedback.durable import replace_file
+from training.data.intervals import WinRate
 
 TEMPLATE = "report.html.jinja"
 NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
@@ -79,8 +80,7 @@ def _figures(result: DemoResult) -> RenderableType:
 
 
 def _win_rate(rate: WinRate) -> tuple[str, str]:
-    low, high = rate.interval
-    return f"{rate.value:.1%}", f"95% interval {low:.1%} to {high:.1%}, {rate.count} held-out prompts"
+    return f"{rate.value:.1%}", f"95% interval {rate.low:.1%} to {rate.high:.1%}, {rate.count} held-out prompts"
 
 
 def _examples(result: DemoResult) -> RenderableType:

@@ -2,54 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-NORMAL_975 = 1.959964  # 97.5 % quantile of the normal distribution
+from training.data.intervals import WinRate
 
 Steps = Sequence[Mapping[str, float]]
 """Records of metrics.jsonl, oldest first."""
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """How often the new policy's completion was worth more than the reference policy's, one pair a prompt."""
-
-    wins: int
-    ties: int
-    losses: int
-
-    @property
-    def count(self) -> int:
-        """Prompts compared."""
-        return self.wins + self.ties + self.losses
-
-    @property
-    def value(self) -> float:
-        """In [0, 1]; a tie counts as half a win."""
-        return (self.wins + self.ties / 2) / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval (Wilson 1927).
-
-        It takes each prompt for a win or a loss. A tie's half varies less than that, so with ties it is a little wide.
-        """
-        z2 = NORMAL_975**2
-        center = (self.value + z2 / (2 * self.count)) / (1 + z2 / self.count)
-        spread = self.value * (1 - self.value) / self.count + z2 / (4 * self.count**2)
-        half = NORMAL_975 * math.sqrt(spread) / (1 + z2 / self.count)
-        return center - half, center + half
-
-
-def win_rate(new: Sequence[float], reference: Sequence[float]) -> WinRate:
-    """Compares the worth of two policies' completions of the same prompts. Raises ValueError if there are none."""
-    pairs = list(zip(new, reference, strict=True))
-    if not pairs:
-        raise ValueError("no prompts to compare the policies on")
-    wins, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
-    return WinRate(wins, ties, len(pairs) - wins - ties)
 
 
 def first_and_last(steps: Steps, key: str) -> tuple[float, float]:
@@ -156,10 +115,10 @@ class DemoResult:
     @property
     def verdict(self) -> str:
         """The finding of the run, in one sentence."""
-        low, high = self.by_utility.interval
-        share = f"{self.by_utility.value:.0%} of {self.by_utility.count} held-out prompts"
-        if low > 0.5:
+        won = self.by_utility
+        share = f"{won.value:.0%} of {won.count} held-out prompts"
+        if won.low > 0.5:
             return f"Users prefer the new policy on {share}."
-        if high < 0.5:
+        if won.high < 0.5:
             return f"Users prefer the reference policy: the new one wins on only {share}."
         return f"Users do not clearly prefer either policy: the new one wins on {share}."

@@ -17,13 +17,13 @@ from deploy.demo.result import (
     Stage,
     Swap,
     Traffic,
-    WinRate,
-    win_rate,
 )
 from deploy.demo.users import Tally
 from deploy.machine import machine, versions
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.utility import Utility, load_utility
+from training.data.intervals import WinRate, win_rate
+from training.report.summary import WIN_RATE
 
 NUM_EXAMPLES = 3
 
@@ -75,7 +75,14 @@ def utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[Samp
 def reward_model_win_rate(run: RunView) -> WinRate:
     """Returns the trainer's own win rate over the reference, on the prompts it held out."""
     record = run.of("evaluate")[-1]
-    return WinRate(wins=int(record["wins"]), ties=int(record["ties"]), losses=int(record["losses"]))
+    return WinRate(
+        value=record[WIN_RATE],
+        low=record["low"],
+        high=record["high"],
+        wins=int(record["wins"]),
+        ties=int(record["ties"]),
+        losses=int(record["losses"]),
+    )
 
 
 def reward_model_figures(config: AligndConfig, run: RunView) -> RewardModelFigures:

@@ -22,11 +22,15 @@ from deploy.demo.result import (
     Stage,
     Swap,
     Traffic,
-    WinRate,
-    win_rate,
 )
+from training.data.intervals import WinRate, win_rate
 
 HOSTILE = "<script>alert('x')</script> [bold]& \"more\""
+
+
+def won(wins: int, ties: int, losses: int) -> WinRate:
+    """The win rate over so many prompts, from scores that differ as they must."""
+    return win_rate([1.0] * wins + [0.0] * (ties + losses), [0.0] * (wins + ties) + [1.0] * losses)
 
 
 def make_result(num_rounds: int = 40) -> DemoResult:
@@ -43,8 +47,8 @@ def make_result(num_rounds: int = 40) -> DemoResult:
     ]
     return DemoResult(
         model="SmolLM2-135M-Instruct",
-        by_utility=WinRate(91, 2, 35),
-        by_reward_model=WinRate(104, 0, 24),
+        by_utility=won(91, 2, 35),
+        by_reward_model=won(104, 0, 24),
         ppo_steps=steps,
         reward_model=RewardModelFigures(accuracy=0.684, comparisons=384, labeler_agreement=0.726),
         examples=[
@@ -166,27 +170,10 @@ def test_terminal_report_tells_the_figures_and_takes_brackets_for_text() -> None
 @pytest.mark.parametrize(
     ("rate", "beginning"),
     [
-        (WinRate(90, 0, 38), "Users prefer the new policy on 70%"),
-        (WinRate(64, 0, 64), "Users do not clearly prefer either policy"),
-        (WinRate(38, 0, 90), "Users prefer the reference policy"),
+        (won(90, 0, 38), "Users prefer the new policy on 70%"),
+        (won(64, 0, 64), "Users do not clearly prefer either policy"),
+        (won(38, 0, 90), "Users prefer the reference policy"),
     ],
 )
 def test_verdict_follows_the_interval(rate: WinRate, beginning: str) -> None:
     assert replace(make_result(), by_utility=rate).verdict.startswith(beginning)
-
-
-def test_win_rate_counts_a_tie_as_half() -> None:
-    rate = win_rate([3.0, 1.0, 2.0, 5.0], [1.0, 1.0, 3.0, 4.0])
-    assert (rate.wins, rate.ties, rate.losses, rate.value) == (2, 1, 1, 0.625)
-
-
-def test_interval_is_wilsons() -> None:
-    # Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662.
-    low, high = WinRate(81, 0, 182).interval
-    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert WinRate(0, 0, 20).interval[0] == pytest.approx(0.0, abs=1e-12)
-
-
-def test_no_prompts_give_no_win_rate() -> None:
-    with pytest.raises(ValueError, match="no prompts"):
-        win_rate([], [])
