@@ -10,10 +10,9 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
-from rich.tree import Tree
 
 from deploy.demo.plots import draw_plots
-from deploy.demo.result import DemoResult, first_and_last
+from deploy.demo.result import DemoResult
 from feedback.durable import replace_file
 from training.data.intervals import WinRate
 
@@ -44,9 +43,9 @@ def print_report(result: DemoResult, console: Console) -> None:
         Rule(style=QUIET),
         Text(result.verdict, style="bold"),
         _figures(result),
+        Text(f"The training run learned from {result.run.num_rankings} rankings. {result.run.finding}"),
         _examples(result),
         _stages(result),
-        _lineage(result),
         Text(f"{result.machine} · {_versions(result)}", style=QUIET),
     ):
         console.print(Padding(part, (0, 0, 1, 2)))
@@ -59,24 +58,20 @@ def _figures(result: DemoResult) -> RenderableType:
     table.add_column(style=QUIET)
     table.add_row("win rate by hidden utility", *_win_rate(result.by_utility))
     table.add_row("win rate by reward model", *_win_rate(result.by_reward_model))
-    if result.ppo_steps:
-        before, after = first_and_last(result.ppo_steps, "objective/score")
-        _, kl = first_and_last(result.ppo_steps, "objective/kl")
-        cost = f"for {kl:z.1f} nats of KL, in {len(result.ppo_steps)} PPO rounds"
-        table.add_row("score", f"{before:z.2f} → {after:z.2f}", cost)
-    model = result.reward_model
-    held_out = f"of {model.comparisons} held-out comparisons; two users agree on {model.labeler_agreement:.1%}"
-    table.add_row("reward model accuracy", f"{model.accuracy:.1%}", held_out)
     swap = (
         f"paused, after {result.swap.drain_seconds:.2f} s of draining; probes within {result.swap.probe_error:.2g} nats"
     )
     table.add_row("swap", f"{result.swap.pause_seconds:.2f} s", swap)
     traffic = result.traffic
-    served = f"of {traffic.samples_served} samples and {traffic.rankings_served} rankings served"
+    served = f"{traffic.samples_served} samples and {traffic.rankings_served} rankings served to {_users(result)}"
     table.add_row("failed requests", str(traffic.failed), served)
     if result.seconds_to_first_ranking is not None:
         table.add_row("clone to first ranking", f"{result.seconds_to_first_ranking:.0f} s", "")
     return table
+
+
+def _users(result: DemoResult) -> str:
+    return f"{result.users.count} simulated users, two of whom agree on {result.users.agreement:.1%} of comparisons"
 
 
 def _win_rate(rate: WinRate) -> tuple[str, str]:
@@ -106,18 +101,6 @@ def _stages(result: DemoResult) -> RenderableType:
         table.add_row(stage.name, f"{stage.seconds:.0f} s", "█" * round(30 * stage.seconds / longest))
     table.add_row("in all", f"{result.seconds:.0f} s", "", style="bold")
     return table
-
-
-def _lineage(result: DemoResult) -> RenderableType:
-    lineage = result.lineage
-    tree = Tree(Text(f"v{lineage.version}  {lineage.weight_digest[:12]}", style=NEW), guide_style=QUIET)
-    tree.add(f"parent v{lineage.parent}, reference policy v{lineage.reference}")
-    tree.add(f"{lineage.algorithm} run {lineage.run_id}, seed {lineage.seed}")
-    model = tree.add(f"reward model {lineage.reward_model_digest[:12]}")
-    rankings = model.add(f"{lineage.num_rankings} rankings")
-    for ranking_range in lineage.ranking_ranges:
-        rankings.add(Text(ranking_range, style=QUIET))
-    return tree
 
 
 def _versions(result: DemoResult) -> str:

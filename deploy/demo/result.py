@@ -1,4 +1,4 @@
-"""What one run of the demo found: all that its report tells, and nothing that knows how it is told."""
+"""What one run of the demo found: all that its report shows, and nothing about how it is shown."""
 
 from __future__ import annotations
 
@@ -7,20 +7,10 @@ from dataclasses import dataclass
 
 from training.data.intervals import WinRate
 
-Steps = Sequence[Mapping[str, float]]
-"""Records of metrics.jsonl, oldest first."""
-
-
-def first_and_last(steps: Steps, key: str) -> tuple[float, float]:
-    """Means of one metric over the first and the last tenth of the steps, at least one each."""
-    values = [step[key] for step in steps]
-    tenth = max(1, len(values) // 10)
-    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out prompt, and what each policy made of it."""
+    """A held-out prompt, and the answer of each policy to it."""
 
     prompt: str
     before: str
@@ -32,16 +22,27 @@ class Swap:
     """How the new policy went live."""
 
     pause_seconds: float
-    """How long no new request was admitted to the engine."""
+    """From the last request of the old version to the first of the new one."""
     drain_seconds: float
-    """How long the requests in flight were given to finish first."""
+    """Before that: how long new requests waited for those in flight to finish."""
     probe_error: float
     """Mean absolute difference between the served log-probabilities of the probes and the trainer's, in nats."""
 
 
 @dataclass(frozen=True)
+class Users:
+    """Who asked."""
+
+    count: int
+    agreement: float
+    """Share of comparisons on which two of them agree."""
+    utility: str
+    """What they want, as `package.module:function`."""
+
+
+@dataclass(frozen=True)
 class Traffic:
-    """What the application asked for in all, while policies were trained and swapped."""
+    """All requests of the users, those while a policy was trained and swapped included."""
 
     samples_served: int
     rankings_served: int
@@ -51,61 +52,49 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the run."""
+    """A stretch of the demo."""
 
     name: str
     seconds: float
 
 
 @dataclass(frozen=True)
-class RewardModelFigures:
-    """How well the reward model tells what users prefer, on rankings it did not learn from."""
+class TrainingRun:
+    """The run that made the new policy. What it measured is in the report of its own."""
 
-    accuracy: float
-    """Share of held-out comparisons in which the chosen completion scores higher."""
-    comparisons: int
-    """How many those are."""
-    labeler_agreement: float
-    """Share of comparisons on which two users agree: how well one user's choice predicts another's."""
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where the new policy comes from."""
-
-    version: int
-    weight_digest: str
-    parent: int
-    reference: int
-    algorithm: str
     run_id: str
-    seed: int
+    version: int
+    """The new policy."""
+    reference: int
+    """The policy that it is compared with."""
     num_rankings: int
-    ranking_ranges: tuple[str, ...]
-    """Ranges of the log, in words: topic, partition, first and last offset."""
-    reward_model_digest: str
+    """How many rankings it learned from."""
+    finding: str
+    """The sentence at the head of its report."""
+    report: str
+    """The path of its report, from the folder of the demo's."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the report tells."""
+    """Everything that the report shows."""
 
     model: str
     by_utility: WinRate
+    """Of the new policy over the reference policy on held-out prompts, by what the users want."""
     by_reward_model: WinRate
-    ppo_steps: Steps
-    """Those of phase "ppo"; empty if it was cut short before the first."""
-    reward_model: RewardModelFigures
+    """The same by the trainer's own judgement, on prompts that the trainer held out."""
+    run: TrainingRun
+    users: Users
     examples: Sequence[Example]
     swap: Swap
     traffic: Traffic
     stages: Sequence[Stage]
-    lineage: Lineage
     machine: str
     versions: Mapping[str, str]
     command: str
     seconds_to_first_ranking: float | None = None
-    """From a fresh clone to the first ranking; None where set-up was not part of the run."""
+    """From a fresh clone to the first ranking; None where set-up was not part of the demo."""
 
     @property
     def seconds(self) -> float:
@@ -114,7 +103,7 @@ class DemoResult:
 
     @property
     def verdict(self) -> str:
-        """The finding of the run, in one sentence."""
+        """The finding of the demo, in one sentence."""
         won = self.by_utility
         share = f"{won.value:.0%} of {won.count} held-out prompts"
         if won.low > 0.5:

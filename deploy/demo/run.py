@@ -36,6 +36,7 @@ from deploy.simulation.prompts import load_prompts
 from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
 from feedback.durable import write_json
+from training.report.page import REPORT, write_report
 
 TRAINING_TIMEOUT_SECONDS = 3600.0
 AFTER_SWAP_SECONDS = 3.0
@@ -98,12 +99,16 @@ def earlier_story(config: AligndConfig) -> str:
 
 
 def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
-    """Leaves the report as a page and as JSON, and prints it."""
-    page = config.data_dir / "REPORT.html"
+    """Writes the report as a page and as JSON, and prints it with the paths of both reports."""
+    page, run_page = (config.data_dir / each for each in (REPORT, result.run.report))
+    if not run_page.exists():
+        # The trainer was ended after its policy went live, but before it wrote this page.
+        write_report(run_page.parent)
     write_html(result, page)
     write_json(config.data_dir / "report.json", dataclasses.asdict(result))
     print_report(result, console)
-    console.print(f"The report with its plots: {page.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"This report, with its plots:  {page.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"The training run's report:    {run_page.resolve()}", highlight=False, soft_wrap=True)
 
 
 async def tell_while_it_runs(

@@ -9,21 +9,15 @@ from alignd.v1 import policy_service_pb2 as pb
 from alignd.v1.inference_service_pb2 import SampleResponse
 from deploy.config import AligndConfig
 from deploy.demo.follow import RunView
-from deploy.demo.result import (
-    DemoResult,
-    Example,
-    Lineage,
-    RewardModelFigures,
-    Stage,
-    Swap,
-    Traffic,
-)
+from deploy.demo.result import DemoResult, Example, Stage, Swap, Traffic, TrainingRun, Users
 from deploy.demo.users import Tally
 from deploy.machine import machine, versions
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.utility import Utility, load_utility
 from training.data.intervals import WinRate, win_rate
-from training.report.summary import WIN_RATE
+from training.report.page import REPORT
+from training.report.record import read_run
+from training.report.summary import WIN_RATE, finding
 
 NUM_EXAMPLES = 3
 
@@ -52,13 +46,12 @@ def summarize(
         model=model,
         by_utility=win_rate(after, before),
         by_reward_model=reward_model_win_rate(observed.run),
-        ppo_steps=observed.run.of("ppo"),
-        reward_model=reward_model_figures(config, observed.run),
+        run=training_run(config, observed.policy),
+        users=Users(config.simulation.num_users, config.simulation.agreement, config.simulation.utility),
         examples=examples(prompts, observed),
         swap=Swap(observed.replica.pause_seconds, observed.replica.drain_seconds, observed.replica.probe_error),
         traffic=Traffic(tally.samples, tally.rankings, len(tally.failures)),
         stages=stages,
-        lineage=lineage(observed.policy),
         machine=f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, {where['system']}; {bus(config)}",
         versions=versions(),
         command=shlex.join(["alignd", *sys.argv[1:]]),
@@ -85,16 +78,6 @@ def reward_model_win_rate(run: RunView) -> WinRate:
     )
 
 
-def reward_model_figures(config: AligndConfig, run: RunView) -> RewardModelFigures:
-    """Returns how well the reward model does on rankings it did not learn from."""
-    record = run.of("reward_model_evaluation")[-1]
-    return RewardModelFigures(
-        accuracy=record["reward_model/held_out_accuracy"],
-        comparisons=int(record["reward_model/held_out_comparisons"]),
-        labeler_agreement=config.simulation.agreement,
-    )
-
-
 def examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
     """Returns the first held-out prompts: not chosen by what was answered."""
     shown = zip(prompts, observed.before, observed.after, strict=True)
@@ -104,23 +87,16 @@ def examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
     ]
 
 
-def lineage(policy: pb.Policy) -> Lineage:
-    """Returns where the new policy comes from."""
-    manifest, training = policy.manifest, policy.manifest.training
-    return Lineage(
+def training_run(config: AligndConfig, policy: pb.Policy) -> TrainingRun:
+    """Returns the run that made the new policy, with what its own report says of it."""
+    folder = config.runs_dir / policy.manifest.training.run_id
+    return TrainingRun(
+        run_id=folder.name,
         version=policy.version,
-        weight_digest=manifest.weight_digest,
-        parent=manifest.parent_version,
-        reference=manifest.reference_version,
-        algorithm=training.algorithm,
-        run_id=training.run_id,
-        seed=training.seed,
-        num_rankings=training.num_rankings,
-        ranking_ranges=tuple(
-            f"{each.topic}/{each.partition}: offsets {each.first_offset} to {each.last_offset}"
-            for each in training.rankings
-        ),
-        reward_model_digest=training.reward_model_digest,
+        reference=policy.manifest.reference_version,
+        num_rankings=policy.manifest.training.num_rankings,
+        finding=finding(read_run(folder)),
+        report=(folder / REPORT).relative_to(config.data_dir.resolve()).as_posix(),
     )
 
 

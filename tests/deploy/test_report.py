@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from alignd.v1.policy_service_pb2 import Policy
+from deploy.config import AligndConfig
 from deploy.demo.plots import draw_plots
 from deploy.demo.report import print_report, render_html, write_html
-from deploy.demo.result import (
-    DemoResult,
-    Example,
-    Lineage,
-    RewardModelFigures,
-    Stage,
-    Swap,
-    Traffic,
-)
+from deploy.demo.result import DemoResult, Example, Stage, Swap, Traffic, TrainingRun, Users
+from deploy.demo.run import finish
+from deploy.demo.summary import training_run
+from tests.training.report.made_run import RUN_ID, make_folder, make_lines, make_manifest
 from training.data.intervals import WinRate, win_rate
 
 HOSTILE = "<script>alert('x')</script> [bold]& \"more\""
@@ -33,24 +30,21 @@ def won(wins: int, ties: int, losses: int) -> WinRate:
     return win_rate([1.0] * wins + [0.0] * (ties + losses), [0.0] * (wins + ties) + [1.0] * losses)
 
 
-def make_result(num_rounds: int = 40) -> DemoResult:
-    """A made-up run that reads like a real one."""
-    wave = [math.sin(0.9 * i) for i in range(num_rounds)]
-    steps = [
-        {
-            "objective/kl": 0.02 + 9.0 * (i / max(1, num_rounds)) ** 1.4 + 0.2 * abs(w),
-            "objective/score": 1.9 * (1 - math.exp(-i / 14)) + 0.08 * w,
-            "completion/length": 60 - 0.6 * i + 1.5 * w,
-            "completion/eos_rate": min(1.0, 0.12 + 0.02 * i + 0.03 * w),
-        }
-        for i, w in enumerate(wave)
-    ]
+def make_result(run_id: str = RUN_ID) -> DemoResult:
+    """A made-up demo that reads like a real one, of the run that `make_folder` writes."""
     return DemoResult(
         model="SmolLM2-135M-Instruct",
         by_utility=won(91, 2, 35),
-        by_reward_model=won(104, 0, 24),
-        ppo_steps=steps,
-        reward_model=RewardModelFigures(accuracy=0.684, comparisons=384, labeler_agreement=0.726),
+        by_reward_model=won(45, 1, 18),
+        run=TrainingRun(
+            run_id=run_id,
+            version=2,
+            reference=1,
+            num_rankings=320,
+            finding="Version 2 beats the reference policy on 71% of 64 held-out prompts, by the reward model.",
+            report=f"runs/{run_id}/REPORT.html",
+        ),
+        users=Users(count=16, agreement=0.726, utility="deploy.simulation.utility:chat_utility"),
         examples=[
             Example(
                 "How do I defrost cooked chicken?",
@@ -70,18 +64,6 @@ def make_result(num_rounds: int = 40) -> DemoResult:
             Stage("swap", 3),
             Stage("evaluation", 64),
         ],
-        lineage=Lineage(
-            version=2,
-            weight_digest="5c1f" * 16,
-            parent=1,
-            reference=1,
-            algorithm="ppo",
-            run_id="20260724-101500-a1",
-            seed=0,
-            num_rankings=320,
-            ranking_ranges=("alignd.rankings.v1, partition 0, offsets 0 to 319",),
-            reward_model_digest="9d07" * 16,
-        ),
         machine="2 cores, 24 GiB, Linux x86-64",
         versions={"alignd": "0.1.0", "vllm": "0.32.0", "torch": "2.13.0"},
         command="alignd demo",
@@ -112,10 +94,10 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_page_stands_alone() -> None:
+def test_page_stands_alone_and_links_the_report_of_its_run() -> None:
     html = render_html(make_result())
     page = Page(html)
-    assert page.reaches == []
+    assert page.reaches == [f"a href=runs/{RUN_ID}/REPORT.html"]
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert "http" not in html
     assert not re.search(r"url\((?!#)", html)
@@ -129,14 +111,14 @@ def test_page_shows_what_a_policy_wrote_as_text() -> None:
 
 def test_page_has_every_plot_with_ids_of_its_own() -> None:
     page = Page(render_html(make_result()))
-    assert page.tags.count("svg") == page.tags.count("figcaption") == 6
+    assert page.tags.count("svg") == page.tags.count("figcaption") == 2
     assert len(page.ids) == len(set(page.ids))
 
 
 def test_plots_take_their_colours_from_the_page() -> None:
     svgs = [plot.svg for plot in draw_plots(make_result())]
     assert all("var(--ink-soft)" in svg for svg in svgs)
-    assert [svg.count("var(--policy)") > 0 for svg in svgs] == [True, True, True, True, False, False]
+    assert [svg.count("var(--policy)") > 0 for svg in svgs] == [True, False]
     assert not [found for svg in svgs for found in re.findall(r"#[0-9a-f]{6}", svg)]
 
 
@@ -146,11 +128,38 @@ def test_titles_state_the_finding() -> None:
     assert titles[-1] == "PPO took 46% of 12.5 minutes"
 
 
-def test_a_run_of_one_step_and_one_of_none_are_told_too() -> None:
-    one = make_result(num_rounds=1)
-    assert len(draw_plots(one)) == 6
-    assert len(draw_plots(replace(one, ppo_steps=[]))) == 3
-    assert "Where version 2 comes from" in render_html(replace(one, ppo_steps=[], seconds_to_first_ranking=None))
+def test_without_set_up_the_page_says_that_it_was_not_counted() -> None:
+    assert "set-up not counted" in Page(render_html(replace(make_result(), seconds_to_first_ranking=None))).text
+
+
+@pytest.mark.parametrize("has_report", [True, False])
+def test_both_pages_are_there_when_the_demo_ends(tmp_path: Path, has_report: bool) -> None:
+    """The link must lead somewhere also if the trainer was ended before it had written its own page."""
+    config = AligndConfig(data_dir=tmp_path / "somewhere else" / "demo")
+    folder = make_folder(config.runs_dir, make_lines())
+    if has_report:
+        (folder / "REPORT.html").write_text("the trainer's")
+    result = replace(make_result(), run=training_run(config, Policy(version=2, manifest=make_manifest())))
+    console = Console(file=io.StringIO(), width=110)
+    finish(config, result, console)
+    (link,) = Page((config.data_dir / "REPORT.html").read_text()).reaches
+    linked = config.data_dir / link.removeprefix("a href=")
+    assert linked == folder / "REPORT.html"
+    assert ("the trainer's" if has_report else "Version 2 beats the reference policy") in linked.read_text()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert str(config.data_dir / "REPORT.html") in text
+    assert str(linked) in text
+    assert json.loads((config.data_dir / "report.json").read_text())["run"]["report"] == f"runs/{RUN_ID}/REPORT.html"
+
+
+def test_the_run_is_told_by_its_own_report(tmp_path: Path) -> None:
+    config = AligndConfig(data_dir=tmp_path)
+    make_folder(config.runs_dir, make_lines())
+    run = training_run(config, Policy(version=2, manifest=make_manifest()))
+    assert run.finding.startswith("Version 2 beats the reference policy on 71% of 64 held-out prompts")
+    assert (run.run_id, run.version, run.reference, run.num_rankings) == (RUN_ID, 2, 1, 320)
+    page = Page(render_html(replace(make_result(), run=run)))
+    assert run.finding in page.text
 
 
 def test_page_is_written_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -163,7 +172,7 @@ def test_terminal_report_tells_the_figures_and_takes_brackets_for_text() -> None
     console = Console(file=io.StringIO(), width=110)
     print_report(make_result(), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for figure in ("71.9%", "0.41 s", "68.4%", "612 samples", "241 s", "offsets 0 to 319", "[bold]&", "5c1f5c1f5c1f"):
+    for figure in ("71.9%", "0.41 s", "612 samples", "241 s", "320 rankings", "16 simulated users", "[bold]&"):
         assert figure in text
 
 
