@@ -1,29 +1,28 @@
-"""The one configuration: a TOML file and the environment, resolved into one frozen, typed object.
+"""The operators' configuration: a TOML file and the environment, resolved into one frozen, typed object.
 
-The environment wins over the file: ALIGND_BUS sets `bus`, ALIGND_SERVING__PORT sets `serving.port`. What is unknown or
-bad is refused by name.
+The environment wins over the file: ALIGND_BUS sets `bus`, ALIGND_SERVING__PORT sets `serving.port`. Each setting that
+is unknown or bad is refused by its name.
 """
 
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 import feedback.config
 import serving.config
 import training.config
-from deploy.simulation.config import SimulationConfig
 from feedback.config import FeedbackConfig
 from serving.config import ServingConfig
 from training.config import TrainingConfig
@@ -32,6 +31,10 @@ PREFIX = "ALIGND_"
 DEFAULT_FILE = Path("alignd.toml")
 # Variables with our prefix that are not settings: where the settings are, and what the tests look for.
 OTHER_VARIABLES = ("ALIGND_CONFIG", "ALIGND_TEST_")
+# The settings of the demo's simulated users, which deploy.simulation.config loads and checks. They are no setting of
+# the operators', but `alignd demo` starts `alignd up` with its own file and environment: there they are ignored.
+SIMULATION = "simulation"
+Settings = TypeVar("Settings", bound=BaseSettings)
 RENAMED = {
     "serving": serving.config.RENAMED,
     "feedback": feedback.config.RENAMED,
@@ -65,7 +68,6 @@ class AligndConfig(BaseSettings):
     serving: ServingConfig = Field(ServingConfig(), description="The gRPC server and its engine.")
     feedback: FeedbackConfig = Field(FeedbackConfig(), description="Tokens, outbox, relay and ingest.")
     training: TrainingConfig = Field(TrainingConfig(), description="Reward model, PPO and when to run them.")
-    simulation: SimulationConfig = Field(SimulationConfig(), description="The simulated users of `alignd demo`.")
 
     @property
     def bus_url(self) -> str:
@@ -111,13 +113,23 @@ class AligndConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment before file."""
-        file = configured_file()
-        toml = (TomlConfigSettingsSource(settings_cls, file),) if file else ()
-        return (init_settings, env_settings, *toml)
+        """Puts the environment before the file."""
+        found = {name: value for name, value in read_file().items() if name != SIMULATION}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, found)
 
 
-def configured_file() -> Path | None:
+def read_file() -> dict[str, Any]:
+    """Returns all that the configuration file says; nothing if there is no file.
+
+    Raises:
+        ConfigError: ALIGND_CONFIG names a file that is not there.
+        tomllib.TOMLDecodeError, UnicodeDecodeError: the file is not TOML.
+    """
+    file = _configured_file()
+    return tomllib.loads(file.read_bytes().decode()) if file else {}
+
+
+def _configured_file() -> Path | None:
     """Returns the file that ALIGND_CONFIG names, else alignd.toml if there is one."""
     named = os.environ.get("ALIGND_CONFIG")
     if named:
@@ -128,18 +140,27 @@ def configured_file() -> Path | None:
 
 
 def load_config() -> AligndConfig:
-    """Returns the configuration.
+    """Returns the operators' configuration.
 
     Raises:
         ConfigError: naming each unknown or bad field.
     """
-    refuse_unknown_variables()
+    _refuse_unknown_variables()
+    return load_settings(AligndConfig)
+
+
+def load_settings(settings: Callable[[], Settings]) -> Settings:
+    """Returns settings that are read from file and environment.
+
+    Raises:
+        ConfigError: naming each unknown or bad field.
+    """
     try:
-        return AligndConfig()
+        return settings()
     except ValidationError as error:
         raise ConfigError("\n".join(_line(each) for each in error.errors())) from error
     except (SettingsError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{configured_file() or 'environment'}: {error}") from error
+        raise ConfigError(f"{_configured_file() or 'environment'}: {error}") from error
 
 
 def _line(error: Mapping[str, Any]) -> str:
@@ -150,7 +171,7 @@ def _line(error: Mapping[str, Any]) -> str:
     return f"{name}: is called {section}.{new_name} now" if new_name else f"{name}: {error['msg']}"
 
 
-def refuse_unknown_variables() -> None:
+def _refuse_unknown_variables() -> None:
     """Raises ConfigError for a variable that looks like ours, in whatever case, but sets nothing."""
     for variable in os.environ:
         if not variable.upper().startswith(PREFIX) or variable.upper().startswith(OTHER_VARIABLES):
@@ -158,31 +179,32 @@ def refuse_unknown_variables() -> None:
         name, separator, _ = variable.upper().removeprefix(PREFIX).lower().partition("__")
         field = AligndConfig.model_fields.get(name)
         # What is unknown inside a section is refused with the section.
-        if field is None or (separator and not isinstance(field.default, BaseModel)):
+        is_known = field is not None and (not separator or isinstance(field.default, BaseModel))
+        if not is_known and name != SIMULATION:
             raise ConfigError(f"{variable}: there is no such setting; `alignd config` lists all")
 
 
-def resolved(config: AligndConfig) -> str:
+def resolved(config: BaseModel) -> str:
     """Returns the resolved configuration as TOML, each field with its description."""
-    return "\n".join(toml_lines(config, "")) + "\n"
+    return "\n".join(_toml_lines(config, "")) + "\n"
 
 
-def toml_lines(model: BaseModel, section: str) -> list[str]:
+def _toml_lines(model: BaseModel, section: str) -> list[str]:
     sections: list[str] = []
     lines: list[str] = []
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):
-            sections += ["", f"[{section}{name}]  # {field.description}", *toml_lines(value, f"{section}{name}.")]
+            sections += ["", f"[{section}{name}]  # {field.description}", *_toml_lines(value, f"{section}{name}.")]
         elif value is None:
             kind = next((each.__name__ for each in get_args(field.annotation) if each is not type(None)), "")
             lines.append(f"# {name} = ({kind}, not set)  # {field.description}")
         else:
-            lines.append(f"{name} = {toml_value(value)}  # {field.description}")
+            lines.append(f"{name} = {_toml_value(value)}  # {field.description}")
     return lines + sections
 
 
-def toml_value(value: object) -> str:
+def _toml_value(value: object) -> str:
     # JSON writes strings, integers, booleans and lists as TOML does, but not infinity.
     if isinstance(value, float):
         return repr(value)

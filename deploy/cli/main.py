@@ -203,17 +203,21 @@ def demo(
     """Show the whole loop: simulated users rank, a policy learns, serving swaps; ends with a report."""
     from deploy.demo.progress import only_ours
     from deploy.demo.run import make_model, run_demo, set_up
+    from deploy.simulation.config import load_simulation
     from deploy.up import child_environment
 
     root = load_config().data_dir
     set_up(quick, load_config())
     os.environ.update(child_environment(load_config()))
+    simulated = load_simulation()
     config = start(dry_run)
-    if config:
-        with only_ours(config.data_dir / "logs" / "demo.log"):
-            passed = run_demo(config, make_model(quick, root), began_at or None)
-        if not passed:
-            raise typer.Exit(EXIT_FAILED)
+    if config is None:
+        typer.echo(resolved(simulated), nl=False)
+        return
+    with only_ours(config.data_dir / "logs" / "demo.log"):
+        passed = run_demo(config, simulated.simulation, make_model(quick, root), began_at or None)
+    if not passed:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command("config")

@@ -31,6 +31,7 @@ from deploy.demo.result import DemoResult
 from deploy.demo.summary import Observed, summarize
 from deploy.demo.users import Tally, Traffic, answers
 from deploy.demo.waiting import POLL_SECONDS, DemoError, beside, until_ended, until_serving
+from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.user import calibrated_labelers, run_users
@@ -43,11 +44,12 @@ AFTER_SWAP_SECONDS = 3.0
 CALL_TIMEOUT_SECONDS = 30.0
 
 
-def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
+def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, began_at: float | None) -> bool:
     """Runs the demo, and returns whether a new policy went live with no request failed.
 
     Args:
-        config: where and how; `serving.port` is decided.
+        config: what is started; `serving.port` is decided.
+        simulation: who the users are.
         model: name of the model that is served.
         began_at: when set-up began, in Unix time, if it was part of the run.
     """
@@ -69,7 +71,7 @@ def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
         start_new_session=True,
     )
     try:
-        observed = asyncio.run(tell_while_it_runs(config, stages, tally, supervisor, began_at))
+        observed = asyncio.run(tell_while_it_runs(config, simulation, stages, tally, supervisor, began_at))
     except (DemoError, RunError, AligndError, grpc.aio.AioRpcError) as error:
         console.print(
             f"[red]The demo failed:[/] {escape(str(error))}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True
@@ -78,7 +80,7 @@ def run_demo(config: AligndConfig, model: str, began_at: float | None) -> bool:
     finally:
         supervisor.send_signal(signal.SIGTERM)
         supervisor.wait()
-    result = summarize(config, model, observed, stages.finished, tally)
+    result = summarize(config, simulation, model, observed, stages.finished, tally)
     finish(config, result, console)
     return not tally.failures
 
@@ -113,6 +115,7 @@ def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
 
 async def tell_while_it_runs(
     config: AligndConfig,
+    simulation: SimulationConfig,
     stages: Stages,
     tally: Tally,
     supervisor: subprocess.Popen[bytes],
@@ -120,11 +123,12 @@ async def tell_while_it_runs(
 ) -> Observed:
     """Tells the story, and no longer than `alignd up` runs. Raises what `tell` does, and DemoError if it ends."""
     ended = asyncio.create_task(until_ended(supervisor, config.data_dir / "up.log"))
-    return await beside(ended, tell(config, stages, tally, began_at))
+    return await beside(ended, tell(config, simulation, stages, tally, began_at))
 
 
 async def tell(
     config: AligndConfig,
+    simulation: SimulationConfig,
     stages: Stages,
     tally: Tally,
     began_at: float | None,
@@ -136,51 +140,58 @@ async def tell(
         AligndError, grpc.aio.AioRpcError: a call that the story cannot do without failed.
     """
     address = config.server_address
-    held_out = load_prompts("held_out")[: config.simulation.held_out_prompts]
+    held_out = load_prompts("held_out")[: simulation.held_out_prompts]
     prompts = load_prompts("train")
     with stages.stage("start the server on vLLM") as bar:
         await until_serving(address, bar)
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
         # Not the prompts that will be ranked: those go to the side of the split that their first sender is on.
-        labelers = await calibrated_labelers(address, prompts[::-1], config.simulation)
-        tally.samples += min(len(prompts), config.simulation.calibration_prompts)
+        labelers = await calibrated_labelers(address, prompts[::-1], simulation)
+        tally.samples += min(len(prompts), simulation.calibration_prompts)
     with stages.stage("users sample and rank") as bar:
-        first_ranking_at = await rank(config, prompts, labelers, tally, bar)
+        first_ranking_at = await rank(address, simulation, prompts, labelers, tally, bar)
     began_training = time.time()
-    traffic = Traffic(address, prompts, labelers, config.simulation, tally)
+    traffic = Traffic(address, prompts, labelers, simulation, tally)
     asking = asyncio.create_task(traffic.run())
     with stages.stage("learn, register, swap") as bar:
-        both = asyncio.gather(until_swapped(config, traffic, bar), ask_reference(config, held_out, tally))
+        both = asyncio.gather(until_swapped(config, traffic, bar), ask_reference(config, simulation, held_out, tally))
         (run, replica, policy), before = await beside(asking, both)
         await asyncio.sleep(AFTER_SWAP_SECONDS)
         traffic.stop()
         await asking
     stages.split(phase_seconds(run, began_training))
     with stages.stage("ask the new policy the held-out prompts") as bar:
-        after = await answers(address, held_out, config.simulation, tally, lambda done: bar.update(done, len(held_out)))
+        after = await answers(address, held_out, simulation, tally, lambda done: bar.update(done, len(held_out)))
     since = first_ranking_at - began_at if began_at else None
     return Observed(before, after, run, replica, policy, since)
 
 
-async def ask_reference(config: AligndConfig, held_out: Sequence[str], tally: Tally) -> list[SampleResponse]:
+async def ask_reference(
+    config: AligndConfig, simulation: SimulationConfig, held_out: Sequence[str], tally: Tally
+) -> list[SampleResponse]:
     """Asks the policy that is live for its answers to the held-out prompts, once they cannot be learned from any more.
 
     A run reads the prompts of the store when it begins, and would otherwise draw rollouts of these as well.
     """
     while not read_run(config.runs_dir).records:
         await asyncio.sleep(POLL_SECONDS)
-    responses = await answers(config.server_address, held_out, config.simulation, tally, lambda done: None)
+    responses = await answers(config.server_address, held_out, simulation, tally, lambda done: None)
     if len({response.completions[0].policy.version for response in responses}) != 1:
         raise DemoError("the new policy went live before the reference had answered the held-out prompts")
     return responses
 
 
 async def rank(
-    config: AligndConfig, prompts: Sequence[str], labelers: Sequence[Labeler], tally: Tally, bar: Bar
+    address: str,
+    simulation: SimulationConfig,
+    prompts: Sequence[str],
+    labelers: Sequence[Labeler],
+    tally: Tally,
+    bar: Bar,
 ) -> float:
     """Has users rank as many samples as the simulation asks for, and returns when the first was ranked (Unix time)."""
-    total = config.simulation.num_rankings
+    total = simulation.num_rankings
     first: list[float] = []
 
     def on_turn(turn: object) -> None:
@@ -190,7 +201,7 @@ async def rank(
         bar.update(tally.rankings, total, f"{tally.rankings} rankings, {len(tally.failures)} failed")
 
     wanted = [prompts[index % len(prompts)] for index in range(total)]
-    await run_users(config.server_address, wanted, labelers, config.simulation, on_turn)
+    await run_users(address, wanted, labelers, simulation, on_turn)
     if not first:
         raise DemoError(f"no ranking was taken: {tally.failures[:1]}")
     return first[0]

@@ -12,6 +12,7 @@ from deploy.demo.follow import RunView
 from deploy.demo.result import DemoResult, Example, Stage, Swap, Traffic, TrainingRun, Users
 from deploy.demo.users import Tally
 from deploy.machine import machine, versions
+from deploy.simulation.config import SimulationConfig
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.utility import Utility, load_utility
 from training.data.intervals import WinRate, win_rate
@@ -35,11 +36,16 @@ class Observed:
 
 
 def summarize(
-    config: AligndConfig, model: str, observed: Observed, stages: Sequence[Stage], tally: Tally
+    config: AligndConfig,
+    simulation: SimulationConfig,
+    model: str,
+    observed: Observed,
+    stages: Sequence[Stage],
+    tally: Tally,
 ) -> DemoResult:
     """Returns the result of a run."""
     prompts = load_prompts("held_out")[: len(observed.before)]
-    utility = load_utility(config.simulation.utility)
+    utility = load_utility(simulation.utility)
     before, after = utilities(utility, prompts, observed.before), utilities(utility, prompts, observed.after)
     where = machine()
     return DemoResult(
@@ -47,7 +53,7 @@ def summarize(
         by_utility=win_rate(after, before),
         by_reward_model=reward_model_win_rate(observed.run),
         run=training_run(config, observed.policy),
-        users=Users(config.simulation.num_users, config.simulation.agreement, config.simulation.utility),
+        users=Users(simulation.num_users, simulation.agreement, simulation.utility),
         examples=examples(prompts, observed),
         swap=Swap(observed.replica.pause_seconds, observed.replica.drain_seconds, observed.replica.probe_error),
         traffic=Traffic(tally.samples, tally.rankings, len(tally.failures)),

@@ -1,8 +1,11 @@
-"""The settings of the simulated users."""
+"""The settings of the simulated users: the section `simulation` of the same file and environment as the operators'."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from deploy.config import PREFIX, load_settings, read_file
 
 
 class SimulationConfig(BaseModel):
@@ -39,3 +42,34 @@ class SimulationConfig(BaseModel):
     deadline_seconds: float = Field(
         120.0, gt=0, description="Seconds a user waits for completions, or for a ranking's OK."
     )
+
+
+class SimulationSettings(BaseSettings):
+    """The section, and nothing else of what file and environment hold."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_prefix=PREFIX, env_nested_delimiter="__", validate_default=True
+    )
+
+    simulation: SimulationConfig = Field(SimulationConfig(), description="The simulated users of `alignd demo`.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Puts the environment before the file."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, read_file())
+
+
+def load_simulation() -> SimulationSettings:
+    """Returns the simulated users' settings.
+
+    Raises:
+        deploy.config.ConfigError: naming each unknown or bad field.
+    """
+    return load_settings(SimulationSettings)

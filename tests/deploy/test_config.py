@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from deploy.config import RENAMED, AligndConfig, ConfigError, load_config, resolved
+from deploy.simulation.config import SimulationConfig, SimulationSettings, load_simulation
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +121,6 @@ def dotted_names(model: BaseModel) -> Iterator[str]:
         ("ALIGND_TRAINING__PPO__CLIP", "1", "training.ppo.clip"),
         ("ALIGND_TRAINING__PPO__GAE_LAMBDA", "2", "training.ppo.gae_lambda"),
         ("ALIGND_FEEDBACK__OUTBOX_RETENTION_SECONDS", "1", "feedback"),
-        ("ALIGND_SIMULATION__AGREEMENT", "0.2", "simulation.agreement"),
         ("ALIGND_BUS", "amqp://host", "bus"),
         ("ALIGND_BUS", "kafka://one:9092,two", "bus"),
         ("ALIGND_STORE", "mysql://host", "store"),
@@ -180,6 +180,7 @@ def test_every_field_is_documented() -> None:
         return found
 
     assert undocumented(AligndConfig) == []
+    assert undocumented(SimulationSettings) == []
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\x7f"), min_size=1, max_size=20)
@@ -204,6 +205,55 @@ def test_what_is_printed_is_toml_that_reads_back_the_same(text: str, number: flo
     assert math.isclose(read["serving"]["drain_timeout_seconds"], number)
     write(printed)
     assert load_config() == config
+
+
+SIMULATED = "[simulation]\nnum_users = 3\nseed = 1\n"
+
+
+def test_the_simulated_users_are_no_setting_of_operators_and_none_that_is_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`alignd demo` starts `alignd up` with the file and the environment that it has itself."""
+    write(SIMULATED + "[serving]\nport = 1\n")
+    monkeypatch.setenv("ALIGND_SIMULATION__SEED", "7")
+    monkeypatch.setenv("ALIGND_SIMULATION", '{"num_rankings": 9}')
+    assert load_config().serving.port == 1
+    assert SimulationConfig(num_users=3, seed=7, num_rankings=9) == load_simulation().simulation
+    assert "simulation" not in resolved(load_config())
+
+
+@pytest.mark.parametrize("variable", ["ALIGND_SIMULATED", "ALIGND_SIMULATIONS__SEED"])
+def test_a_misspelt_section_of_theirs_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "1")
+    assert refusal().startswith(f"{variable}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "value", "names"),
+    [
+        ("", "ALIGND_SIMULATION__AGREEMENT", "0.2", "simulation.agreement: "),
+        ("", "ALIGND_SIMULATION__NUM_UZERS", "2", "simulation.num_uzers: "),
+        ("[simulation]\nnum_uzers = 2\n", "ALIGND_SIMULATION__SEED", "1", "simulation.num_uzers: "),
+        ("simulation = 1\n", "ALIGND_TEST_NOTHING", "", "simulation: "),
+        ("simulation = \n", "ALIGND_TEST_NOTHING", "", "alignd.toml: "),
+    ],
+)
+def test_a_bad_setting_of_theirs_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, text: str, variable: str, value: str, names: str
+) -> None:
+    write(text)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as raised:
+        load_simulation()
+    assert str(raised.value).startswith(names)
+
+
+def test_their_settings_are_printed_as_a_section_that_reads_back_the_same() -> None:
+    write(SIMULATED)
+    found = load_simulation()
+    write(resolved(found))
+    assert load_simulation() == found
+    assert tomllib.loads(resolved(found)).keys() == {"simulation"}
 
 
 def test_a_field_that_is_not_set_is_shown_as_a_comment() -> None:

@@ -67,10 +67,22 @@ def test_a_dry_run_prints_the_configuration_and_does_nothing(tmp_path: Path, ver
 
 
 def test_a_demo_that_is_only_asked_what_it_would_do_makes_no_model(tmp_path: Path) -> None:
-    done = alignd(tmp_path, "demo", "--dry-run")
+    done = alignd(tmp_path, "demo", "--dry-run", ALIGND_SIMULATION__NUM_USERS="3")
     assert done.returncode == 0, done.stderr
-    assert tomllib.loads(done.stdout)["serving"]["initial_model"] == "var/models/smollm2"
+    printed = tomllib.loads(done.stdout)
+    assert printed["serving"]["initial_model"] == "var/models/smollm2"
+    assert printed["simulation"]["num_users"] == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_refuses_a_bad_setting_of_its_users_and_up_does_not_know_it(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "demo", "--quick", ALIGND_SIMULATION__AGREEMENT="2")
+    assert done.returncode == 2
+    assert done.stderr == "configuration\nsimulation.agreement: Input should be less than 1\n"
+    assert list(tmp_path.iterdir()) == []
+    done = alignd(tmp_path, "up", "--dry-run", ALIGND_SIMULATION__AGREEMENT="2")
+    assert done.returncode == 0, done.stderr
+    assert "simulation" not in done.stdout
 
 
 def test_a_demo_keeps_to_topics_of_its_own_whoever_names_the_bus(tmp_path: Path) -> None:
