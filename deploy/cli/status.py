@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 from rich.console import Console
 
 from alignd.v1 import policy_service_pb2 as pb
-from deploy.cli.runs import run_folders, view_run, with_control
+from deploy.cli.run_view import run_folders, view_run, with_control
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
 from feedback.bus.topics import DEAD_LETTERS
@@ -102,7 +102,7 @@ def print_rankings(config: AligndConfig) -> Control | None:
 
 def print_training(config: AligndConfig, control: Control | None) -> None:
     """Says how far the newest run is, or what it came to."""
-    folders = run_folders()
+    folders = run_folders(config.runs_dir)
     if not folders:
         console.print("training  no run yet")
         return

@@ -35,9 +35,8 @@ NAME = "20261126T140004-01fb6b"
     ids=["nothing yet", "a line", "a line and a part of one", "a part of one", "done", "stopped"],
 )
 def test_the_last_run_is_told_by_its_last_whole_line(
-    metrics: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    metrics: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("ALIGND_DATA_DIR", str(tmp_path))
     config = AligndConfig(data_dir=tmp_path)
     folder = RunFolder.create(config.runs_dir, NAME, TrainingConfig(), Origin(1, 1, 0, 0))
     (folder.path / "metrics.jsonl").write_text(metrics)
