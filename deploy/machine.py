@@ -1,11 +1,11 @@
-"""Says what machine this is and which versions run on it, for whoever reports a figure."""
+"""Says which machine this is and which versions are installed on it, for reports of measurements."""
 
 import os
 import platform
 from importlib import metadata
 from pathlib import Path
 
-# What a figure depends on besides our own code: one that is not installed (the other vLLM) is left out.
+# The packages that a measurement depends on. One that is not installed, such as the other build of vLLM, is left out.
 MEASURED_WITH = (
     "alignd",
     "torch",
@@ -23,7 +23,7 @@ MEASURED_WITH = (
 
 
 def machine() -> dict[str, str | int | float]:
-    """The CPU's model, the cores this process may use, the memory in GiB, and the system."""
+    """Returns the CPU's model, the cores that this process may use, the memory in GiB, and the operating system."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": cpu_model(),
@@ -34,7 +34,7 @@ def machine() -> dict[str, str | int | float]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's name as Linux gives it; the architecture where Linux gives none (as on ARM)."""
+    """Returns the CPU's name as Linux gives it, or the architecture where Linux gives none, as on ARM."""
     for line in cpuinfo.read_text().splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -43,7 +43,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of each installed package of `MEASURED_WITH`."""
+    """Returns the version of Python and of each installed package of `MEASURED_WITH`."""
     installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
     found = {name: installed[name] for name in MEASURED_WITH if name in installed}
     return {"python": platform.python_version(), **found}

@@ -28,11 +28,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 def list_policies(as_json: Json = False) -> None:
     """List the versions, newest first, and what each replica serves."""
     with connect(load_config().server_address) as operator:
-        policies, response = all_policies(operator)
+        policies, response = _all_policies(operator)
     if as_json:
         found = pb.ListPoliciesResponse(policies=policies, replicas=response.replicas)
         found.live_version = response.live_version
-        print_json(found)
+        _print_json(found)
         return
     table = Table("version", "stage", "parent", "rankings", "made", "weights", "served by")
     for policy in policies:
@@ -51,11 +51,11 @@ def list_policies(as_json: Json = False) -> None:
 
 @app.command()
 def show(version: Version, as_json: Json = False) -> None:
-    """Show one version: its standing, its history, what it scored."""
+    """Show one version: its stage, its history and its evaluations."""
     with connect(load_config().server_address) as operator:
-        policy = get(operator, version)
+        policy = _get(operator, version)
     if as_json:
-        print_json(policy)
+        _print_json(policy)
         return
     console.print(f"[bold]v{policy.version}[/] {pb.Stage.Name(policy.stage).removeprefix('STAGE_')}")
     console.print(f"files    {policy.artifact_uri}", soft_wrap=True, markup=False)
@@ -76,27 +76,27 @@ def show(version: Version, as_json: Json = False) -> None:
 def promote(version: Version, reason: Reason = "", dry_run: DryRun = False) -> None:
     """Make a candidate live; the version that was live is retired."""
     with connect(load_config().server_address) as operator:
-        policy = get(operator, version)
-        if announced(f"v{policy.version} would become LIVE", dry_run):
+        policy = _get(operator, version)
+        if _announce(f"v{policy.version} would become LIVE", dry_run):
             return
-        request = pb.PromoteRequest(version=policy.version, actor=actor(), reason=reason)
+        request = pb.PromoteRequest(version=policy.version, actor=_actor(), reason=reason)
         operator.policies.Promote(request, timeout=TIMEOUT_SECONDS)
     console.print(f"v{policy.version} is live. Replicas swap now: `alignd policies list` shows what each serves.")
 
 
 @app.command()
 def rollback(
-    version: Annotated[str, typer.Argument(help="A retired version; default: the one live before.")] = "",
+    version: Annotated[str, typer.Argument(help="A retired version. Default: the version that was live before.")] = "",
     reason: Reason = "",
     dry_run: DryRun = False,
 ) -> None:
     """Make a retired version live again."""
     with connect(load_config().server_address) as operator:
-        target = get(operator, version).version if version else 0
-        if announced(f"{f'v{target}' if target else 'the version live before'} would become LIVE", dry_run):
+        target = _get(operator, version).version if version else 0
+        if _announce(f"{f'v{target}' if target else 'the version that was live before'} would become LIVE", dry_run):
             return
         request = pb.RollbackRequest(
-            version=target, actor=actor(), reason=reason, expected_live_version=get(operator, "live").version
+            version=target, actor=_actor(), reason=reason, expected_live_version=_get(operator, "live").version
         )
         policy = operator.policies.Rollback(request, timeout=TIMEOUT_SECONDS).policy
     console.print(f"v{policy.version} is live again. Replicas swap now: `alignd policies list` shows what each serves.")
@@ -104,19 +104,19 @@ def rollback(
 
 @app.command()
 def lineage(version: Version = "live", as_json: Json = False) -> None:
-    """Show where a version comes from, back to the first."""
+    """Show what a version was trained from, back to the first version."""
     with connect(load_config().server_address) as operator:
-        chain = [get(operator, version)]
+        chain = [_get(operator, version)]
         while chain[-1].manifest.parent_version:
-            chain.append(get(operator, f"v{chain[-1].manifest.parent_version}"))
+            chain.append(_get(operator, f"v{chain[-1].manifest.parent_version}"))
     if as_json:
         typer.echo(json.dumps([MessageToDict(policy, preserving_proto_field_name=True) for policy in chain], indent=2))
         return
-    console.print(lineage_tree([policy.manifest for policy in chain]))
+    console.print(_lineage_tree([policy.manifest for policy in chain]))
 
 
-def lineage_tree(manifests: list[PolicyManifest]) -> Tree:
-    """Returns a picture of the versions, each under the one it became."""
+def _lineage_tree(manifests: list[PolicyManifest]) -> Tree:
+    """Returns the versions as a tree, with the parent of each below it."""
     root = branch = Tree("lineage")
     for manifest in manifests:
         made = manifest.create_time.ToDatetime().isoformat(" ", "seconds")
@@ -134,8 +134,8 @@ def lineage_tree(manifests: list[PolicyManifest]) -> Tree:
     return root
 
 
-def all_policies(operator: Operator) -> tuple[list[Any], Any]:
-    """Returns every version, newest first, and the last page."""
+def _all_policies(operator: Operator) -> tuple[list[Any], Any]:
+    """Returns all versions, newest first, and the last page of the server's response."""
     policies: list[Any] = []
     response = pb.ListPoliciesResponse(next_page_token="")
     while True:
@@ -146,23 +146,23 @@ def all_policies(operator: Operator) -> tuple[list[Any], Any]:
             return policies, response
 
 
-def get(operator: Operator, version: str) -> Any:
-    """Returns one version."""
+def _get(operator: Operator, version: str) -> Any:
+    """Returns a policy by its version, such as 7, v7 or `live`."""
     name = f"v{version}" if version.isdigit() else version
     return operator.policies.GetPolicy(pb.GetPolicyRequest(policy=name), timeout=TIMEOUT_SECONDS).policy
 
 
-def announced(what: str, dry_run: bool) -> bool:
-    """Says what would be done, if nothing is to be."""
+def _announce(what: str, dry_run: bool) -> bool:
+    """Prints what would be done, if this is a dry run; returns whether it is."""
     if dry_run:
         console.print(f"Dry run: {what}.")
     return dry_run
 
 
-def actor() -> str:
-    """Returns who is at the keyboard."""
+def _actor() -> str:
+    """Returns the name under which the history records what this user changes."""
     return f"operator/{getpass.getuser()}"
 
 
-def print_json(message: Any) -> None:
+def _print_json(message: Any) -> None:
     typer.echo(json.dumps(MessageToDict(message, preserving_proto_field_name=True), indent=2))

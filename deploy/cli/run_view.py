@@ -1,4 +1,4 @@
-"""What operators see of a training run: how it stands, by its folder and by what the trainer has been asked to do."""
+"""How a training run stands, as operators see it: by the run's folder, and by what they ask of the trainer."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ if TYPE_CHECKING:
 RECIPE, METRICS = "recipe.json", "metrics.jsonl"
 ENDS = ("done", "stopped")
 NO_FIGURES = ("time", "phase", "index", "count", "reason")
+# What a phase counts; those that are not named are done at once.
+UNITS = {"reward_model": "steps", "ppo": "rounds", "sft": "epochs"}
 
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as operators see it. What it has not come to yet is None, or empty."""
+    """A run as operators see it. A field is None, or empty, until the run has something to put there."""
 
     run: str
     state: str
-    """running, done or stopped; a run that was killed and will be gone on with is running."""
+    """running, done or stopped. A run that was killed and will be resumed is running."""
     reason: str
-    """Why it stopped or waits, or what it made."""
+    """Why it stopped, what it waits for, or which version it made."""
     phase: str
-    """The last phase that it came to, before its end."""
+    """Its last phase, `done` and `stopped` aside."""
     num_done: int
+    """How many steps, rounds or epochs of this phase have ended."""
     count: int
-    """Of this phase."""
+    """How many the phase has."""
     score: float | None
+    """Of the last PPO round, in standard deviations of the reference policy's scores."""
     kl: float | None
-    """Of PPO's last round: deviations of the reference policy's scores, and nats a completion."""
+    """Of the last PPO round, in nats a completion."""
     updated: float | None
-    """When it last wrote down something, in Unix seconds."""
+    """When it wrote its last record, in Unix seconds."""
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
@@ -56,7 +60,7 @@ def view_run(folder: Path) -> RunView:
     working = [record for record in records if record["phase"] not in ENDS]
     last: Mapping[str, Any] = working[-1] if working else {"phase": "", "index": -1, "count": 0}
     ppo = [record for record in working if record["phase"] == "ppo"]
-    state, reason = state_of(folder, records)
+    state, reason = _state(folder, records)
     return RunView(
         run=folder.name,
         state=state,
@@ -64,21 +68,21 @@ def view_run(folder: Path) -> RunView:
         phase=last["phase"],
         num_done=last["index"] + 1,
         count=last["count"],
-        score=finite(ppo[-1].get("objective/score")) if ppo else None,
-        kl=finite(ppo[-1].get("objective/kl")) if ppo else None,
+        score=_finite(ppo[-1].get("objective/score")) if ppo else None,
+        kl=_finite(ppo[-1].get("objective/kl")) if ppo else None,
         updated=records[-1]["time"] if records else None,
     )
 
 
-def state_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Returns running, done or stopped, and why."""
+def _state(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Returns running, done or stopped, and the reason."""
     from training.runs.folder import RunFolder
 
     end = records[-1] if records and records[-1]["phase"] in ENDS else None
     guards = [f"PPO stopped itself: {record['stopped/reason']}" for record in records if "stopped/reason" in record]
     if end is None:
         if RunFolder(folder).ended:
-            return "stopped", "it was killed, and has left nothing to go on from"
+            return "stopped", "it was killed, and left nothing to resume from"
         waits = RunFolder(folder).waits_for
         return "running", "; ".join([*guards, f"waits: {waits}"] if waits else guards)
     if end["phase"] == "stopped":
@@ -86,55 +90,60 @@ def state_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, s
     return "done", "; ".join([f"made v{end['version']}", *guards] if "version" in end else guards)
 
 
+def progress(view: RunView) -> str:
+    """Returns how much of its phase a run has done, such as `3 of 128 rounds`."""
+    return f"{view.num_done} of {view.count} {UNITS.get(view.phase, '')}".rstrip()
+
+
 def is_sft(name: str) -> bool:
-    """Returns whether a run learns from demonstrations, or whoever has the lease works on such a one."""
+    """Returns whether this is the id of a run of SFT, or of a lease's holder that works on one."""
     from training.runs.folder import SFT_SUFFIX
 
     return name.endswith(SFT_SUFFIX)
 
 
 def is_worked_on(run: str, control: Control) -> bool:
-    """Returns whether somebody goes on with this unfinished run, by the lease: whoever has it is of one kind."""
+    """Returns whether the lease's holder works on this unfinished run: it works on SFT alone, or on all other runs."""
     return trainer_lives(control) and is_sft(control.holder) == is_sft(run)
 
 
 def with_control(views: Sequence[RunView], control: Control) -> list[RunView]:
-    """Returns the same, with what holds up those that run, or ends them."""
-    return [RunView(**(asdict(view) | {"reason": waits_for(view, control)})) for view in views]
+    """Returns the views with, for each that runs, what holds it up or will end it."""
+    return [RunView(**(asdict(view) | {"reason": _reason(view, control)})) for view in views]
 
 
-def waits_for(view: RunView, control: Control) -> str:
-    """Returns a view's reason, and what the trainer has been asked to do about the run."""
+def _reason(view: RunView, control: Control) -> str:
+    """Returns a view's reason, with what operators ask of the trainer about this run."""
     if view.state != "running":
         return view.reason
     reasons = [view.reason] if view.reason else []
     if control.abort_run == view.run:
-        reasons.append("ends at its next step, as asked")
+        reasons.append("ends after its current round, epoch or phase, as requested")
     elif control.paused:
-        reasons.append("paused; `alignd runs resume` has it go on")
+        reasons.append("paused; `alignd runs resume` resumes it")
     if not is_worked_on(view.run, control):
-        reasons.append("`alignd sft` goes on with it" if is_sft(view.run) else "no trainer runs now")
+        reasons.append("`alignd sft` resumes it" if is_sft(view.run) else "no trainer runs now")
     return "; ".join(reasons)
 
 
 def last_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | str | None]]:
-    """Returns the figures of each phase's last record, by phase in the order in which they came."""
+    """Returns the metrics of each phase's last record, with the phases in the order in which they came."""
     found: dict[str, dict[str, float | str | None]] = {}
     for record in records:
         # Lists, such as accuracies by labeler, are for the report.
         found[record["phase"]] = {
-            key: value if isinstance(value, str) else finite(value)
+            key: value if isinstance(value, str) else _finite(value)
             for key, value in record.items()
             if key not in NO_FIGURES and isinstance(value, int | float | str)
         }
     return {phase: figures for phase, figures in found.items() if figures}
 
 
-def finite(value: object) -> float | None:
-    """Returns a number, or None for what JSON has no number for."""
+def _finite(value: object) -> float | None:
+    """Returns a finite number, or None: JSON has no other numbers."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def trainer_lives(control: Control) -> bool:
-    """Returns whether somebody trains, by the lease."""
+    """Returns whether a trainer is at work: it holds the lease, which has not expired."""
     return bool(control.holder) and control.expires_at > time.time()

@@ -1,4 +1,4 @@
-"""`alignd runs`: what the trainer's runs came to, and how operators make it pause or end one."""
+"""`alignd runs`: shows training runs, pauses the trainer, and ends a run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from deploy.cli.run_view import (
     is_sft,
     is_worked_on,
     last_metrics,
+    progress,
     read_records,
     run_folders,
     trainer_lives,
@@ -48,8 +49,8 @@ def list_runs(as_json: Json = False) -> None:
     """List the runs, newest first."""
     views = [view_run(folder) for folder in run_folders(load_config().runs_dir)]
     if any(view.state == "running" for view in views):
-        with store_engine() as engine:
-            views = with_control(views, control_of(engine))
+        with _store_engine() as engine:
+            views = with_control(views, _control_of(engine))
     if as_json:
         typer.echo(json.dumps([asdict(view) for view in views], indent=2))
         return
@@ -58,110 +59,118 @@ def list_runs(as_json: Json = False) -> None:
         return
     table = Table(Column("run", no_wrap=True), "state", "phase", "done", "score", "kl", Column("", overflow="fold"))
     for view in views:
-        step = f"{view.num_done} of {view.count}" if view.phase else "-"
+        done = progress(view) if view.phase else "-"
         figures = ("-" if each is None else f"{each:z.2f}" for each in (view.score, view.kl))
-        table.add_row(view.run, view.state, view.phase or "-", step, *figures, view.reason)
+        table.add_row(view.run, view.state, view.phase or "-", done, *figures, view.reason)
     console.print(table, soft_wrap=False)
 
 
 @app.command()
 def show(run: RunId, as_json: Json = False) -> None:
-    """Show one run: where its recipe and report are, its last metrics, and why it stopped."""
-    folder = find_run(run)
+    """Show one run: its state, where its recipe and report are, and the last metrics of each phase."""
+    folder = _find_run(run)
     view = view_run(folder)
     if view.state == "running":
-        with store_engine() as engine:
-            (view,) = with_control([view], control_of(engine))
+        with _store_engine() as engine:
+            (view,) = with_control([view], _control_of(engine))
     report = str(folder / REPORT) if (folder / REPORT).exists() else None
     whole = asdict(view) | {"recipe": str(folder / RECIPE), "report": report}
     metrics = last_metrics(read_records(folder))
     if as_json:
         typer.echo(json.dumps(whole | {"metrics": metrics}, indent=2))
         return
-    step = f"{view.phase}, {view.num_done} of {view.count}" if view.phase else None
+    phase = f"{view.phase}, {progress(view)}" if view.phase else None
     updated = view.updated and datetime.fromtimestamp(view.updated, UTC).isoformat(" ", "seconds")
     console.print(f"{view.run} {view.state}")
-    for name, text in (whole | {"phase": step, "updated": updated}).items():
+    for name, text in (whole | {"phase": phase, "updated": updated}).items():
         if text and name in ("reason", "phase", "updated", "recipe", "report"):
             console.print(f"{name:<9}{text}")
-    for phase, figures in metrics.items():
-        console.print(phase)
-        for name, value in figures.items():
+    for name, figures in metrics.items():
+        console.print(name)
+        for metric, value in figures.items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            console.print(f"  {name} {shown}")
+            console.print(f"  {metric} {shown}")
 
 
 @app.command()
 def pause() -> None:
-    """Pause the trainer between two steps, until `alignd runs resume`."""
+    """Pause the trainer after its current round, epoch or phase, until `alignd runs resume`."""
     from training.runs.lease import set_paused
 
-    with store_engine() as engine:
-        before = control_of(engine)
+    with _store_engine() as engine:
+        before = _control_of(engine)
         set_paused(engine, True)
     if before.paused:
-        console.print("The trainer was paused already. `alignd runs resume` has it go on.")
+        console.print("The trainer is paused already. `alignd runs resume` resumes it.")
     elif trainer_lives(before):
-        console.print("The trainer pauses once the step under way has ended. `alignd runs resume` has it go on.")
+        console.print("The trainer pauses after its current round, epoch or phase. `alignd runs resume` resumes it.")
     else:
-        console.print("No trainer runs now; the next one pauses before its first step, until `alignd runs resume`.")
+        console.print("No trainer runs now. The next one pauses before it begins, until `alignd runs resume`.")
 
 
 @app.command()
 def resume() -> None:
-    """Have a paused trainer go on."""
+    """Resume a paused trainer."""
     from training.runs.lease import set_paused
 
-    with store_engine() as engine:
-        before = control_of(engine)
+    with _store_engine() as engine:
+        before = _control_of(engine)
         set_paused(engine, False)
     if not before.paused:
         console.print("The trainer was not paused: nothing has changed.")
     elif trainer_lives(before):
-        console.print("The trainer goes on from where it paused. `alignd runs list` shows how far it is.")
+        console.print("The trainer resumes where it paused. `alignd runs list` shows its progress.")
     else:
-        console.print("No longer paused, but no trainer runs now: start it with `alignd up` or `alignd train`.")
+        console.print("No longer paused, but no trainer runs now: start one with `alignd up` or `alignd train`.")
 
 
 @app.command()
 def abort(run: RunId) -> None:
-    """End a run at its next step. The rankings of one that learns from rankings are not tried again."""
+    """End a run after its current round, epoch or phase. Its rankings are not tried again."""
     from training.runs.lease import request_abort
 
-    view = view_run(find_run(run))
+    view = view_run(_find_run(run))
     if view.state != "running":
-        undo = " To take back what it made: `alignd policies rollback`." if view.state == "done" else ""
-        raise fail(f"{run} has ended already ({view.state}: {view.reason}), so nothing is to be aborted.{undo}")
-    with store_engine() as engine:
-        before = control_of(engine)
+        undo = " `alignd policies rollback` takes back the version that it made." if view.state == "done" else ""
+        raise _fail(f"{run} has ended already ({view.state}: {view.reason}), so there is nothing to abort.{undo}")
+    with _store_engine() as engine:
+        before = _control_of(engine)
         request_abort(engine, run)
-    restart = "once `alignd sft` goes on with it" if is_sft(run) else "when a trainer starts: none runs now"
-    when = "at its next step" if is_worked_on(run, before) else restart
-    kept = "What is live stays" if is_sft(run) else "Its rankings are not tried again, and what is live stays"
-    console.print(f"{run} ends {when}. {kept}. `alignd runs show {run}` tells when it has ended.")
+    restart = "once `alignd sft` resumes it" if is_sft(run) else "when a trainer starts: none runs now"
+    when = "after its current round, epoch or phase" if is_worked_on(run, before) else restart
+    kept = "The live policy stays" if is_sft(run) else "Its rankings are not tried again, and the live policy stays"
+    console.print(f"{run} ends {when}. {kept}. `alignd runs show {run}` says when it has ended.")
     if before.abort_run not in ("", run):
         console.print(f"This replaces the request to end {before.abort_run}.")
 
 
-def find_run(run: str) -> Path:
-    """Returns a run's folder; ends the command with a message if there is none."""
+def _find_run(run: str) -> Path:
+    """Returns a run's folder.
+
+    Raises:
+        typer.Exit: there is no such run; the message has been printed.
+    """
     runs_dir = load_config().runs_dir
     for folder in run_folders(runs_dir):
         if folder.name == run:
             return folder
-    raise fail(f"there is no run {run} in {runs_dir}; `alignd runs list` shows which there are.")
+    raise _fail(f"there is no run {run} in {runs_dir}; `alignd runs list` shows which there are.")
 
 
-def control_of(engine: Engine) -> Control:
-    """Returns what is asked of the trainer."""
+def _control_of(engine: Engine) -> Control:
+    """Returns what operators ask of the trainer."""
     from training.runs.lease import read_control
 
     return read_control(engine)
 
 
 @contextmanager
-def store_engine() -> Iterator[Engine]:
-    """Yields the store's database; ends the command with a message if it cannot be used."""
+def _store_engine() -> Iterator[Engine]:
+    """Yields the store's database.
+
+    Raises:
+        typer.Exit: it cannot be used; the message has been printed.
+    """
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -176,12 +185,12 @@ def store_engine() -> Iterator[Engine]:
             engine.dispose()
     except (SQLAlchemyError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise fail(
+        raise _fail(
             f"the store {make_url(url)!r} cannot be used: {reason}; `store` sets it, see `alignd config`."
         ) from error
 
 
-def fail(message: str) -> typer.Exit:
-    """Prints what went wrong, and returns what ends the command."""
+def _fail(message: str) -> typer.Exit:
+    """Prints what went wrong, and returns the exception that ends the command."""
     errors.print(message, style="red")
     return typer.Exit(EXIT_FAILED)

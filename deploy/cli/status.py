@@ -1,4 +1,4 @@
-"""`alignd status`: what runs, what is live and how far the loop is, on one screen."""
+"""`alignd status`: which processes run, which policy is live and how far training is, on one screen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 from rich.console import Console
 
 from alignd.v1 import policy_service_pb2 as pb
-from deploy.cli.run_view import run_folders, view_run, with_control
+from deploy.cli.run_view import progress, run_folders, view_run, with_control
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
 from feedback.bus.topics import DEAD_LETTERS
@@ -25,14 +25,14 @@ TIMEOUT_SECONDS = 5.0
 
 def print_status(config: AligndConfig) -> bool:
     """Prints the state of the loop, and returns whether the server serves."""
-    print_processes(config)
-    serving = print_server(config)
+    _print_processes(config)
+    serving = _print_server(config)
     if config.data_dir.exists():
         print_training(config, print_rankings(config))
     return serving
 
 
-def print_server(config: AligndConfig) -> bool:
+def _print_server(config: AligndConfig) -> bool:
     try:
         with connect(config.server_address) as operator:
             health = operator.health.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_SECONDS).status
@@ -42,19 +42,19 @@ def print_server(config: AligndConfig) -> bool:
         return False
     serving: bool = health == health_pb2.HealthCheckResponse.SERVING
     console.print(f"server    {config.server_address} {health_pb2.HealthCheckResponse.ServingStatus.Name(health)}")
-    print_policies(policies)
+    _print_policies(policies)
     return serving
 
 
-def print_processes(config: AligndConfig) -> None:
+def _print_processes(config: AligndConfig) -> None:
     path = config.data_dir / "up.json"
     if not path.is_file():
         return
-    running = [f"{verb} {pid}" for verb, pid in json.loads(path.read_text()).items() if alive(pid)]
+    running = [f"{verb} {pid}" for verb, pid in json.loads(path.read_text()).items() if _alive(pid)]
     console.print(f"processes {', '.join(running) or 'none; the last `alignd up` was killed'}")
 
 
-def alive(pid: int) -> bool:
+def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -64,7 +64,7 @@ def alive(pid: int) -> bool:
     return True
 
 
-def print_policies(response: Any) -> None:
+def _print_policies(response: Any) -> None:
     live = f"v{response.live_version}" if response.live_version else "none"
     console.print(f"policies  {len(response.policies)}, live: {live}")
     for replica in response.replicas:
@@ -73,7 +73,7 @@ def print_policies(response: Any) -> None:
 
 
 def print_rankings(config: AligndConfig) -> Control | None:
-    """Says what is in the store; returns what is asked of the trainer, or None if the store cannot be used."""
+    """Prints how many rankings there are. Returns what operators ask of the trainer, or None without a store."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -101,7 +101,7 @@ def print_rankings(config: AligndConfig) -> Control | None:
 
 
 def print_training(config: AligndConfig, control: Control | None) -> None:
-    """Says how far the newest run is, or what it came to."""
+    """Prints how far the newest run is, or how it ended."""
     folders = run_folders(config.runs_dir)
     if not folders:
         console.print("training  no run yet")
@@ -109,6 +109,6 @@ def print_training(config: AligndConfig, control: Control | None) -> None:
     view = view_run(folders[0])
     if control:
         (view,) = with_control([view], control)
-    at = f", {view.phase} {view.num_done} of {view.count}" if view.state == "running" and view.phase else ""
+    at = f", {view.phase} {progress(view)}" if view.state == "running" and view.phase else ""
     why = f": {view.reason}" if view.reason else ""
     console.print(f"training  {view.run}: {view.state}{at}{why}", markup=False, soft_wrap=True)

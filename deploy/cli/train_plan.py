@@ -1,4 +1,4 @@
-"""`alignd train --dry-run`: what a training run would hold in memory and how long it would take, on one screen."""
+"""`alignd train --dry-run`: how much memory and time a training run would take, on one screen."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INDENT = (0, 0, 0, 2)
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model's folder, and what it is."""
+    """A model's folder, and how the plan names the model."""
 
     folder: Path
     what: str
@@ -47,9 +47,10 @@ def print_plan(
     """Prints the plan of a run by `config.training`, and returns whether there is a model to plan for.
 
     Args:
-        config: whose `training` is planned; a recipe's values take its place beforehand.
-        model_folder: a folder with the model's config.json. Default: the live policy, or what would become the first.
-        hardware: the roofs. Default: this machine's, measured now, in about a second.
+        config: its `training` is planned, which has the values of a recipe already.
+        model_folder: a folder with the model's config.json. Default: that of the live policy, or of the model that
+            would become the first policy.
+        hardware: the speed and memory to plan for. Default: those of this machine, measured now in about a second.
         console: where to print. Default: standard output.
     """
     console = console or Console(highlight=False)
@@ -73,7 +74,10 @@ def print_plan(
 
 
 def find_model(config: AligndConfig) -> FoundModel | None:
-    """The live policy if the server says which; else the newest on disk, all being of one shape; else the first's."""
+    """Returns the live policy if the server names it, else the newest version on disk, else the initial model.
+
+    All versions have the shape of the model that the first was made of, so any of them will do.
+    """
     candidates = [_live(config.server_address), _newest(config.policies_dir)]
     if config.serving.initial_model:
         candidates.append(FoundModel(config.serving.initial_model, "serving.initial_model, which becomes v1"))
@@ -198,17 +202,17 @@ def _heading(text: str) -> Text:
 
 
 def bar(share: float) -> str:
-    """A bar that is full for a share of 1."""
+    """Returns a bar that is full for a share of 1."""
     return "█" * max(1, round(BAR_WIDTH * share))
 
 
 def size(num_bytes: float) -> str:
-    """Bytes as people read them, in units of 1024."""
+    """Returns a number of bytes in MiB or GiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def amount(count: float) -> str:
-    """A count as people read it."""
+    """Returns a count in thousands, millions or billions."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= unit:
             return f"{count / unit:.1f}{name}"
@@ -216,7 +220,7 @@ def amount(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them."""
+    """Returns a time in the unit that suits it, from milliseconds to days."""
     for unit, name in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.1f} {name}"

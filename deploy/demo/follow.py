@@ -1,4 +1,4 @@
-"""Follows a training run from outside: what its metrics.jsonl says, and when serving has swapped to what it made."""
+"""Follows a training run from outside: by its metrics.jsonl, and by which version the replicas serve."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from alignd.v1 import policy_service_pb2 as pb
 
-# What each phase of metrics.jsonl is called where time is accounted for.
+# The name of each phase of metrics.jsonl among the stages of the demo.
 PHASE_NAMES = {
     "reward_model": "refresh the reward model",
     "reward_model_evaluation": "refresh the reward model",
@@ -31,7 +31,7 @@ class RunView:
     records: Sequence[Mapping[str, Any]]
 
     def of(self, phase: str) -> list[Mapping[str, Any]]:
-        """The records of one phase."""
+        """Returns the records of one phase."""
         return [record for record in self.records if record["phase"] == phase]
 
     @property
@@ -40,7 +40,7 @@ class RunView:
         return self.records[-1] if self.records else {"phase": "waiting", "index": 0, "count": 1}
 
     def detail(self) -> str:
-        """The newest figures, in a few words."""
+        """Returns the newest metrics, in a few words."""
         record = self.last
         shown = (
             ("objective/score", "score {:z.2f}"),
@@ -57,7 +57,7 @@ def read_run(runs_dir: Path) -> RunView:
     """Returns the newest run under `runs_dir`.
 
     Raises:
-        RunError: the trainer stopped it.
+        RunError: the trainer stopped this run.
     """
     files = sorted(runs_dir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
     if not files:
@@ -70,7 +70,7 @@ def read_run(runs_dir: Path) -> RunView:
 
 
 def phase_seconds(view: RunView, started: float) -> list[tuple[str, float]]:
-    """Returns how long each phase took, in order, in seconds. The run could begin at `started`, Unix time."""
+    """Returns the seconds that each phase took, in order. The first phase counts from `started`, in Unix time."""
     spans: dict[str, float] = {}
     before = started
     for record in view.records:
@@ -82,10 +82,10 @@ def phase_seconds(view: RunView, started: float) -> list[tuple[str, float]]:
 
 
 def swapped(response: pb.ListPoliciesResponse, version: int) -> pb.ReplicaStatus | None:
-    """Returns the report of a replica that serves `version`, if there is one.
+    """Returns the status of a replica that serves `version`, or None while there is none.
 
     Raises:
-        RunError: a replica could not.
+        RunError: a replica could not swap to it.
     """
     for replica in response.replicas:
         if replica.error_message:

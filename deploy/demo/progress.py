@@ -1,4 +1,4 @@
-"""Shows how far the demo is: bars on a terminal, else a line now and then; and remembers how long each stage took."""
+"""Shows how far the demo is, by bars on a terminal and by lines elsewhere, and records how long each stage took."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ def only_ours(log: Path) -> Iterator[None]:
 
 @dataclass
 class Bar:
-    """One stage that is under way."""
+    """The progress of the current stage."""
 
     name: str
     console: Console
@@ -44,7 +44,7 @@ class Bar:
     spoke_at: float = field(default_factory=time.monotonic)
 
     def update(self, done: float, total: float | None, detail: str = "") -> None:
-        """Says how far the stage is; `total` None while that is not known."""
+        """Shows how far the stage is. `total` is None while it is not known."""
         if self.progress and self.task is not None:
             self.progress.update(self.task, completed=done, total=total, detail=detail)
         elif time.monotonic() - self.spoke_at >= LINE_EVERY_SECONDS:
@@ -54,7 +54,7 @@ class Bar:
 
 
 class Stages:
-    """The stages of a run, in order, with their times."""
+    """The stages of the demo so far, in order, with their times."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -62,7 +62,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Bar]:
-        """Runs one stage."""
+        """Shows and times a stage, which is the body of the `with` statement."""
         started = time.monotonic()
         if self.console.is_terminal:
             columns = (
@@ -80,12 +80,12 @@ class Stages:
         self.add(name, time.monotonic() - started)
 
     def add(self, name: str, seconds: float) -> None:
-        """Notes a stage that has ended, and says so."""
+        """Records a stage that has ended, and prints its time."""
         self.finished.append(Stage(name, seconds))
         self.console.print(f"[green]✓[/] {name:<42} {seconds:6.1f} s", highlight=False)
 
     def split(self, parts: list[tuple[str, float]]) -> None:
-        """Replaces the last stage by its parts, in seconds, and what is left of it."""
+        """Replaces the last stage by its parts, each a name and seconds, and a stage for the time that is left."""
         whole = self.finished.pop()
         rest = whole.seconds - sum(seconds for _, seconds in parts)
         self.finished += [Stage(name, seconds) for name, seconds in parts]

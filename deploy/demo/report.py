@@ -1,4 +1,4 @@
-"""Tells what a run of the demo found: on the terminal, and as one HTML file that needs nothing but a browser."""
+"""Shows what the demo found: on the terminal, and as an HTML page that needs nothing but a browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_html(result: DemoResult, path: Path) -> None:
 
 
 def render_html(result: DemoResult) -> str:
-    """The report as one HTML page, with its style and plots inside. All text in it is escaped."""
+    """Returns the report as one HTML page, with its style and plots inside. All text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Turns what the demo observed into the figures of its report."""
+"""Computes the figures of the demo's report from what the demo observed."""
 
 import shlex
 import sys
@@ -25,7 +25,7 @@ NUM_EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Observed:
-    """What the story came to."""
+    """What the demo saw and received while it ran."""
 
     before: Sequence[SampleResponse]
     after: Sequence[SampleResponse]
@@ -43,36 +43,36 @@ def summarize(
     stages: Sequence[Stage],
     tally: Tally,
 ) -> DemoResult:
-    """Returns the result of a run."""
+    """Returns the result of the demo."""
     prompts = load_prompts("held_out")[: len(observed.before)]
     utility = load_utility(simulation.utility)
-    before, after = utilities(utility, prompts, observed.before), utilities(utility, prompts, observed.after)
+    before, after = _utilities(utility, prompts, observed.before), _utilities(utility, prompts, observed.after)
     where = machine()
     return DemoResult(
         model=model,
         by_utility=win_rate(after, before),
-        by_reward_model=reward_model_win_rate(observed.run),
+        by_reward_model=_reward_model_win_rate(observed.run),
         run=training_run(config, observed.policy),
         users=Users(simulation.num_users, simulation.agreement, simulation.utility),
-        examples=examples(prompts, observed),
+        examples=_examples(prompts, observed),
         swap=Swap(observed.replica.pause_seconds, observed.replica.drain_seconds, observed.replica.probe_error),
         traffic=Traffic(tally.samples, tally.rankings, len(tally.failures)),
         stages=stages,
-        machine=f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, {where['system']}; {bus(config)}",
+        machine=f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, {where['system']}; {_bus(config)}",
         versions=versions(),
         command=shlex.join(["alignd", *sys.argv[1:]]),
         seconds_to_first_ranking=observed.seconds_to_first_ranking,
     )
 
 
-def utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[SampleResponse]) -> list[float]:
-    """Returns what each prompt's one completion is worth."""
+def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[SampleResponse]) -> list[float]:
+    """Returns the utility of each prompt's only completion."""
     pairs = zip(prompts, responses, strict=True)
     return [utility(prompt, response.completions[0].text) for prompt, response in pairs]
 
 
-def reward_model_win_rate(run: RunView) -> WinRate:
-    """Returns the trainer's own win rate over the reference, on the prompts it held out."""
+def _reward_model_win_rate(run: RunView) -> WinRate:
+    """Returns the win rate that the trainer measured by its reward model, on prompts that it held out itself."""
     record = run.of("evaluate")[-1]
     return WinRate(
         value=record[WIN_RATE],
@@ -84,8 +84,8 @@ def reward_model_win_rate(run: RunView) -> WinRate:
     )
 
 
-def examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
-    """Returns the first held-out prompts: not chosen by what was answered."""
+def _examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
+    """Returns the first held-out prompts with both answers. They are not chosen by the answers."""
     shown = zip(prompts, observed.before, observed.after, strict=True)
     return [
         Example(prompt, before.completions[0].text, after.completions[0].text)
@@ -106,6 +106,6 @@ def training_run(config: AligndConfig, policy: pb.Policy) -> TrainingRun:
     )
 
 
-def bus(config: AligndConfig) -> str:
-    """Returns the bus in words."""
+def _bus(config: AligndConfig) -> str:
+    """Returns which kind of bus there is."""
     return "Kafka bus" if config.bus_url.startswith("kafka://") else "SQLite bus"

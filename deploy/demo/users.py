@@ -1,4 +1,4 @@
-"""What the demo asks of its simulated users: rankings, gentle traffic while training, and the final word."""
+"""The requests of the demo's users: few during training, many around the swap, and the held-out prompts of both."""
 
 import asyncio
 import itertools
@@ -10,15 +10,15 @@ from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler
 from deploy.simulation.user import Turn, as_prompt, run_users
 
-# While the trainer works, one user asks this often: enough to show that serving goes on, little enough to leave it
-# the processor. Around the swap many ask at once.
+# Between two requests while the trainer works: short enough to show that serving continues, long enough to leave the
+# processor to the trainer. Around the swap BUSY_USERS ask at once.
 GENTLE_PAUSE_SECONDS = 4.0
 BUSY_USERS = 4
 
 
 @dataclass
 class Tally:
-    """All that users asked for so far."""
+    """Counts the requests of all users so far."""
 
     samples: int = 0
     rankings: int = 0
@@ -34,7 +34,7 @@ class Tally:
 
 
 class Traffic:
-    """Users who go on asking until told to stop."""
+    """Users who keep asking until `stop` is called."""
 
     def __init__(
         self, address: str, prompts: Sequence[str], labelers: Sequence[Labeler], config: SimulationConfig, tally: Tally
@@ -48,7 +48,7 @@ class Traffic:
         self.busy = False
 
     async def run(self) -> None:
-        """Asks until `stop`; one at a time, or several at once while `busy`."""
+        """Asks until `stop` is called: one request at a time, or several at once while `busy`."""
         while not self._stop.is_set():
             count = BUSY_USERS if self.busy else 1
             prompts = [next(self._prompts) for _ in range(count)]
@@ -57,7 +57,7 @@ class Traffic:
                 await self._pause()
 
     def stop(self) -> None:
-        """Lets the requests under way end, and begins no more."""
+        """Begins no more requests. Those in flight are finished."""
         self._stop.set()
 
     async def _pause(self) -> None:

@@ -1,1 +1,1 @@
-"""Simulated users: people with a hidden utility who ask, rank and are paid nothing, over the public gRPC API alone."""
+"""Simulated users, who ask and rank over the public gRPC API, by a utility that server and trainer do not know."""

@@ -24,12 +24,12 @@ INSTRUCTGPT_AGREEMENT = 0.726
 
 
 class CalibrationError(ValueError):
-    """No temperature gives the wanted agreement."""
+    """No temperature gives the requested agreement."""
 
 
 @dataclass(frozen=True)
 class Labeler:
-    """One simulated person. Equal fields give equal rankings of equal completions, in every process and order."""
+    """One simulated person. Labelers with equal fields rank equal completions equally, in any process and order."""
 
     user_id: str
     seed: int
@@ -37,9 +37,9 @@ class Labeler:
     """In units of the utility, above 0."""
 
     def rank(self, prompt: str, completions: Sequence[str], utilities: Sequence[float]) -> list[list[int]]:
-        """Ranks `completions` of `prompt` that are worth `utilities`: groups of indices, best first.
+        """Returns a ranking of the completions of a prompt: groups of their indices, best first.
 
-        A group of two or more is a tie: completions of the same text are tied, others never are.
+        A group of two or more is a tie. Completions with the same text are tied, and no others.
         """
         drawn = [
             utility / self.temperature + self._gumbel(prompt, completion)
@@ -49,23 +49,30 @@ class Labeler:
         return [list(group) for _, group in groupby(order, key=lambda i: drawn[i])]
 
     def _gumbel(self, prompt: str, completion: str) -> float:
-        """Standard Gumbel noise that depends on nothing but the labeler's seed and what was shown."""
+        """Returns standard Gumbel noise that depends only on the labeler's seed, the prompt and the completion."""
         digest = hashlib.sha256(repr((self.seed, prompt, completion)).encode()).digest()
         uniform = (int.from_bytes(digest[:6]) + 0.5) / 2**48
         return -math.log(-math.log(uniform))
 
 
 def make_labelers(num_users: int, seed: int, temperature: float) -> list[Labeler]:
-    """`num_users` labelers, each with a seed of its own that follows from `seed`."""
+    """Returns `num_users` labelers, each with a seed of its own that follows from `seed`."""
     return [Labeler(f"simulated-{i:03d}", seed * 1_000_003 + i, temperature) for i in range(num_users)]
 
 
 def calibrate_temperature(groups: Iterable[Sequence[float]], agreement: float = INSTRUCTGPT_AGREEMENT) -> float:
-    """The temperature at which two labelers are expected to agree on the share `agreement` of all comparisons.
+    """Returns the temperature at which two labelers are expected to agree on the share `agreement` of all comparisons.
 
-    `groups` holds the utilities of the completions of one prompt each. Expected agreement falls steadily from its
-    greatest value to 1/2 as temperature rises, so bisection finds the one answer. Raises CalibrationError if there is
-    none: `agreement` not between 1/2 and 1, no comparisons, or too many pairs of equal utility.
+    Expected agreement falls steadily from its greatest value to 1/2 as temperature rises, so bisection finds the one
+    answer.
+
+    Args:
+        groups: for each prompt, the utilities of its completions.
+        agreement: a share between 1/2 and 1.
+
+    Raises:
+        CalibrationError: `agreement` is out of range, there are no comparisons, or too many are between completions
+            of equal utility.
     """
     gaps = np.abs([a - b for group in groups for a, b in combinations(group, 2)])
     widest = float(gaps.max(initial=0.0))
@@ -74,18 +81,18 @@ def calibrate_temperature(groups: Iterable[Sequence[float]], agreement: float = 
     if widest == 0.0:
         raise CalibrationError(f"{len(gaps)} comparisons, none with a difference in utility: nothing to agree on")
     coldest, hottest = math.log(widest) - 20.0, math.log(widest) + 20.0
-    if (reached := expected_agreement(gaps, math.exp(coldest))) < agreement:
+    if (reached := _expected_agreement(gaps, math.exp(coldest))) < agreement:
         raise CalibrationError(
             f"labelers of this utility agree on {reached:.1%} of comparisons even without noise, below {agreement:.1%}"
         )
     for _ in range(60):
         middle = (coldest + hottest) / 2
-        too_cold = expected_agreement(gaps, math.exp(middle)) > agreement
+        too_cold = _expected_agreement(gaps, math.exp(middle)) > agreement
         coldest, hottest = (middle, hottest) if too_cold else (coldest, middle)
     return math.exp((coldest + hottest) / 2)
 
 
-def expected_agreement(gaps: npt.NDArray[np.float64], temperature: float) -> float:
-    """Mean of p^2 + (1 - p)^2 over comparisons whose utilities differ by `gaps` [comparisons], p = sigmoid(gap / T)."""
+def _expected_agreement(gaps: npt.NDArray[np.float64], temperature: float) -> float:
+    """Returns the mean of p^2 + (1 - p)^2 over `gaps` [comparisons] in utility, where p = sigmoid(gap / T)."""
     # With t = tanh(gap / 2T), p = (1 + t) / 2, and so p^2 + (1 - p)^2 = (1 + t^2) / 2.
     return float(np.mean((1.0 + np.tanh(gaps / (2.0 * temperature)) ** 2) / 2.0))

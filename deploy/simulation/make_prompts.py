@@ -60,8 +60,8 @@ FUNCTION_WORD = re.compile(
 
 
 def main(folder: Path) -> None:
-    """Writes prompts.jsonl beside this module, and says what was dropped on the way."""
-    turns = list(first_turns(folder / SOURCE_FILE))
+    """Writes prompts.jsonl beside this module, and prints how many prompts each filter kept."""
+    turns = list(_first_turns(folder / SOURCE_FILE))
     fit = [turn for turn in dict.fromkeys(turns) if is_fit(turn)]
     random.Random(SEED).shuffle(fit)
     distinct = without_near_duplicates(fit)
@@ -74,8 +74,8 @@ def main(folder: Path) -> None:
     sys.stdout.write(f"{len(turns)} first turns, {len(fit)} fit, {len(distinct)} distinct, {len(records)} kept\n")
 
 
-def first_turns(path: Path) -> Iterator[str]:
-    """What the human says first in each dialogue, with white space collapsed."""
+def _first_turns(path: Path) -> Iterator[str]:
+    """Yields the first human turn of each dialogue, with white space collapsed."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             dialogue = json.loads(line)["chosen"]
@@ -83,7 +83,7 @@ def first_turns(path: Path) -> Iterator[str]:
 
 
 def is_fit(prompt: str) -> bool:
-    """English, of middling length, and nothing one would mind seeing on a public page."""
+    """Returns whether a prompt is English, neither short nor long, and fit for a public page."""
     return (
         MIN_CHARACTERS <= len(prompt) <= MAX_CHARACTERS
         and sum(character.isascii() for character in prompt) >= 0.97 * len(prompt)
@@ -93,7 +93,7 @@ def is_fit(prompt: str) -> bool:
 
 
 def without_near_duplicates(prompts: Iterable[str]) -> list[str]:
-    """Drops each prompt whose content words are much the same as those of an earlier one."""
+    """Returns the prompts without those that share too many content words with an earlier one."""
     kept: list[tuple[str, set[str]]] = []
     for prompt in prompts:
         said = re.findall(r"[a-z0-9']+", prompt.lower())

@@ -1,4 +1,4 @@
-"""The prompts that simulated users send: first human turns of HH-RLHF's helpful-base, see PROMPTS.md."""
+"""Reads the prompts that simulated users send: first human turns of HH-RLHF's helpful-base, see PROMPTS.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Split = Literal["train", "held_out"]
 
 
 def load_prompts(split: Split) -> list[str]:
-    """The prompts of one split, shuffled once and for all: the first n of them are a fair sample of size n."""
+    """Returns the prompts of one split. The file has them shuffled, so that the first n are a fair sample of size n."""
     lines = files(__package__).joinpath("prompts.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     return [record["prompt"] for record in records if record["split"] == split]

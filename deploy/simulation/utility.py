@@ -1,8 +1,8 @@
-"""What the simulated users want of a completion: the hidden utility, which no module of server or trainer imports.
+"""The hidden utility: how much the simulated users value a completion. No module of server or trainer imports it.
 
-Any function `(prompt, completion) -> float` will do; config names it as `module:function` and `load_utility` finds it.
-Only differences between completions of one prompt matter, so its zero and its scale are free: labelers are calibrated
-to whatever scale it has.
+Any function `(prompt, completion) -> float` can be the utility; `simulation.utility` names it as `module:function`, and
+`load_utility` finds it. Only differences between completions of one prompt matter, so its zero and its scale are free:
+labelers are calibrated to its scale.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FINISHED_WEIGHT = 0.30  # an answer that breaks off leaves its reader without th
 DIRECT_WEIGHT = 0.15  # a preamble costs the reader a line, not the answer
 FRESH_WEIGHT = 0.15  # so does saying it twice
 
-# Openings that say nothing about the matter, with what is left of directness after each.
+# Openings that answer nothing, each with the directness of a completion that begins so.
 PREAMBLES = (
     (re.compile(r"\bas an? (?:\w+ )?(?:ai|language model|assistant)\b|\bi(?:'m| am) (?:just )?an? (?:\w+ )?ai\b"), 0.0),
     (re.compile(r"^(?:i(?:'m| am) (?:so |really |very )?sorry|i apologi[sz]e|unfortunately)\b"), 0.3),
@@ -49,11 +49,15 @@ LIST_MARKER_AT_END = re.compile(r"(?:^|\n)\s*(?:\d+[.)]|[-*•])\s*\**$")
 
 
 class UtilityError(ValueError):
-    """A utility can't be found, or does not measure."""
+    """A utility cannot be found, or its value is not a finite number."""
 
 
 def load_utility(spec: str) -> Utility:
-    """Finds the function that `spec`, `package.module:function`, names. Raises UtilityError if there is none."""
+    """Returns the function that `spec` names, as `package.module:function`.
+
+    Raises:
+        UtilityError: there is no such function.
+    """
     module_name, colon, function_name = spec.partition(":")
     if not (module_name and colon and function_name):
         raise UtilityError(f"utility {spec!r}: write it as package.module:function")
@@ -69,7 +73,11 @@ def load_utility(spec: str) -> Utility:
 
 
 def measure(utility: Utility, prompt: str, completions: list[str]) -> list[float]:
-    """The utility of each completion of `prompt`, in order. Raises UtilityError if one is not a finite number."""
+    """Returns the utility of each completion of `prompt`, in order.
+
+    Raises:
+        UtilityError: a utility is not a finite number.
+    """
     values = [float(utility(prompt, completion)) for completion in completions]
     if not all(map(math.isfinite, values)):
         raise UtilityError(f"the utility is not finite for a completion of {prompt!r}: {values}")
@@ -77,25 +85,26 @@ def measure(utility: Utility, prompt: str, completions: list[str]) -> list[float
 
 
 def chat_utility(prompt: str, completion: str) -> float:
-    """How much a person would value `completion` from a chat assistant, from 0 to 1.
+    """Returns how much a person would value `completion` from a chat assistant, from 0 to 1.
 
-    The weighted mean of four qualities in [0, 1], times how much is said, so that an empty or one-word completion that
-    avoids every fault is still worth little. Sees no token counts: a completion cut off at the limit shows it by ending
-    in mid-sentence.
+    It is the weighted mean of four qualities in [0, 1], times how much is said, so that an empty or one-word completion
+    that has no fault is still worth little. It sees no token counts: a completion that was cut off at the limit is
+    recognised by its end in mid-sentence.
     """
     quality = (
-        ON_SUBJECT_WEIGHT * on_subject(prompt, completion)
+        ON_SUBJECT_WEIGHT * _on_subject(prompt, completion)
         + FINISHED_WEIGHT * finished(completion)
-        + DIRECT_WEIGHT * direct(completion)
+        + DIRECT_WEIGHT * _direct(completion)
         + FRESH_WEIGHT * fresh(completion)
     )
-    return substance(completion) * quality
+    return _substance(completion) * quality
 
 
-def on_subject(prompt: str, completion: str) -> float:
-    """Nearness in meaning: cosine of their sentence embeddings, from 0.1 (unrelated) to 0.8 (as near as answers are).
+def _on_subject(prompt: str, completion: str) -> float:
+    """Returns how near prompt and completion are in meaning, from 0 to 1.
 
-    Less the more of it is the prompt said again, which is near in meaning and answers nothing.
+    It is the cosine of their sentence embeddings, where 0.1 (unrelated) counts as 0 and 0.8 (as near as answers are) as
+    1. The share of the completion that repeats the prompt is taken off: it is near in meaning, and answers nothing.
     """
     if not completion.strip():
         return 0.0
@@ -106,7 +115,7 @@ def on_subject(prompt: str, completion: str) -> float:
 
 
 def finished(completion: str) -> float:
-    """1 if it ends as a sentence ends; else up to 0.3, by the share of its text that lies in whole sentences."""
+    """Returns 1 if it ends as a sentence ends; else up to 0.3, by the share of its text that is in whole sentences."""
     text = completion.rstrip()
     if not text:
         return 0.0
@@ -116,22 +125,22 @@ def finished(completion: str) -> float:
     return 1.0 if last_end == len(text) else 0.3 * last_end / len(text)
 
 
-def direct(completion: str) -> float:
-    """1 if it opens with the matter; less for an apology, a courtesy or a word about being an assistant."""
+def _direct(completion: str) -> float:
+    """Returns 1 if it opens with the answer; less for an apology, a courtesy or a remark about being an assistant."""
     opening = completion.strip().lower().replace("\u2019", "'")[:PREAMBLE_REACH]
     return min((left for pattern, left in PREAMBLES if pattern.search(opening)), default=1.0)
 
 
 def fresh(completion: str) -> float:
-    """1 if no three words come twice; 0 once more than half of the word triples are repeats."""
+    """Returns 1 if no three words come twice, down to 0 if at least half of the word triples are repeats."""
     triples = _ngrams(_words(completion), 3)
     if not triples:
         return 1.0
     return max(0.0, 2.0 * len(set(triples)) / len(triples) - 1.0)
 
 
-def substance(completion: str) -> float:
-    """Rises with the number n of different words as 1 - exp(-n / 8): 0.12 for one, 0.78 for 12, 0.95 for 24."""
+def _substance(completion: str) -> float:
+    """Returns 1 - exp(-n / 8) for n different words: 0.12 for one, 0.78 for 12, 0.95 for 24."""
     return 1.0 - math.exp(-len(set(_words(completion))) / 8.0)
 
 
@@ -145,9 +154,9 @@ def _ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
 
 @lru_cache(maxsize=4096)
 def _embedding(text: str) -> torch.Tensor:
-    """The unit-length sentence embedding [384]: mean of all-MiniLM-L6-v2's last hidden states over the tokens.
+    """Returns the sentence embedding [384] of unit length: the mean of all-MiniLM-L6-v2's last hidden states.
 
-    Takes one thread, so that simulated users leave the machine to the server they call.
+    It takes one thread, so that the simulated users leave the machine to the server.
     """
     import torch
 
@@ -165,7 +174,7 @@ def _embedding(text: str) -> torch.Tensor:
 
 @cache
 def _encoder() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    # Read at import by the libraries; the folder is local, and nothing here may ever wait for a hub.
+    # The libraries read this when they are imported. The folder is local, and nothing here may wait for a hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModel, AutoTokenizer
 
@@ -174,7 +183,11 @@ def _encoder() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
 
 def _packaged_model() -> Path:
-    """Finds the model's folder without importing the package, whose code wants sentence-transformers."""
+    """Returns the model's folder, without importing its package, whose code needs sentence-transformers.
+
+    Raises:
+        UtilityError: the package is not installed.
+    """
     try:
         files = metadata.files(EMBEDDING_PACKAGE) or []
     except metadata.PackageNotFoundError as error:

@@ -108,7 +108,7 @@ def test_runs_are_listed_newest_first(folder: Path, trainer: TrainerLease) -> No
     finished_run(folder, OLD)
     (folder / "data" / "runs" / "rankings_seen").write_text("10")
     first, second = (line.split("│") for line in said("list").splitlines() if "│" in line)
-    assert [cell.strip() for cell in first[1:-1]] == [NEW, "running", "reward_model", "8 of 37", "-", "-", ""]
+    assert [cell.strip() for cell in first[1:-1]] == [NEW, "running", "reward_model", "8 of 37 steps", "-", "-", ""]
     assert [cell.strip() for cell in second[1:-1]] == [OLD, "done", "register", "1 of 1", "0.50", "1.00", "made v2"]
 
 
@@ -139,7 +139,7 @@ def test_a_run_that_has_only_begun(folder: Path, trainer: TrainerLease) -> None:
     assert "running" in said("show", NEW)
 
 
-def test_a_run_that_cannot_go_on_has_stopped(folder: Path) -> None:
+def test_a_run_that_cannot_be_resumed_has_stopped(folder: Path) -> None:
     new_run(folder, OLD, ppo_round(0, 1.0)).end()
     (view,) = listed()
     assert (view["state"], "killed" in view["reason"]) == ("stopped", True)
@@ -183,13 +183,13 @@ def test_show_as_json(folder: Path) -> None:
     assert shown | listed()[0] == shown
 
 
-def test_pausing_and_going_on(folder: Path, trainer: TrainerLease, store: Engine) -> None:
+def test_pausing_and_resuming(folder: Path, trainer: TrainerLease, store: Engine) -> None:
     new_run(folder, NEW, ppo_round(0, 1.0))
-    assert "pauses once the step under way has ended" in said("pause")
+    assert "pauses after its current round, epoch or phase" in said("pause")
     assert read_control(store).paused
-    assert "was paused already" in said("pause")
-    assert listed()[0]["reason"] == "paused; `alignd runs resume` has it go on"
-    assert "goes on from where it paused" in said("resume")
+    assert "is paused already" in said("pause")
+    assert listed()[0]["reason"] == "paused; `alignd runs resume` resumes it"
+    assert "resumes where it paused" in said("resume")
     assert not read_control(store).paused
     assert "was not paused" in said("resume")
     assert listed()[0]["reason"] == ""
@@ -197,9 +197,9 @@ def test_pausing_and_going_on(folder: Path, trainer: TrainerLease, store: Engine
 
 def test_pausing_when_no_trainer_runs(trainer: TrainerLease, store: Engine) -> None:
     trainer.release()
-    assert "No trainer runs now; the next one pauses" in said("pause")
+    assert "No trainer runs now. The next one pauses" in said("pause")
     assert read_control(store).paused
-    assert "start it with `alignd up`" in said("resume")
+    assert "start one with `alignd up`" in said("resume")
     assert not read_control(store).paused
 
 
@@ -209,17 +209,17 @@ def test_a_run_waits_for_a_trainer(folder: Path, store: Engine) -> None:
     # One that was killed, and whose lease has expired.
     assert TrainerLease(store, "host/1", 60.0, clock=lambda: 1_700_000_000.0).acquire()
     set_paused(store, True)
-    assert listed()[0]["reason"] == "paused; `alignd runs resume` has it go on; no trainer runs now"
+    assert listed()[0]["reason"] == "paused; `alignd runs resume` resumes it; no trainer runs now"
     assert "reason   paused;" in said("show", NEW)
 
 
 def test_a_run_is_asked_to_end(folder: Path, trainer: TrainerLease, store: Engine) -> None:
     new_run(folder, NEW, ppo_round(0, 1.0))
     text = said("abort", NEW)
-    assert f"{NEW} ends at its next step." in text
+    assert f"{NEW} ends after its current round, epoch or phase." in text
     assert "replaces" not in text
     assert read_control(store).abort_run == NEW
-    assert listed()[0]["reason"] == "ends at its next step, as asked"
+    assert listed()[0]["reason"] == "ends after its current round, epoch or phase, as requested"
     assert "replaces" not in said("abort", NEW)
     assert trainer.renew()
 
@@ -239,9 +239,9 @@ def test_sft_is_asked_to_end_like_any_other(folder: Path, store: Engine) -> None
     RunFolder.create(folder / "data" / "runs", name, CONFIG, origin=None)
     assert [(view["state"], view["reason"]) for view in listed()] == [("running", "")]
     text = said("abort", name)
-    assert f"{name} ends at its next step. What is live stays." in text
+    assert f"{name} ends after its current round, epoch or phase. The live policy stays." in text
     assert read_control(store).abort_run == name
-    # Whoever has the lease works on SFT: nobody goes on with this.
+    # Whoever has the lease works on SFT: nobody resumes this.
     new_run(folder, OLD)
     assert listed()[-1]["reason"] == "no trainer runs now"
 
@@ -251,14 +251,14 @@ def test_what_a_run_waits_for_is_said(folder: Path, trainer: TrainerLease) -> No
     assert listed()[0]["reason"] == "waits: serving is away: connection refused"
 
 
-def test_sft_that_was_killed_waits_for_the_command_that_goes_on_with_it(folder: Path, store: Engine) -> None:
+def test_sft_that_was_killed_waits_for_the_command_that_resumes_it(folder: Path, store: Engine) -> None:
     name = f"{NEW}-sft"
     run = RunFolder.create(folder / "data" / "runs", name, CONFIG, origin=None)
-    assert [(view["state"], view["reason"]) for view in listed()] == [("running", "`alignd sft` goes on with it")]
+    assert [(view["state"], view["reason"]) for view in listed()] == [("running", "`alignd sft` resumes it")]
     # A trainer at work on rankings does not.
     assert TrainerLease(store, "host/1", 3600.0).acquire()
-    assert listed()[0]["reason"] == "`alignd sft` goes on with it"
-    assert f"{name} ends once `alignd sft` goes on with it." in said("abort", name)
+    assert listed()[0]["reason"] == "`alignd sft` resumes it"
+    assert f"{name} ends once `alignd sft` resumes it." in said("abort", name)
     run.end()
     assert listed()[0]["state"] == "stopped"
 

@@ -23,8 +23,8 @@ NAME = "20261126T140004-01fb6b"
     ("metrics", "says"),
     [
         ("", "running"),
-        (LINE, "running, ppo 3 of 10"),
-        (LINE + '{"time": 2.0, "pha', "running, ppo 3 of 10"),
+        (LINE, "running, ppo 3 of 10 rounds"),
+        (LINE + '{"time": 2.0, "pha', "running, ppo 3 of 10 rounds"),
         ('{"ti', "running"),
         (LINE + '{"time": 3.0, "phase": "done", "index": 0, "count": 1, "version": 2}\n', "done: made v2"),
         (
@@ -43,7 +43,7 @@ def test_the_last_run_is_told_by_its_last_whole_line(
     print_training(config, None)
     assert capsys.readouterr().out == f"training  {NAME}: {says}\n"
     print_training(config, Control(paused=True, abort_run="", holder="", expires_at=0.0))
-    waits = "; ".join(["paused; `alignd runs resume` has it go on", "no trainer runs now"])
+    waits = "; ".join(["paused; `alignd runs resume` resumes it", "no trainer runs now"])
     assert capsys.readouterr().out.removesuffix("\n").endswith(waits) == says.startswith("running")
 
 
