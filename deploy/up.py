@@ -159,22 +159,22 @@ class Supervisor:
 
 
 def restart_wait_seconds(failures: int) -> float:
-    """Returns how long to wait after so many early ends in a row, one at least: twice as long after each."""
+    """Returns how long to wait after so many early ends in a row, at least 1: twice as long after each of them."""
     return min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** min(failures - 1, MOST_DOUBLINGS))
 
 
 def die_with_parent() -> None:
-    """Has the kernel end this process when its parent dies, even by kill -9. Linux only; elsewhere it does nothing."""
+    """Makes the kernel end this process when its parent dies, even by kill -9. Does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_in_ranks(verb: str, num_processes: int) -> None:
-    """Becomes torchrun, which runs the verb in so many processes, if that is more than one; returns in each of them."""
+    """Replaces this process by torchrun, which runs the verb in `num_processes`. Returns in each, or at once for one."""
     if num_processes == 1:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Killed by kill -9, torchrun could not end what it has started.
+        # A torchrun that is killed by kill -9 cannot end the processes that it has started.
         die_with_parent()
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
@@ -182,7 +182,7 @@ def run_in_ranks(verb: str, num_processes: int) -> None:
 
 
 def child_environment(config: AligndConfig) -> dict[str, str]:
-    """Returns the environment of the processes: this one's, with a free port decided once for all of them."""
+    """Returns the environment of the processes: this one's, with the same free port for all if `port` is 0."""
     environment = dict(os.environ)
     if config.serving.port == 0:
         environment["ALIGND_SERVING__PORT"] = str(free_port(config.serving.host))
@@ -190,6 +190,7 @@ def child_environment(config: AligndConfig) -> dict[str, str]:
 
 
 def free_port(host: str) -> int:
+    """Returns a port of this host that nothing listens on."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""`python -m deploy.cli`, as processes of alignd start one another."""
+"""Runs `alignd` as `python -m deploy.cli`, which is how its processes start each other."""
 
 from deploy.cli.main import main
 

@@ -118,7 +118,7 @@ def train(
     ] = False,
     recipe: Recipe = "",
 ) -> None:
-    """Learn from new rankings, and register what was learned. `alignd runs` operates it."""
+    """Train on new rankings, and register each new policy. `alignd runs` operates it."""
     use_recipe(recipe)
     config = start(dry_run)
     if config:
@@ -167,27 +167,31 @@ def sft(dry_run: DryRun = False) -> None:
 
 
 def use_recipe(name_or_path: str) -> None:
-    """Has a recipe, if one is named, count for this process and its children. Raises ConfigError for a bad one."""
+    """Makes this process and its children use a recipe, if one is named.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is bad.
+    """
     from training.recipes import RecipeError, load_recipe
 
     if not name_or_path:
         return
     try:
-        # What it does not name stays as alignd.toml has it.
+        # A setting that the recipe does not name stays as alignd.toml has it.
         os.environ["ALIGND_TRAINING"] = load_recipe(name_or_path).model_dump_json(exclude_unset=True)
     except RecipeError as error:
         raise ConfigError(f"recipe {name_or_path}: {error}") from error
 
 
 def fail(message: str, code: int = EXIT_FAILED) -> typer.Exit:
-    """Prints what operators can mend, and returns what ends the command."""
+    """Prints an error that operators can fix, and returns the exception that ends the command."""
     Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(code)
 
 
 @app.command()
 def status() -> None:
-    """Say what runs, what is live and how far the loop is."""
+    """Show which processes run, which policy is live, and how far training is."""
     from deploy.cli.status import print_status
 
     if not print_status(load_config()):
@@ -200,7 +204,7 @@ def demo(
     began_at: Annotated[float, typer.Option(hidden=True, help="Unix time at which set-up began.")] = 0.0,
     dry_run: DryRun = False,
 ) -> None:
-    """Show the whole loop: simulated users rank, a policy learns, serving swaps; ends with a report."""
+    """Run the whole loop: simulated users rank, a policy is trained, serving swaps. Ends with a report."""
     from deploy.demo.progress import only_ours
     from deploy.demo.run import make_model, run_demo, set_up
     from deploy.simulation.config import load_simulation
@@ -222,12 +226,12 @@ def demo(
 
 @app.command("config")
 def show_config() -> None:
-    """Print the resolved configuration, with what each field means."""
+    """Print the resolved configuration, with a description of each field."""
     typer.echo(resolved(load_config()), nl=False)
 
 
 def start(dry_run: bool) -> AligndConfig | None:
-    """Loads the configuration; prints it and returns None on a dry run."""
+    """Returns the configuration and begins to log; on a dry run, prints the configuration and returns None."""
     config = load_config()
     if dry_run:
         typer.echo(resolved(config), nl=False)
@@ -246,7 +250,7 @@ def stop_on_signal() -> threading.Event:
 
 
 def main(run: Callable[[], None] = app) -> None:
-    """Runs the command line; what operators can mend ends it with a message and a code."""
+    """Runs the command line. An error that operators can fix ends it with a message and an exit code."""
     try:
         run()
     except ConfigError as error:

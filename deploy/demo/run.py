@@ -1,7 +1,7 @@
-"""The demo's story, told by running it: users rank, a policy learns, serving swaps, and the prompts are asked again.
+"""Runs the demo: users rank, a policy is trained on their rankings, serving swaps to it, and users ask it again.
 
-Everything runs as it would in earnest: `alignd up` starts the processes, and this one is an application and its users,
-who know the server only by its gRPC API.
+All processes are the real ones: `alignd up` starts them, and this process is an application with its users, who know
+the server by its gRPC API alone.
 """
 
 import asyncio
@@ -56,9 +56,9 @@ def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, beg
     console = Console()
     stages = Stages(console)
     tally = Tally()
-    told_before = earlier_story(config)
-    if told_before:
-        console.print(f"[red]The demo needs a place of its own:[/] {told_before}", soft_wrap=True)
+    earlier = _earlier_data(config)
+    if earlier:
+        console.print(f"[red]The demo needs a place of its own:[/] {earlier}", soft_wrap=True)
         return False
     console.print(
         f"alignd demo: {model}. Everything it writes is in {config.data_dir}", highlight=False, soft_wrap=True
@@ -85,8 +85,8 @@ def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, beg
     return not tally.failures
 
 
-def earlier_story(config: AligndConfig) -> str:
-    """Returns where there are runs or rankings already, which would be taken for the demo's; empty if nowhere."""
+def _earlier_data(config: AligndConfig) -> str:
+    """Returns where there are runs or rankings that would be mistaken for the demo's; empty if there are none."""
     from sqlalchemy import make_url
 
     from feedback.store.reader import Store
@@ -150,12 +150,12 @@ async def tell(
         labelers = await calibrated_labelers(address, prompts[::-1], simulation)
         tally.samples += min(len(prompts), simulation.calibration_prompts)
     with stages.stage("users sample and rank") as bar:
-        first_ranking_at = await rank(address, simulation, prompts, labelers, tally, bar)
+        first_ranking_at = await _rank(address, simulation, prompts, labelers, tally, bar)
     began_training = time.time()
     traffic = Traffic(address, prompts, labelers, simulation, tally)
     asking = asyncio.create_task(traffic.run())
     with stages.stage("learn, register, swap") as bar:
-        both = asyncio.gather(until_swapped(config, traffic, bar), ask_reference(config, simulation, held_out, tally))
+        both = asyncio.gather(until_swapped(config, traffic, bar), _ask_reference(config, simulation, held_out, tally))
         (run, replica, policy), before = await beside(asking, both)
         await asyncio.sleep(AFTER_SWAP_SECONDS)
         traffic.stop()
@@ -167,12 +167,16 @@ async def tell(
     return Observed(before, after, run, replica, policy, since)
 
 
-async def ask_reference(
+async def _ask_reference(
     config: AligndConfig, simulation: SimulationConfig, held_out: Sequence[str], tally: Tally
 ) -> list[SampleResponse]:
-    """Asks the policy that is live for its answers to the held-out prompts, once they cannot be learned from any more.
+    """Returns the live policy's answers to the held-out prompts, asked once the run cannot train on them any more.
 
-    A run reads the prompts of the store when it begins, and would otherwise draw rollouts of these as well.
+    A run reads the store's prompts when it begins: asked before that, these would be among its prompts.
+
+    Raises:
+        DemoError: the new policy went live in between.
+        grpc.aio.AioRpcError: a request failed.
     """
     while not read_run(config.runs_dir).records:
         await asyncio.sleep(POLL_SECONDS)
@@ -182,7 +186,7 @@ async def ask_reference(
     return responses
 
 
-async def rank(
+async def _rank(
     address: str,
     simulation: SimulationConfig,
     prompts: Sequence[str],
@@ -190,7 +194,11 @@ async def rank(
     tally: Tally,
     bar: Bar,
 ) -> float:
-    """Has users rank as many samples as the simulation asks for, and returns when the first was ranked (Unix time)."""
+    """Has users rank as many samples as `simulation` says. Returns when the first was ranked, in Unix time.
+
+    Raises:
+        DemoError: no ranking was accepted.
+    """
     total = simulation.num_rankings
     first: list[float] = []
 
@@ -203,7 +211,7 @@ async def rank(
     wanted = [prompts[index % len(prompts)] for index in range(total)]
     await run_users(address, wanted, labelers, simulation, on_turn)
     if not first:
-        raise DemoError(f"no ranking was taken: {tally.failures[:1]}")
+        raise DemoError(f"no ranking was accepted; the first failure: {tally.failures[:1]}")
     return first[0]
 
 
@@ -235,7 +243,7 @@ async def until_swapped(
 
 
 def make_model(quick: bool, root: Path) -> str:
-    """Makes the model, if it is not there from an earlier demo, and returns its name.
+    """Makes the model, unless an earlier demo has made it, and returns its name.
 
     Raises:
         deploy.models.ModelError: its package is missing.
@@ -243,41 +251,41 @@ def make_model(quick: bool, root: Path) -> str:
     from deploy.models import make_tiny_llama, prepare_smollm2
 
     if quick:
-        make_tiny_llama(model_folder(quick, root))
+        make_tiny_llama(_model_folder(quick, root))
         return "a tiny random Llama"
-    folder = model_folder(quick, root)
+    folder = _model_folder(quick, root)
     if not folder.is_dir():
         Console().print(f"writing SmolLM2-135M-Instruct to {folder} …", highlight=False, soft_wrap=True)
     prepare_smollm2(folder)
     return "SmolLM2-135M-Instruct"
 
 
-def model_folder(quick: bool, root: Path) -> Path:
-    """Returns where the model lies."""
+def _model_folder(quick: bool, root: Path) -> Path:
+    """Returns the folder of the model."""
     return root / "models" / ("tiny-llama" if quick else "smollm2")
 
 
 def set_up(quick: bool, config: AligndConfig) -> None:
-    """Points the configuration at the model, and at a folder and topics of the demo's own.
+    """Sets the environment to use the model, and a folder and topics of the demo's own.
 
-    What the environment already says is left as it is.
+    Variables that are set already stay as they are.
     """
     folder = config.data_dir / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     defaults = {
         "ALIGND_DATA_DIR": str(folder),
-        "ALIGND_SERVING__INITIAL_MODEL": str(model_folder(quick, config.data_dir)),
+        "ALIGND_SERVING__INITIAL_MODEL": str(_model_folder(quick, config.data_dir)),
         "ALIGND_SERVING__PORT": "0",
         **(QUICK if quick else {}),
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
     if config.bus.startswith("kafka://") and "/" not in config.bus.removeprefix("kafka://"):
-        # What an earlier run left on the cluster is another story.
+        # Topics of an earlier demo on the same cluster would be mistaken for this one's.
         os.environ["ALIGND_BUS"] = f"{config.bus}/{folder.name}"
 
 
-# The same path in two minutes: fewer of everything. A random model has nothing to learn from, so what it learned is let
-# live whatever its win rate.
+# The same path in two minutes, with fewer of everything. A random model has nothing to learn from, so the new policy
+# goes live whatever its win rate.
 QUICK = {
     "ALIGND_SERVING__MAX_MODEL_LEN": "512",
     "ALIGND_SIMULATION__NUM_RANKINGS": "48",

@@ -16,8 +16,8 @@ from deploy.simulation.config import SimulationConfig
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.utility import Utility, load_utility
 from training.data.intervals import WinRate, win_rate
+from training.report.history import read_run
 from training.report.page import REPORT
-from training.report.record import read_run
 from training.report.summary import WIN_RATE, finding
 
 NUM_EXAMPLES = 3

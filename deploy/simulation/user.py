@@ -1,7 +1,7 @@
 """Simulated users at work: each asks, reads, ranks and asks again over the public gRPC API, as an application would.
 
-Nothing is retried, so that a request counted as served was served at the first try. A user's judgement and the order in
-which completions are shown follow from the seeds; what the server writes does not.
+Nothing is retried, so that a request that counts as served was served at the first try. A user's preferences, and the
+order in which completions are shown, follow from the seeds; the server's completions do not.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PAUSE_AFTER_FAILURE_SECONDS = 1.0  # a server that is down gets one try a second
 
 @dataclass(frozen=True)
 class Turn:
-    """What came of one prompt: a Sample request and, if it was served, a SubmitRanking request."""
+    """The outcome of one prompt: of a Sample request and, if it was served, of a SubmitRanking request."""
 
     user_id: str
     prompt: str
     policy_versions: tuple[int, ...]
-    """Who wrote each completion; empty if Sample failed."""
+    """The version that wrote each completion; empty if Sample failed."""
     sample_seconds: float
     ranking_seconds: float | None
     """None if there was nothing to rank."""
@@ -51,7 +51,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class _Application:
-    """What the application holds that users sit in front of."""
+    """The application that the users sit in front of."""
 
     client: AsyncClient
     config: SimulationConfig
@@ -99,7 +99,7 @@ class _Application:
 
 
 def as_prompt(system_prompt: str, prompt: str) -> types_pb2.Prompt:
-    """What the application sends of a user's prompt."""
+    """Returns what the application sends for a user's prompt."""
     messages = [types_pb2.Message(role=types_pb2.ROLE_USER, content=prompt)]
     if system_prompt:
         messages.insert(0, types_pb2.Message(role=types_pb2.ROLE_SYSTEM, content=system_prompt))
@@ -114,10 +114,18 @@ async def run_users(
     on_turn: Callable[[Turn], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> list[Turn]:
-    """Lets every labeler work through its share of `prompts`, all of them at once, and returns every turn taken.
+    """Lets all labelers work through their shares of `prompts` at once, and returns every turn.
 
-    Labeler i of n takes prompts i, i + n, i + 2n, …, one at a time. `on_turn` is called after each; once `stop` is set
-    no new turn begins. A request that fails is recorded in its turn and does not stop the others.
+    Labeler i of n takes prompts i, i + n, i + 2n, …, one at a time. A request that fails is recorded in its turn, and
+    does not stop the others.
+
+    Args:
+        address: host:port of the server.
+        prompts: what is asked, once each.
+        labelers: who asks.
+        config: how they ask.
+        on_turn: is called after each turn.
+        stop: once it is set, no new turn begins.
     """
     turns: list[Turn] = []
 
@@ -141,10 +149,13 @@ async def run_users(
 
 
 async def calibrated_labelers(address: str, prompts: Sequence[str], config: SimulationConfig) -> list[Labeler]:
-    """`config.num_users` labelers who agree on the share `config.agreement` of comparisons of what the server writes.
+    """Returns `config.num_users` labelers who agree on the share `config.agreement` of comparisons.
 
-    Samples the first `config.calibration_prompts` of `prompts`, and ranks nothing. Raises CalibrationError if their
-    utilities differ too little, and AligndError if a request fails.
+    Calibrates them on the server's completions of the first `config.calibration_prompts` of `prompts`. Ranks nothing.
+
+    Raises:
+        CalibrationError: the utilities of the completions differ too little.
+        AligndError: a request failed.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         async with _client(address, config) as client:
