@@ -195,9 +195,8 @@ def _save(folder: Path, config: LlamaConfig, weights: dict[str, object], tokeniz
         raise ModelError(f"the tokenizer ends with {tokenizer.eos_token!r} and numbers its special tokens {special}")
     for name, token_id in special.items():
         setattr(config, name, token_id)
-    with (
-        torch.random.fork_rng()
-    ):  # The new model's random weights are overwritten, so they must not use up the caller's.
+    # The new model's random weights are overwritten: they must not use up the caller's random numbers.
+    with torch.random.fork_rng():
         model = LlamaForCausalLM(config)
     model.load_state_dict(weights)
     model.generation_config = GenerationConfig(**special)

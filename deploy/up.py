@@ -170,7 +170,7 @@ def die_with_parent() -> None:
 
 
 def run_in_ranks(verb: str, num_processes: int) -> None:
-    """Replaces this process by torchrun, which runs the verb in `num_processes`. Returns in each, or at once for one."""
+    """Replaces this process by torchrun, which runs the verb in `num_processes`. Returns in each of them."""
     if num_processes == 1:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from training.runs.lease import Control
 
-RECIPE, METRICS = "recipe.json", "metrics.jsonl"
+RECIPE = "recipe.json"
 ENDS = ("done", "stopped")
 NO_FIGURES = ("time", "phase", "index", "count", "reason")
 # What a phase counts; those that are not named are done at once.
@@ -49,9 +49,9 @@ def run_folders(runs_dir: Path) -> list[Path]:
 
 def read_records(folder: Path) -> Sequence[Mapping[str, Any]]:
     """Returns what a run has written to metrics.jsonl, oldest first."""
-    from training.runs.record import read_lines
+    from training.runs.record import METRICS_FILE, read_lines
 
-    return read_lines(folder / METRICS).found
+    return read_lines(folder / METRICS_FILE).found
 
 
 def view_run(folder: Path) -> RunView:

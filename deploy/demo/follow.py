@@ -1,12 +1,12 @@
 """Follows a training run from outside: by its metrics.jsonl, and by which version the replicas serve."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignd.v1 import policy_service_pb2 as pb
+from training.runs.record import METRICS_FILE, read_lines
 
 # The name of each phase of metrics.jsonl among the stages of the demo.
 PHASE_NAMES = {
@@ -59,11 +59,10 @@ def read_run(runs_dir: Path) -> RunView:
     Raises:
         RunError: the trainer stopped this run.
     """
-    files = sorted(runs_dir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    files = sorted(runs_dir.glob(f"*/{METRICS_FILE}"), key=lambda path: path.stat().st_mtime)
     if not files:
         return RunView(None, ())
-    whole = files[-1].read_text(encoding="utf-8").rpartition("\n")[0]
-    view = RunView(files[-1].parent, [json.loads(line) for line in whole.splitlines()])
+    view = RunView(files[-1].parent, read_lines(files[-1]).found)
     if view.last["phase"] == "stopped":
         raise RunError(f"the trainer stopped its run: {view.last['reason']}")
     return view

@@ -38,6 +38,7 @@ from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
 from feedback.durable import write_json
 from training.report.page import REPORT, write_report
+from training.runs.record import METRICS_FILE
 
 TRAINING_TIMEOUT_SECONDS = 3600.0
 AFTER_SWAP_SECONDS = 3.0
@@ -91,7 +92,7 @@ def _earlier_data(config: AligndConfig) -> str:
 
     from feedback.store.reader import Store
 
-    if any(config.runs_dir.glob("*/metrics.jsonl")):
+    if any(config.runs_dir.glob(f"*/{METRICS_FILE}")):
         return f"there are runs in {config.runs_dir}; name another ALIGND_DATA_DIR"
     with contextlib.closing(Store(config.store_url)) as store:
         ranked = store.last_seq()

@@ -28,19 +28,21 @@ class SimulationConfig(BaseModel):
         32, ge=1, description="Prompts whose completions set the users' noise before the first ranking."
     )
     num_users: int = Field(16, ge=1, description="Users; each has one request in flight at a time.")
-    seed: int = Field(0, ge=0, description="Seeds the users' judgement and the order in which completions are shown.")
+    seed: int = Field(0, ge=0, description="Seeds the users' preferences and the order in which completions are shown.")
     system_prompt: str = Field(
         "You are a helpful assistant. Answer briefly, in one or two sentences.",
-        description="What the application tells the policy before each user's prompt; empty for nothing.",
+        description="The system prompt that the application sends with each user's prompt; empty for none.",
     )
     num_completions: int = Field(4, ge=2, le=16, description="Completions asked for per prompt, K.")
-    max_tokens: int = Field(64, ge=1, description="Most tokens in one completion.")
-    num_rankings: int = Field(256, ge=1, description="Rankings given before the users wait for a better policy.")
+    max_tokens: int = Field(64, ge=1, description="The most tokens in one completion.")
+    num_rankings: int = Field(
+        256, ge=1, description="Rankings that the users give before they wait for a better policy."
+    )
     held_out_prompts: int = Field(
         128, ge=1, le=200, description="Prompts kept from users and trainer, on which policies are compared."
     )
     deadline_seconds: float = Field(
-        120.0, gt=0, description="Seconds a user waits for completions, or for a ranking's OK."
+        120.0, gt=0, description="Seconds that a user waits for completions, or for a ranking to be accepted."
     )
 
 
