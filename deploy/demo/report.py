@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,11 +14,25 @@ from rich.text import Text
 
 from deploy.demo.plots import draw_plots
 from deploy.demo.result import DemoResult
-from feedback.durable import replace_file
+from feedback.durable import replace_file, write_json
 from training.data.intervals import WinRate
+from training.report.page import REPORT, write_report
 
 TEMPLATE = "report.html.jinja"
 NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
+
+
+def finish(result: DemoResult, folder: Path, console: Console) -> None:
+    """Writes the report to `folder` as a page and as JSON, and prints it with the paths of both reports."""
+    page, run_page = folder / REPORT, folder / result.run.report
+    if not run_page.exists():
+        # The trainer was ended after its policy went live, but before it wrote this page.
+        write_report(run_page.parent)
+    write_html(result, page)
+    write_json(folder / "report.json", asdict(result))
+    print_report(result, console)
+    console.print(f"This report, with its plots:  {page.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"The training run's report:    {run_page.resolve()}", highlight=False, soft_wrap=True)
 
 
 def write_html(result: DemoResult, path: Path) -> None:

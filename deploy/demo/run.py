@@ -6,7 +6,6 @@ the server by its gRPC API alone.
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -26,8 +25,7 @@ from alignd.v1.inference_service_pb2 import SampleResponse
 from deploy.config import AligndConfig
 from deploy.demo.follow import RunError, RunView, phase_seconds, read_run, swapped
 from deploy.demo.progress import Bar, Stages
-from deploy.demo.report import print_report, write_html
-from deploy.demo.result import DemoResult
+from deploy.demo.report import finish
 from deploy.demo.summary import Observed, summarize
 from deploy.demo.users import Tally, Traffic, answers
 from deploy.demo.waiting import POLL_SECONDS, DemoError, beside, until_ended, until_serving
@@ -36,8 +34,6 @@ from deploy.simulation.labelers import Labeler
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
-from feedback.durable import write_json
-from training.report.page import REPORT, write_report
 from training.runs.record import METRICS_FILE
 
 TRAINING_TIMEOUT_SECONDS = 3600.0
@@ -82,7 +78,7 @@ def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, beg
         supervisor.send_signal(signal.SIGTERM)
         supervisor.wait()
     result = summarize(config, simulation, model, observed, stages.finished, tally)
-    finish(config, result, console)
+    finish(result, config.data_dir, console)
     return not tally.failures
 
 
@@ -99,19 +95,6 @@ def _earlier_data(config: AligndConfig) -> str:
     return (
         f"there are rankings in the store {make_url(config.store_url)!r}; name another ALIGND_STORE" if ranked else ""
     )
-
-
-def finish(config: AligndConfig, result: DemoResult, console: Console) -> None:
-    """Writes the report as a page and as JSON, and prints it with the paths of both reports."""
-    page, run_page = (config.data_dir / each for each in (REPORT, result.run.report))
-    if not run_page.exists():
-        # The trainer was ended after its policy went live, but before it wrote this page.
-        write_report(run_page.parent)
-    write_html(result, page)
-    write_json(config.data_dir / "report.json", dataclasses.asdict(result))
-    print_report(result, console)
-    console.print(f"This report, with its plots:  {page.resolve()}", highlight=False, soft_wrap=True)
-    console.print(f"The training run's report:    {run_page.resolve()}", highlight=False, soft_wrap=True)
 
 
 async def tell_while_it_runs(

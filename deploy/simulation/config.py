@@ -35,9 +35,7 @@ class SimulationConfig(BaseModel):
     )
     num_completions: int = Field(4, ge=2, le=16, description="Completions asked for per prompt, K.")
     max_tokens: int = Field(64, ge=1, description="The most tokens in one completion.")
-    num_rankings: int = Field(
-        256, ge=1, description="Rankings given before the users wait for a better policy."
-    )
+    num_rankings: int = Field(256, ge=1, description="Rankings given before the users wait for a better policy.")
     held_out_prompts: int = Field(
         128, ge=1, le=200, description="Prompts kept from users and trainer, on which policies are compared."
     )

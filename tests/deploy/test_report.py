@@ -15,9 +15,8 @@ from rich.console import Console
 from alignd.v1.policy_service_pb2 import Policy
 from deploy.config import AligndConfig
 from deploy.demo.plots import draw_plots
-from deploy.demo.report import print_report, render_html, write_html
+from deploy.demo.report import finish, print_report, render_html, write_html
 from deploy.demo.result import DemoResult, Example, Stage, Swap, Traffic, TrainingRun, Users
-from deploy.demo.run import finish
 from deploy.demo.summary import training_run
 from tests.training.report.made_run import RUN_ID, make_folder, make_lines, make_manifest
 from training.data.intervals import WinRate, win_rate
@@ -141,7 +140,7 @@ def test_both_pages_are_there_when_the_demo_ends(tmp_path: Path, has_report: boo
         (folder / "REPORT.html").write_text("the trainer's")
     result = replace(make_result(), run=training_run(config, Policy(version=2, manifest=make_manifest())))
     console = Console(file=io.StringIO(), width=110)
-    finish(config, result, console)
+    finish(result, config.data_dir, console)
     (link,) = Page((config.data_dir / "REPORT.html").read_text()).reaches
     linked = config.data_dir / link.removeprefix("a href=")
     assert linked == folder / "REPORT.html"
