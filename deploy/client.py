@@ -1,4 +1,4 @@
-"""The operator's side of the gRPC API: a channel with sane settings, and refusals as people read them."""
+"""The operators' side of the gRPC API: the stubs that they call, and failed calls in words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

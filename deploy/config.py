@@ -47,7 +47,7 @@ class ConfigError(Exception):
 
 
 class AligndConfig(BaseSettings):
-    """Everything that can be set."""
+    """Everything that operators can set."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__", validate_default=True
@@ -71,27 +71,27 @@ class AligndConfig(BaseSettings):
 
     @property
     def bus_url(self) -> str:
-        """The bus, decided."""
+        """The URL of the bus."""
         return self.bus or f"sqlite:///{(self.data_dir / 'bus.db').resolve()}"
 
     @property
     def store_url(self) -> str:
-        """The store, decided."""
+        """The URL of the feedback store."""
         return self.store or f"sqlite:///{(self.data_dir / 'store.db').resolve()}"
 
     @property
     def server_address(self) -> str:
-        """Where clients find the gRPC server."""
+        """Where clients find the gRPC server, as host:port."""
         return self.address or f"{self.serving.host}:{self.serving.port}"
 
     @property
     def policies_dir(self) -> Path:
-        """Where policy versions lie."""
+        """The folder of the policy versions."""
         return (self.data_dir / "policies").resolve()
 
     @property
     def runs_dir(self) -> Path:
-        """Where training runs leave what they measured."""
+        """The folder of the training runs, with a folder for each."""
         return (self.data_dir / "runs").resolve()
 
     @property
@@ -101,7 +101,7 @@ class AligndConfig(BaseSettings):
 
     @property
     def keyring_path(self) -> Path:
-        """The keys that sign feedback tokens. Every replica needs the same."""
+        """The keys that sign feedback tokens. All replicas need the same keys."""
         return self.data_dir / "feedback_keys"
 
     @classmethod

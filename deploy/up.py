@@ -40,7 +40,7 @@ class ServiceError(Exception):
 
 @dataclass
 class Service:
-    """One process, and how often it had to be started."""
+    """One process, and how often in a row it has ended early."""
 
     verb: str
     process: subprocess.Popen[bytes] | None = None

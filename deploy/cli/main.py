@@ -147,7 +147,7 @@ def train(
 
 @app.command()
 def sft(dry_run: DryRun = False) -> None:
-    """Fine-tune on demonstrations, and register the result as a reference policy of its own."""
+    """Fine-tune on demonstrations, and register the result: promoted, it is the new reference policy."""
     config = start(dry_run)
     if config:
         from training.errors import TrainingError

@@ -1,1 +1,1 @@
-"""The demo: the whole loop once, on this machine, and a report of what came of it."""
+"""The demo: the whole loop once, on this machine, and a report of the results."""

@@ -42,7 +42,7 @@ class Users:
 
 @dataclass(frozen=True)
 class Traffic:
-    """All requests of the users, those while a policy was trained and swapped included."""
+    """All requests of the users, including those while a policy was trained and swapped."""
 
     samples_served: int
     rankings_served: int
@@ -60,7 +60,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The run that made the new policy. What it measured is in the report of its own."""
+    """The run that made the new policy. What it measured is in its own report."""
 
     run_id: str
     version: int

@@ -1,4 +1,4 @@
-"""The requests of the demo's users: few during training, many around the swap, and the held-out prompts of both."""
+"""The requests of the demo's users: few during training, many around the swap, and the held-out prompts."""
 
 import asyncio
 import itertools
