@@ -14,41 +14,43 @@ _COLOURS = {"ppo": "#c44e52", "ppo-ptx": "#4c72b0", "online": "#55a868"}
 _RUN_HEADINGS = ("run", "rounds", "√KL", "utility, first", "best", "last", "score, last", "stopped")
 _MEANING = """\
 Win rates are by the labelers' true utility, on held-out prompts, one completion each. Figures are means over seeds with
-Student's 95 % interval; with one seed, that seed's own over prompts, windows of text or items. The prompts are the same
-for all seeds, so intervals over seeds say nothing about other prompts. An interval over the 300 prompts, each with the
-seeds' mean, is about 3 points wide on either side. Goals that were missed say NO. Accuracies on HH-RLHF are over the
-comparisons that any of three splits holds out; dialogues that begin alike count as one cluster.
+Student's 95 % interval. Where there is one seed, the interval is that seed's own, over prompts, windows of text or
+items. All seeds have the same 300 prompts, and intervals over seeds say nothing about other prompts. Over prompts, with
+the mean of the seeds for each, a win rate is accurate to about 3 points. Goals that were missed say NO. Accuracies on
+HH-RLHF are over the comparisons that at least one of three splits holds out. Their intervals count dialogues that begin
+alike as one.
 
-The pretraining mix is WikiText-2's validation part, and the tax is measured on its test part: a policy that gives back
-more than was lost has learned WikiText, and has not got back what it knew. HellaSwag has nothing to do with the mix.
-An interval from 0 to 0 means as many right answers in every seed, of 100 a seed; one seed alone is sure to 4 points.
+The pretraining mix is the validation part of WikiText-2, and the alignment tax is measured on its test part. So a
+policy that gives back more than was lost has learned WikiText, and has not regained what it knew. HellaSwag has nothing
+to do with the mix. An interval from 0 to 0 means that in every seed both policies had as many right, of 100 a seed. One
+seed by itself is accurate to 4 points.
 
-The recipe is as shipped except for its size: PPO takes 12 rounds and two passes over each round's rollouts instead of
-10 and one, SFT two epochs instead of four, and a quarter of the labelers are held out instead of 35 % of users. Two
-passes learned faster in six rounds of a smaller experiment with seed 0 of the utility called chat; nothing else was
-chosen on any of these experiments. Both utilities reward a completion that ends, and the recipe penalises those that
-do not (`missing_eos_penalty`): no ranking is needed to learn that.
+The recipe is the shipped one except for its size: PPO takes 12 rounds in place of 10 and two epochs over each round's
+rollouts in place of one, SFT takes two epochs in place of four, and a quarter of the labelers are held out in place of
+35 % of users. Two epochs learned faster in six rounds of a smaller experiment with seed 0 of the utility called chat.
+Nothing else was chosen on any of these experiments. Both utilities reward a completion that ends, and the recipe lowers
+the score of one that does not (`missing_eos_penalty`): that much needs no ranking.
 
-SFT learns from the best of four of the base's own completions of 64 prompts, and is reported as it is: where it is no
-better than the base, a policy that beats it has only beaten the base once more.
+SFT learns from the best of four of the base's own completions of 64 prompts, and is evaluated as it is. Where it is no
+better than the base, a win over it is one more win over the base.
 
-Two things were tried for the goals of 85 and 71 %. With 15 rounds on 200 rankings, two seeds of an earlier commit had
-77 and 79 % over the base (only these figures are left). With four minibatches a pass instead of two, on a seed and
-prompts that are not reported, one run had 81 % where two minibatches had 77 %; one run each proves no difference, so
-the change was not made. With chat the true utility of PPO still rises towards the twelfth round; that of PPO-ptx has
-been level since the ninth."""
+This was tried for the goals of 85 and 71 %. First, 15 rounds on 200 rankings, with which two seeds of an earlier commit
+had 77 and 79 % over the base (only these figures remain). Second, on a seed and prompts that are not reported, four
+minibatches an epoch in place of two: 81 % where two had 77, one run each, which proves no difference, so it was not
+adopted. With chat the true utility of PPO still rises towards the twelfth round. That of PPO-ptx has been level since
+the ninth."""
 _RAN_HEADINGS = ("experiment", "commit", "computed in", "CPU", "cores", "hours")
 _RAN_MEANING = """\
-The commit is that of the experiment's last stage. In the six experiments with PPO, only the stages of PPO (ppo,
-ppo-ptx, online and their evaluations) ran at that commit. SFT, the base's and SFT's answers and tax, and the reward
-models were made earlier and kept: at 93c4519 (chat-0), 309beed (chat-1 and chat-2, with uncommitted changes), and
-60dfd23 (plain-0, plain-2; plain-1 with uncommitted changes). The commits in between change PPO's rollouts, and how many
-prompts a round of `--quick` has. Hours are of one process, which may have shared its machine: they say what to expect,
-not how fast anything is."""
+The commit is that of an experiment's last stage. In the six with PPO, only some stages are of that commit: ppo,
+ppo-ptx, online, and their evaluation. SFT, the answers and the tax of base and SFT, and the reward models were made
+before, and kept, at 93c4519 (chat-0), 309beed (chat-1 and chat-2, with uncommitted changes), and 60dfd23 (plain-0 and
+plain-2; plain-1 with uncommitted changes). The commits in between change PPO's rollouts, and how many prompts a round
+of `--quick` has. Hours are of one process, which may have shared its machine. They say what to expect, not how fast
+anything is."""
 _RUNS_MEANING = """\
-Each row is one run of PPO: where it ended, in KL from the SFT policy; the true utility of the rollouts of its first
-round, of its best, and of its last; the learned score of its last; and why the run stopped itself, if it did. Where
-the score rises and the utility falls, the policy is over-optimised (Gao et al. 2022)."""
+Each row is one run of PPO. It shows where the run ended, in KL from the SFT policy; the true utility of the rollouts of
+its first round, of its best round and of its last; the learned score of its last round; and why the run stopped itself,
+if it did. Where the score rises and the utility falls, the policy is over-optimised (Gao et al. 2022)."""
 
 
 def write_page(
