@@ -127,7 +127,7 @@ async def tell(
     held_out = load_prompts("held_out")[: simulation.held_out_prompts]
     prompts = load_prompts("train")
     with stages.stage("start the server on vLLM") as bar:
-        await until_serving(address, bar)
+        await until_serving(address, config.data_dir / "logs" / "serve.log", bar)
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
         # Not the prompts that will be ranked: those go to the side of the split that their first sender is on.

@@ -40,8 +40,12 @@ async def beside(other: asyncio.Task[None], work: Awaitable[T]) -> T:
     return await working
 
 
-async def until_serving(address: str, bar: Bar) -> None:
-    """Waits for the server's health. Raises DemoError if that takes longer than anything that still makes progress."""
+async def until_serving(address: str, log: Path, bar: Bar) -> None:
+    """Waits for the health of the server that writes to `log`.
+
+    Raises:
+        DemoError: that takes longer than anything that still makes progress.
+    """
     started = time.monotonic()
     async with grpc.aio.insecure_channel(address) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
@@ -52,4 +56,4 @@ async def until_serving(address: str, bar: Bar) -> None:
                     return
             bar.update(time.monotonic() - started, None, "loading vLLM")
             await asyncio.sleep(POLL_SECONDS)
-    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s")
+    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s; last it said: {cause(log)}")
