@@ -17,7 +17,15 @@ import pytest
 
 from deploy.config import load_config
 from deploy.endings import can_recur
-from deploy.up import FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS, Service, child_environment, restart_wait_seconds
+from deploy.models import make_tiny_llama
+from deploy.up import (
+    FIRST_RESTART_SECONDS,
+    LONGEST_RESTART_SECONDS,
+    VERBS,
+    Service,
+    child_environment,
+    restart_wait_seconds,
+)
 from tests.kafka_broker import free_port
 from training.runs.folder import RunFolder
 
@@ -164,38 +172,44 @@ def test_a_run_that_takes_the_trainer_down_is_for_the_trainer_to_give_up(tmp_pat
     assert "train died 3 times at the same place: training.seed: Input should be a valid integer" in said
 
 
-@pytest.mark.timeout(400)  # vLLM starts three times
-def test_an_engine_that_cannot_start_ends_alignd_up_and_the_demo_with_its_cause(tmp_path: Path) -> None:
-    """What does not fit into any machine's memory, found out in vLLM's own process."""
-    settings = {"KV_CACHE_GIB": "1000000", "MAX_MODEL_LEN": "512", "PORT": "0"}
+def alignd(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command with these settings and no others of ours, to its end."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ALIGND_")}
-    environment |= {f"ALIGND_SERVING__{name}": value for name, value in settings.items()}
-    environment |= {"ALIGND_DATA_DIR": str(tmp_path / "demo")}
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "demo", "--quick"],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment |= {"ALIGND_DATA_DIR": str(folder), "ALIGND_SERVING__PORT": "0", **variables}
+    command = [sys.executable, "-m", "deploy.cli", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.timeout(600)  # vLLM starts three times
+def test_an_engine_that_cannot_start_ends_alignd_up_with_its_cause(tmp_path: Path) -> None:
+    """It asks for more than any machine's memory, which is found out in vLLM's own process."""
+    model = make_tiny_llama(tmp_path / "tiny")
+    settings = {"KV_CACHE_GIB": "1000000", "MAX_MODEL_LEN": "512", "INITIAL_MODEL": str(model)}
+    without = [argument for verb in VERBS if verb != "serve" for argument in ("--without", verb)]
+    done = alignd(tmp_path, "up", *without, **{f"ALIGND_SERVING__{name}": value for name, value in settings.items()})
     assert done.returncode == 1
-    assert done.stderr == ""
-    *story, failed, logs = done.stdout.splitlines()
-    assert "serve died 3 times at the same place: ValueError: Available memory on node" in failed
-    assert f"({tmp_path / 'demo' / 'logs' / 'serve.log'})" in failed
-    assert logs == f"The logs are in {tmp_path / 'demo' / 'logs'}"
-    assert story[0].startswith("alignd demo: a tiny random Llama.")
-    assert all(line.strip().startswith("start the server on vLLM") for line in story[1:])
-    up = (tmp_path / "demo" / "up.log").read_text()
+    last = done.stderr.splitlines()[-1]
+    assert "serve died 3 times at the same place: ValueError: Available memory on node" in last
+    assert last.endswith(f"({tmp_path / 'logs' / 'serve.log'})")
+    assert [is_alive(int(pid)) for pid in re.findall(r"runs as process (\d+)", done.stderr)] == [False] * 3
+
+
+def test_a_server_that_cannot_start_ends_the_demo_with_its_cause(tmp_path: Path) -> None:
+    done = alignd(tmp_path, "demo", "--quick", ALIGND_SERVING__INITIAL_MODEL=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "")
+    opening, *waiting, failed, logs = done.stdout.splitlines()
+    assert opening.startswith("alignd demo: a tiny random Llama.")
+    assert all(line.strip().startswith("start the server on vLLM") for line in waiting)
+    assert f"serve died 3 times at the same place: serving.initial_model: {tmp_path} holds no config.json" in failed
+    assert failed.endswith(f"({tmp_path / 'logs' / 'serve.log'})")
+    assert logs == f"The logs are in {tmp_path / 'logs'}"
+    up = (tmp_path / "up.log").read_text()
     assert up.splitlines()[-1] in failed
     assert [is_alive(int(pid)) for pid in re.findall(r"runs as process (\d+)", up)] == [False] * 6
 
 
 def test_a_server_whose_bus_is_away_may_be_started_again(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ALIGND_")}
-    environment |= {"ALIGND_DATA_DIR": str(tmp_path), "ALIGND_BUS": f"kafka://127.0.0.1:{free_port()}"}
-    done = subprocess.run([sys.executable, "-m", "deploy.cli", "serve"], cwd=REPOSITORY, env=environment, check=False)
+    done = alignd(tmp_path, "serve", ALIGND_BUS=f"kafka://127.0.0.1:{free_port()}")
     assert (done.returncode, can_recur(done.returncode)) == (os.EX_TEMPFAIL, False)
 
 
