@@ -1,4 +1,4 @@
-"""Attempts at a run: what ends it for good, what makes it wait, and when it is given up."""
+"""Attempts at a run: which errors end the run, which make it wait, and when it is given up."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ MOST_ATTEMPTS = 5
 PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 T = TypeVar("T")
 AWAY = (OSError, OperationalError, grpc.RpcError)
-"""What a full disk raises, a store or a server that is away, and a server that refuses."""
+"""Errors for a full disk, for a store or a server that does not answer, and for a server that refuses."""
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether this error, one of AWAY, may be gone later: all but a server's refusal, which would come again."""
+    """Whether this error, one of AWAY, may pass by itself. All may, except a refusal, which the server would repeat."""
     return not isinstance(error, grpc.RpcError) or error.code() in PASSING
 
 
 def describe(error: Exception) -> str:
-    """What an error says, in words for operators."""
+    """Returns what an error says, in words for operators."""
     if isinstance(error, grpc.RpcError):
         return f"serving {'is away' if is_transient(error) else 'refused'}: {error.details()}"
     return str(error)
 
 
 def retry_until_done(action: Callable[[], T]) -> T:
-    """Does it until it is done, however long a disk is full, or serving or the store away."""
+    """Returns the action's result, and repeats the action while a disk is full, or serving or the store is away."""
     while True:
         try:
             return action()
@@ -55,15 +55,16 @@ def retry_until_done(action: Callable[[], T]) -> T:
 
 
 def run_once(context: TrainerContext, folder: RunFolder) -> bool:
-    """Runs, or goes on with a run. False if a disk is full or serving or the store is away: then it goes on later.
+    """Makes an attempt at a run. Returns whether the run has ended.
 
-    A run that kills the trainer again and again is given up, so that there can be others.
+    It has not where a disk is full, or serving or the store is away: the run is then to be resumed later. A run that
+    kills the trainer again and again is given up, so that others can begin.
     """
     try:
         _attempt(context, folder)
         ended = True
     except AWAY as error:
-        # Several ranks each read the store: where one could not, they are out of step, and all begin again.
+        # Each of several ranks reads the store. Where one could not, ranks no longer do the same, and all must restart.
         if isinstance(error, OperationalError) and context.ranks.size > 1:
             folder.survived_attempt()
             raise
@@ -71,8 +72,8 @@ def run_once(context: TrainerContext, folder: RunFolder) -> bool:
         folder.wait(describe(error))
         ended = False
     except SystemExit as error:
-        # The trainer was told to end; the run did not do it. Of several ranks it may be torchrun that tells, since
-        # another died of the run.
+        # Somebody asked the trainer to end; the run did not make it end. With several ranks torchrun may have asked,
+        # because the run killed another rank.
         if context.ranks.size == 1 and not error.code:
             folder.survived_attempt()
         raise
@@ -105,15 +106,18 @@ def _count_attempt(folder: RunFolder) -> None:
 
 
 def end(engine: Engine, folder: RunFolder) -> None:
-    """Writes the reports of a run that has said how it ended, and forgets what it was asked. Harmless when repeated."""
+    """Writes the reports of a run whose end is recorded, and removes its state and any request to end it.
+
+    It may be repeated.
+    """
     _write_reports(folder)
-    # In this order: killed between the two, it leaves a request that concerns nobody any more.
+    # In this order: a trainer that is killed between the two leaves a request to end a run that has ended.
     folder.end()
     clear_abort(engine, folder.path.name)
 
 
 def _write_reports(folder: RunFolder) -> None:
-    """Writes what a person opens. Nothing is lost without it, so no failure of it is one of the run."""
+    """Writes what a person opens. Nothing is lost without it, so that a failure here does not fail the run."""
     from training.report.page import write_report
     from training.report.tensorboard import write_events
 

@@ -1,7 +1,8 @@
-"""How the trainer learns: when it starts, reward model, PPO, SFT, and what it must show before it registers a policy.
+"""The trainer's settings: when a run starts, how the reward model, PPO and SFT learn, and when a policy is promoted.
 
-Imports nothing heavy, so that the command line can show and refuse a configuration at once. A tiny model is trained by
-other values of these fields, not by other code; training/recipes has a file of values for each size of machine.
+This module imports nothing heavy, so that the command line can show or refuse a configuration at once. A tiny model is
+trained with other values of these fields, not by other code; training/recipes has a file of values for each size of
+machine.
 """
 
 from typing import Self
@@ -14,37 +15,50 @@ class RewardModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_layers: int = Field(20, ge=1, description="Layers of the reference policy that the reward model is built on.")
+    num_layers: int = Field(
+        20, ge=1, description="Lower layers of the reference policy that the reward model is built on."
+    )
     num_trained_layers: int = Field(
         0,
         ge=0,
-        description="Upper ones of these that it trains as its own. 0 fits the heads alone, which is convex: "
-        "best below about a thousand rankings.",
+        description="How many of these layers, the uppermost, are copied and trained. With 0 only the heads are "
+        "fitted, a convex problem: best below about a thousand rankings.",
     )
     num_heads: int = Field(
-        8, ge=2, description="Heads, each fitted to the rankings with random weights; where they differ it is unsure."
+        8,
+        ge=2,
+        description="Heads, each fitted to the rankings with random weights. Where the heads differ, the reward model "
+        "is unsure.",
     )
-    l2: float = Field(0.5, ge=0, description="Weight of the L2 penalty on the heads, which read unit variances.")
+    l2: float = Field(0.5, ge=0, description="Weight of the L2 penalty on the heads, whose inputs have variance 1.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate of trained layers; cosine to 10 %.")
-    head_learning_rate: float = Field(1e-3, gt=0, description="The same for the heads while layers are trained.")
+    head_learning_rate: float = Field(
+        1e-3, gt=0, description="Peak learning rate of the heads while layers are trained."
+    )
     batch_size: int = Field(8, ge=1, description="Rankings in one optimizer step, where layers are trained.")
     micro_batch_tokens: int = Field(
         4096,
         ge=1,
-        description="Most tokens of a ranking, its prompt and all completions: the longest completions of a longer one "
-        "are left out. Where layers are trained, also the most in one forward pass; gradients are accumulated.",
+        description="Most tokens of a ranking, its prompt and all completions together; of a longer ranking the "
+        "longest completions are left out. Where layers are trained, also the most tokens in one forward pass; "
+        "gradients are accumulated.",
     )
     max_rankings: int = Field(2000, ge=1, description="Most rankings that a refresh learns from, the newest first.")
     replay_share: float = Field(
-        0.5, ge=0, lt=1, description="Share of rankings already learned from, mixed with new ones, where layers train."
+        0.5,
+        ge=0,
+        lt=1,
+        description="Where layers are trained: share of a refresh's rankings that an earlier one has learned from.",
     )
     max_labeler_share: float = Field(
         0.2,
         gt=0,
         le=1,
-        description="A labeler with more than this share of the rankings weighs as if they had given no more.",
+        description="A labeler who gave more than this share of the rankings counts as if they had given this share.",
     )
-    held_out_share: float = Field(0.35, ge=0, lt=1, description="Share of users whose rankings only measure.")
+    held_out_share: float = Field(
+        0.35, ge=0, lt=1, description="Share of users who are held out: their rankings only measure."
+    )
     max_accuracy_drop: float = Field(
         0.0, ge=0, le=1, description="A refresh is refused if held-out accuracy falls by more than this."
     )
@@ -56,7 +70,7 @@ class LoraConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains full weights.")
-    alpha: float = Field(16.0, gt=0, description="Their scale, divided by the rank.")
+    alpha: float = Field(16.0, gt=0, description="Scale of the adapters, divided by the rank.")
 
 
 class PtxConfig(BaseModel):
@@ -69,25 +83,29 @@ class PtxConfig(BaseModel):
         description="Pretraining text: a .txt, .jsonl or .parquet file, each optionally .gz, or hf:name or "
         "hf:name:part of a Hugging Face dataset; empty for plain PPO.",
     )
-    text_field: str = Field("text", min_length=1, description="Field of the text in .jsonl, .parquet and datasets.")
+    text_field: str = Field(
+        "text", min_length=1, description="Name of the field that has the text, in .jsonl, .parquet and datasets."
+    )
     examples_per_episode: float = Field(
         1.0,
         gt=0,
-        description="Pretraining sequences per rollout, all passes together; at least one a process and step. "
-        "InstructGPT: 8.",
+        description="Pretraining sequences per rollout, all epochs together; at least one for each process and "
+        "optimizer step. InstructGPT: 8.",
     )
     sequence_tokens: int = Field(128, ge=2, description="Tokens in one pretraining sequence.")
     gamma: float | None = Field(
         None, ge=0, description="Weight of the pretraining gradient; not set: calibrated by grad_norm_ratio."
     )
     grad_norm_ratio: float = Field(
-        1.0, gt=0, description="Norm of the weighted pretraining gradient in terms of PPO's, where gamma is calibrated."
+        1.0,
+        gt=0,
+        description="Where gamma is calibrated: norm of the weighted pretraining gradient, divided by that of PPO's.",
     )
     num_calibration_steps: int = Field(4, ge=1, description="Optimizer steps over which gamma is calibrated.")
 
 
 class PpoConfig(BaseModel):
-    """PPO from the live policy, with KL from the reference policy."""
+    """PPO, which starts from the live policy and is penalised for KL from the reference policy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -96,13 +114,15 @@ class PpoConfig(BaseModel):
     rollouts_per_prompt: int = Field(4, ge=1, description="Rollouts of each of these prompts.")
     max_tokens: int = Field(64, ge=1, description="Most tokens in one rollout.")
     max_prompt_tokens: int = Field(256, ge=1, description="Prompts longer than this are left out.")
-    num_epochs: int = Field(1, ge=1, description="Passes over the rollouts of one round.")
-    num_minibatches: int = Field(2, ge=1, description="Optimizer steps in one pass.")
+    num_epochs: int = Field(1, ge=1, description="Epochs over the rollouts of one round.")
+    num_minibatches: int = Field(2, ge=1, description="Optimizer steps in one epoch.")
     micro_batch_tokens: int = Field(
         4096, ge=1, description="Most tokens, padding included, in one forward pass; gradients are accumulated."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Compute the policy's activations again in the backward pass; the value model's are kept."
+        False,
+        description="Compute the policy's activations again in the backward pass, in place of keeping them; the value "
+        "model's are kept.",
     )
     num_frozen_layers: int = Field(20, ge=0, description="Lower layers shared with the reference, never trained.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of full weights.")
@@ -110,41 +130,51 @@ class PpoConfig(BaseModel):
     value_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value model after warm-up.")
     num_warmup_rounds: int = Field(1, ge=0, description="Rounds over which both learning rates rise linearly.")
     ema_decay: float = Field(
-        0.0, ge=0, lt=1, description="Decay of the average of weights that is kept as the result; 0 keeps the last."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the running average of weights that is the result; with 0 the last weights are.",
     )
     kl_coef: float = Field(0.1, ge=0, description="Weight of the per-token KL penalty, in scores per nat.")
     target_kl: float | None = Field(
         None, gt=0, description="KL in nats a completion to which kl_coef is adapted; not set: kl_coef is fixed."
     )
-    kl_horizon: int = Field(1000, ge=1, description="Rollouts over which an adapted kl_coef follows.")
-    missing_eos_penalty: float = Field(0.5, ge=0, description="Taken from the score of a rollout that has no end.")
+    kl_horizon: int = Field(
+        1000, ge=1, description="Rollouts over which kl_coef is adapted: the more, the slower it changes."
+    )
+    missing_eos_penalty: float = Field(
+        0.5, ge=0, description="Subtracted from the score of a rollout that has no end token."
+    )
     score_clip: float = Field(3.0, gt=0, description="Scores are clipped to this many standard deviations.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="Weight of longer estimates in GAE.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="Lambda of GAE: the weight of longer estimates.")
     clip_range: float = Field(0.2, gt=0, description="The probability ratio is clipped to 1 ± this.")
-    value_clip_range: float = Field(0.2, gt=0, description="New values are clipped to the old ± this.")
+    value_clip_range: float = Field(0.2, gt=0, description="New values are clipped to the old values ± this.")
     value_coef: float = Field(
         0.1,
         ge=0,
-        description="Weight of the value loss. As AdamW cancels a factor, it decides when the value model's gradient "
-        "is clipped, and value_learning_rate how fast it learns.",
+        description="Weight of the value loss. AdamW cancels a constant factor, so this only decides when the value "
+        "model's gradient is clipped; value_learning_rate decides how fast it learns.",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     importance_cap: float = Field(
-        2.0, ge=1, description="Most that a token weighs for being likelier to the trainer than to the sampler."
+        2.0, ge=1, description="Greatest weight of a token that the trainer holds likelier than the sampler did."
     )
-    max_kl: float = Field(8.0, gt=0, description="KL from the reference, in nats a completion, at which PPO stops.")
+    max_kl: float = Field(8.0, gt=0, description="KL from the reference, in nats a completion, above which PPO stops.")
     max_sampler_gap: float = Field(
-        0.3, gt=0, description="Mean difference of sampler's and trainer's log-probabilities, in nats, that stops PPO."
+        0.3,
+        gt=0,
+        description="Mean difference between the sampler's and the trainer's log-probabilities, in nats a token, "
+        "above which PPO stops.",
     )
     max_held_out_drop: float = Field(
         3.0,
         gt=0,
-        description="PPO stops when the score by the held-out reward model, fitted to held-out labelers, is this many "
-        "standard errors below its best while the score by the reward model is above what it was then.",
+        description="PPO stops when the score by the held-out reward model is more than this many standard errors "
+        "below its best, while the score by the reward model is above what it was in that best round.",
     )
     checkpoint_every_rounds: int = Field(
-        1, ge=1, description="Rounds between checkpoints that a killed run resumes from."
+        1, ge=1, description="Rounds between two checkpoints, from which a killed run resumes."
     )
     ptx: PtxConfig = Field(default_factory=PtxConfig, description="The pretraining mix.")
 
@@ -166,12 +196,18 @@ class SftConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_epochs: int = Field(4, ge=1, description="Passes over the demonstrations; the best of them is kept.")
+    num_epochs: int = Field(
+        4, ge=1, description="Epochs over the demonstrations; the weights of the best epoch are the result."
+    )
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; cosine to 10 %.")
     batch_size: int = Field(8, ge=1, description="Demonstrations in one optimizer step.")
-    max_tokens: int = Field(512, ge=2, description="Longest demonstration with its prompt, in tokens.")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="Share of users whose prompts choose the epoch.")
-    min_demonstrations: int = Field(16, ge=1, description="Fewest demonstrations to begin with.")
+    max_tokens: int = Field(
+        512, ge=2, description="Most tokens of a demonstration with its prompt; longer ones are left out."
+    )
+    validation_share: float = Field(
+        0.1, gt=0, lt=1, description="Share of users whose prompts are used to choose the best epoch."
+    )
+    min_demonstrations: int = Field(16, ge=1, description="Fewest demonstrations that SFT begins with.")
 
 
 class TrainingConfig(BaseModel):
@@ -181,39 +217,45 @@ class TrainingConfig(BaseModel):
 
     min_new_rankings: int = Field(256, ge=1, description="New rankings that start a run.")
     max_wait_seconds: float | None = Field(
-        None, gt=0, description="Age of the oldest new ranking that starts a run with fewer; not set: no age does."
+        None,
+        gt=0,
+        description="A run starts with fewer new rankings once the oldest of them is this old; not set: never.",
     )
     run_every_seconds: float | None = Field(
         None,
         gt=0,
-        description="A run starts this long after the last began, if there is a new ranking; not set: never.",
+        description="A run starts this long after the last one began, if there is a new ranking; not set: never.",
     )
-    poll_seconds: float = Field(1.0, gt=0, description="Seconds between two looks at the store.")
-    lease_seconds: float = Field(60.0, gt=0, description="Seconds after which a silent trainer's place may be taken.")
-    seed: int = Field(0, ge=0, description="Seed of all that is drawn at random.")
-    promote: bool = Field(True, description="Ask for the new version to go live once it is registered.")
+    poll_seconds: float = Field(1.0, gt=0, description="Seconds between two checks of the store for new rankings.")
+    lease_seconds: float = Field(
+        60.0, gt=0, description="Seconds after which another trainer may take the place of one that does not answer."
+    )
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+    promote: bool = Field(True, description="Ask serving to make the new version live once it is registered.")
     min_win_rate: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="Win rate over the reference, by the reward model, "
-        "that the lower end of the interval must pass before a version is promoted.",
+        description="A version is promoted only if the lower end of the interval of its win rate over the reference "
+        "policy, by the reward model, is above this.",
     )
     num_evaluation_prompts: int = Field(
         64, ge=2, description="Most held-out prompts that a new policy is evaluated on."
     )
-    num_probes: int = Field(4, ge=1, le=64, description="Probes in the manifest.")
+    num_probes: int = Field(
+        4, ge=1, le=64, description="Probes in a version's manifest, by which serving proves that it serves it."
+    )
     num_processes: int = Field(
         1, ge=1, description="Processes, one a GPU, that share the models being trained and the rollouts (FSDP)."
     )
     max_num_seqs: int = Field(64, ge=1, description="Most rollouts that the engine draws at once.")
-    kv_cache_mib: int = Field(512, ge=16, description="Memory for the rollout engine's KV cache, in MiB.")
+    kv_cache_mib: int = Field(512, ge=16, description="Memory of the rollout engine's KV cache, in MiB.")
     reward_model: RewardModelConfig = Field(default_factory=RewardModelConfig, description="The reward model.")
     ppo: PpoConfig = Field(default_factory=PpoConfig, description="PPO.")
     sft: SftConfig = Field(default_factory=SftConfig, description="Supervised fine-tuning.")
 
     @model_validator(mode="after")
-    def _processes_have_equal_shares(self) -> Self:
+    def _processes_can_share_evenly(self) -> Self:
         if self.ppo.prompts_per_round % (self.ppo.num_minibatches * self.num_processes):
             raise ValueError(
                 f"ppo.prompts_per_round ({self.ppo.prompts_per_round}) must be a multiple of ppo.num_minibatches "
@@ -222,7 +264,7 @@ class TrainingConfig(BaseModel):
         return self
 
 
-# What settings were called in earlier releases: the old name is refused with the new one.
+# Settings by the names that they had in earlier releases: an old name is refused, and the error gives the new one.
 RENAMED = {
     "ppo.num_steps": "ppo.num_rounds",
     "ppo.prompts_per_step": "ppo.prompts_per_round",

@@ -1,4 +1,4 @@
-"""What a training run works with: places it shares with others, the versions it starts from, its data and rewards."""
+"""What a training run works with: what it shares with other runs, the versions it starts from, its data and rewards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainerContext:
-    """What outlives a run: where things are read and written, and who may interrupt."""
+    """What all runs of a trainer share: the store, the sampler, serving, and the call by which operators interrupt."""
 
     store: Store
     draw: Draw
@@ -43,16 +43,16 @@ class TrainerContext:
     """Called with the run's id between two rounds or phases: waits while the trainer is paused, raises to end the run.
     """
     ranks: Ranks
-    """The first of them alone talks to serving and writes; all call `between_rounds`."""
+    """Only the first rank calls serving and writes files; all ranks call `between_rounds`."""
 
     def text(self, rollout: Rollout) -> str:
-        """Returns what a user would read of a completion."""
+        """Returns a completion as the text that a user would read."""
         return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run works with throughout."""
+    """What one run works with from start to end."""
 
     context: TrainerContext
     folder: RunFolder
@@ -81,18 +81,18 @@ class Parents:
 
     @property
     def live_folder(self) -> Path:
-        """Where the policy that PPO goes on from lies."""
+        """The folder of the policy that PPO starts from."""
         return artifact_folder(self.live.artifact_uri)
 
     @property
     def reference_folder(self) -> Path:
-        """Where the policy that KL is measured from lies."""
+        """The folder of the policy that KL is measured from."""
         return artifact_folder(self.reference.artifact_uri)
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """What scores, and what the reference policy wrote to the held-out prompts, which it scores 0 on average."""
+    """Both reward models, and the reference policy's answers to the held-out prompts, whose mean score is 0."""
 
     model: RewardModel
     held_out_model: RewardModel
@@ -101,7 +101,7 @@ class Rewards:
 
 
 def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
-    """Asks serving for the live policy and for the reference policy that its lineage is measured from."""
+    """Asks serving for the live policy, and for the reference policy that its KL is measured from."""
     live = client.get("live", timeout_seconds)
     return Parents(live, client.get(f"v{live.manifest.reference_version}"))
 
@@ -114,9 +114,10 @@ def open_context(
     between_rounds: Callable[[str], None],
     ranks: Ranks,
 ) -> TrainerContext:
-    """Starts the rollout engine while rankings are still coming in, but not while the server starts its own.
+    """Waits until the server is ready, starts the rollout engine, and returns the context.
 
-    Of several ranks the first one's `config` counts, and its `between_rounds` alone is called.
+    The two engines do not start at the same time. Of several ranks only the first one's `config` and `between_rounds`
+    are used.
     """
     # Takes seconds to import.
     from transformers import AutoTokenizer

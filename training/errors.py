@@ -1,9 +1,9 @@
-"""What can go wrong in a training run."""
+"""Errors that end a training run."""
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on; the message says why. The policy that is live stays as it is."""
+    """A run cannot continue; the message says why. The live policy stays as it is."""
 
 
 class RunAbortedError(TrainingError):
-    """Somebody asked for the run to end."""
+    """An operator asked for the run to end."""

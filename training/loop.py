@@ -1,8 +1,10 @@
-"""The training service: waits for enough new rankings, runs, and waits again, for ever; one at a time by a lease.
+"""The training service: waits for enough new rankings, trains, and waits again, for ever. A lease keeps it to one.
 
-A run that was killed is gone on with before any other is begun. What operators ask is heard between two steps.
+A run that was killed is resumed before another begins. Between two rounds, and between two phases of a run, the trainer
+looks whether an operator has paused it or ended the run.
 
-Of several ranks (training.models.parallel) the first one does all this, and the others follow it through its runs.
+Where there are several ranks (training.models.parallel), the first one does all this, and the others follow it through
+its runs.
 """
 
 from __future__ import annotations
@@ -44,9 +46,12 @@ CURSOR_FILE = "rankings_seen"
 def run_trainer(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> None:
-    """Runs until SIGTERM or SIGINT. A run that fails leaves the live policy as it is, and why in its metrics.jsonl.
+    """Trains until SIGTERM or SIGINT.
 
-    Raises TrainingError if torchrun has not started `num_processes`.
+    A run that fails leaves the live policy as it is, and writes the reason to its metrics.jsonl.
+
+    Raises:
+        TrainingError: torchrun has not started as many processes as `num_processes` says.
     """
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
@@ -82,7 +87,7 @@ def run_trainer(
 
 
 def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Path, serving_address: str) -> NoReturn:
-    """What all ranks but the first do: take part in each run that it begins."""
+    """Takes part in each run that the first rank begins; every other rank does this."""
     from training.context import open_context
     from training.models.parallel import led
     from training.run import run
@@ -100,10 +105,12 @@ def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Pa
 def run_sft_once(
     config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
 ) -> int:
-    """Fine-tunes on the store's demonstrations, or goes on with that, and returns the version that was registered.
+    """Fine-tunes on the store's demonstrations, or resumes that, and returns the version that was registered.
 
-    Raises TrainingError if that cannot be done, or another trainer works on the store; the message says what to do.
-    What else it raises, such as for a full disk, leaves the run as it is, to be gone on with.
+    An error of any other kind, such as OSError for a full disk, leaves the run as it is, to be resumed.
+
+    Raises:
+        TrainingError: it cannot be done, or another trainer works on the store; the message says what to do.
     """
     from feedback.store.engine import open_engine
     from feedback.store.reader import Store
@@ -126,14 +133,14 @@ def run_sft_once(
         context = open_context(roomy, store, client, policies_dir, control.between_rounds, ALONE)
         if begun:
             run_id = begun.path.name
-            logger.info("going on with %s and its recipe; `alignd runs abort %s` ends it instead", run_id, run_id)
+            logger.info("resuming %s with its own recipe; `alignd runs abort %s` ends it instead", run_id, run_id)
         folder = begun or RunFolder.create(runs_dir, _new_run_id() + SFT_SUFFIX, config, origin=None)
         folder.rewind("stopped", 0)
         try:
             version = run_sft(context, folder).version
         except (TrainingError, ArtifactError, grpc.RpcError) as error:
             if isinstance(error, grpc.RpcError) and is_transient(error):
-                raise TrainingError(f"{describe(error)}; `alignd sft` goes on with {folder.path.name}") from error
+                raise TrainingError(f"{describe(error)}; `alignd sft` resumes {folder.path.name}") from error
             folder.log("stopped", 0, 1, {"reason": describe(error)})
             end(engine, folder)
             raise TrainingError(describe(error)) from error
@@ -163,25 +170,25 @@ class Cursor:
     path: Path
 
     def read(self) -> int:
-        """0 before the first run."""
+        """Returns the number; 0 before the first run."""
         return int(self.path.read_text()) if self.path.exists() else 0
 
     def write(self, seq: int) -> None:
-        """Replaces it at once or not at all."""
+        """Replaces the number, whole or not at all."""
         replace_file(self.path, str(seq))
 
 
 def is_due(
     config: TrainingConfig, *, num_new: int, oldest_new: float | None, last_began: float | None, now: float
 ) -> bool:
-    """Whether a run should begin: enough new rankings, or one that has waited long enough, or the hour has come.
+    """Whether a run should begin: there are enough new rankings, or one has waited long enough, or it is time again.
 
     Args:
-        config: with the three triggers.
+        config: has the three triggers.
         num_new: rankings that no run has seen.
-        oldest_new: when the first of them was given, Unix seconds.
-        last_began: when the last run began.
-        now: the time.
+        oldest_new: when the first of them was given, in Unix seconds.
+        last_began: when the last run began, in Unix seconds.
+        now: the present time, in Unix seconds.
     """
     if num_new >= config.min_new_rankings:
         return True
@@ -194,7 +201,10 @@ def is_due(
 
 
 def _roomy(config: TrainingConfig, folder: RunFolder | None) -> TrainingConfig:
-    """The configuration with room in the engine for the run that is to be gone on with, which has its own recipe."""
+    """Returns the configuration with its own lengths or those of the unfinished run's recipe, whichever are greater.
+
+    The engine must have room for both.
+    """
     if not folder:
         return config
     present, begun = config.ppo, folder.config().ppo
@@ -223,11 +233,11 @@ def _begin_run(control: OperatorControl, context: TrainerContext, runs_dir: Path
 
 
 def _new_run_id() -> str:
-    """Sorts by time."""
+    """Returns an id; ids sort by time."""
     return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
 
 
 def last_began(runs_dir: Path) -> float | None:
-    """When the last run that learned from rankings began."""
+    """Returns when the last run that learned from rankings began, in Unix seconds; None if there was none."""
     found = (path for path in runs_dir.glob("*/recipe.json") if not path.parent.name.endswith(SFT_SUFFIX))
     return max((path.stat().st_mtime for path in found), default=None)

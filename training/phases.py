@@ -1,4 +1,4 @@
-"""Performs the phases of a run, one after the other: by all ranks together, or by the first for all of them."""
+"""Performs a phase of a run: by all ranks together, or by the first rank for all of them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Phase(Generic[T]):
     make: Callable[[], T]
     """Does the work, and returns the result."""
     load: Callable[[], T | None] | None = None
-    """Reads back from `state/` what `make` left there, now or in an earlier attempt; None if nothing is there yet.
+    """Returns what `make` has written to `state/`, now or in an earlier attempt; None if it has written nothing yet.
 
-    Not set for a phase that leaves nothing: its result must be small enough to be sent to the other ranks.
+    Not set for a phase that writes nothing there: its result must then be small enough to be sent to the other ranks.
     """
     collective: bool = False
-    """All ranks make it together, each for itself. Otherwise the first makes it while the others wait."""
+    """Whether all ranks make it together, each for itself. Otherwise the first makes it while the others wait."""
 
 
 def perform(context: TrainerContext, run_id: str, phase: Phase[T]) -> T:
     """Returns the result of a phase, made now unless an earlier attempt has made it.
 
-    Every rank calls this for the same phases in the same order. Operators are heard before each phase.
+    Every rank calls this for the same phases in the same order. Before each phase it waits while the trainer is paused.
 
     Raises:
         RunAbortedError: an operator has asked for the run to end.
-        TrainingError: the first rank could not make the phase, which says there why.
+        TrainingError: the first rank could not make the phase; the first rank raises the cause itself.
     """
     context.between_rounds(run_id)
     logger.info("run %s: %s", run_id, phase.name)
@@ -54,5 +54,5 @@ def perform(context: TrainerContext, run_id: str, phase: Phase[T]) -> T:
 
     led(context.ranks, make_unless_made)
     result = load()
-    assert result is not None, f"the phase {phase.name} has left nothing"
+    assert result is not None, f"the phase {phase.name} has written nothing to state/"
     return result

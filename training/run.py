@@ -1,7 +1,7 @@
 """One training run, start to end: reward model, PPO, evaluation, and the new version handed to serving.
 
-A run that was killed is resumed from what `state/` in its folder holds: each phase that has ended is read back, and PPO
-resumes from its last checkpoint, so that the result is the same, bit for bit, as without the kill (on a CPU).
+A run that was killed is resumed from what its folder has in `state/`: the result of each phase that has ended is read
+back, and PPO resumes from its last checkpoint. On a CPU the run's result is the same, bit for bit, as without the kill.
 
 Several ranks call `run` together (training.models.parallel, training.phases).
 """
@@ -21,14 +21,14 @@ from training.ppo.run_ppo import optimise
 from training.rewards.run_rewards import load_rewards, make_rewards
 from training.runs.folder import RunFolder
 
-LEAST_HELD_OUT = 2  # of one score there is no deviation
+LEAST_HELD_OUT = 2  # a single score has no standard deviation
 
 
 def run(context: TrainerContext, folder: RunFolder) -> int:
     """Trains from the store's rankings, or resumes that, and registers the result. Returns its version.
 
     Raises:
-        TrainingError: something is not finite, or there is too little to learn from; nothing is registered then.
+        TrainingError: a loss or a gradient is not finite, or there is too little to learn from. Nothing is registered.
     """
     run_id = folder.path.name
     if not perform(context, run_id, Phase("look for its version", lambda: is_made(context, run_id))):
@@ -51,7 +51,7 @@ def _open(context: TrainerContext, folder: RunFolder) -> Run:
     """Returns what the run works with, the same in every attempt."""
     config, origin = folder.config(), folder.origin()
     torch.manual_seed(config.seed)
-    # An index's backward pass adds in whatever order threads come, unless told otherwise.
+    # Without this, the backward pass of indexing adds gradients in whatever order the threads come.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     parents = perform(
@@ -79,7 +79,7 @@ def _open(context: TrainerContext, folder: RunFolder) -> Run:
     if not (data.training and data.training_prompts and len(data.held_out_prompts) >= LEAST_HELD_OUT):
         raise TrainingError(
             f"too little to learn from: {len(data.training)} rankings with a comparison, "
-            f"{len(data.training_prompts)} prompts to train on, {len(data.held_out_prompts)} held out "
-            f"of {LEAST_HELD_OUT} at least"
+            f"{len(data.training_prompts)} prompts to train on, {len(data.held_out_prompts)} held-out prompts "
+            f"(at least {LEAST_HELD_OUT} are needed)"
         )
     return Run(context, folder, config, parents, SharedLayers(load_model(parents.reference_folder)), data)

@@ -1,9 +1,10 @@
-"""Supervised fine-tuning on demonstrations, with TRL's SFTTrainer: the policy that PPO starts from and is held to.
+"""Supervised fine-tuning on demonstrations, with TRL's SFTTrainer: makes the policy that PPO starts from.
 
-As in InstructGPT, appendix C.1: loss on the demonstrated completions alone, cosine to 10 %, and of all epochs the one
-whose completions of validation prompts the reward model likes best; validation loss overfits long before that.
+As in InstructGPT, appendix C.1: the loss counts the demonstrated completions alone, the learning rate falls to 10 %
+along a cosine, and the result is the epoch whose completions of validation prompts have the highest score by the reward
+model. Validation loss would overfit long before that epoch.
 
-TRL's trainer writes a checkpoint an epoch, and reads its pickled parts back as tensors and numbers alone.
+TRL's trainer writes a checkpoint after each epoch. Its pickled parts are read back as tensors and numbers alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ STATE, WEIGHTS = "trainer_state.json", "epoch-{}.safetensors"
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the completion that somebody wanted, in tokens; the completion has its end token."""
+    """A prompt and the completion that a user demonstrated, in tokens; the completion has its end token."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -52,7 +53,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to."""
+    """The figures of one epoch."""
 
     index: int
     loss: float
@@ -61,7 +62,7 @@ class Epoch:
 
 
 Scorer = Callable[[dict[str, Tensor]], float]
-"""Mean score of what a policy of these weights writes to the validation prompts."""
+"""Returns the mean score of the answers of a policy of these weights to the validation prompts."""
 
 
 def fine_tune(
@@ -75,10 +76,13 @@ def fine_tune(
     seed: int,
     log: Callable[[Epoch], None],
 ) -> tuple[dict[str, Tensor], list[Epoch]]:
-    """Returns the weights of the epoch that `score_of` liked best, in bf16 by the checkpoint's names, and all epochs.
+    """Returns the weights of the epoch with the highest score, in bf16 by the checkpoint's names, and all epochs.
 
-    Goes on after the last epoch that is whole in `scratch`, with the same bits on a CPU as if it had never been killed.
-    Raises TrainingError if there are too few demonstrations, or if the loss is not finite.
+    Resumes after the last epoch that is whole in `scratch`. On a CPU the result is bit for bit what it would have been
+    without the kill.
+
+    Raises:
+        TrainingError: there are too few demonstrations, or no epoch had a finite loss.
     """
     short = [each for each in demonstrations if len(each.prompt) + len(each.completion) <= config.max_tokens]
     if len(short) < config.min_demonstrations:
@@ -105,7 +109,7 @@ def fine_tune(
 
 
 def best_of(epochs: Iterable[Epoch]) -> Epoch | None:
-    """The first of those with the greatest score, of those whose loss is finite; None if there is none."""
+    """Returns the first epoch with the greatest score, among those with a finite loss; None if there is none."""
     return max((epoch for epoch in epochs if math.isfinite(epoch.loss)), key=lambda epoch: epoch.score, default=None)
 
 
@@ -143,16 +147,16 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
         seed=seed,
         data_seed=seed,
     )
-    # Of several GPUs it would take all, by DataParallel, which TRL refuses.
+    # Where there are several GPUs it would use all of them by DataParallel, which TRL refuses.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
 
 
 class _Scored(TrainerCallback):
-    """Judges each epoch as it ends, and keeps the weights of the best in `scratch`.
+    """Scores each epoch when it ends, and keeps the weights of the best one in `scratch`.
 
-    The score goes into the trainer's own log, which its checkpoints hold.
+    The score goes into the trainer's own log, which is part of its checkpoints.
     """
 
     def __init__(self, score_of: Scorer, log: Callable[[Epoch], None], scratch: Path) -> None:
@@ -167,10 +171,10 @@ class _Scored(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Called with the mean loss of an epoch, once at its end, before its checkpoint is written."""
+        """Scores the epoch: called with its mean loss, once at its end, before its checkpoint is written."""
         if "loss" not in (logs or {}):
             return
-        weights = checkpoint_weights(model)
+        weights = _checkpoint_weights(model)
         state.log_history[-1][SCORE] = self.score_of(weights)
         *_, epoch = epochs = _epochs(state)
         if epoch is best_of(epochs):
@@ -178,7 +182,7 @@ class _Scored(TrainerCallback):
         self.log_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Called once a checkpoint is written: nobody goes on from before it."""
+        """Removes all weights except the best: called once a checkpoint is written, so that no resume needs them."""
         best = best_of(_epochs(state))
         for path in self.scratch.glob(WEIGHTS.format("*")):
             if best is None or path != _weights_file(self.scratch, best):
@@ -195,14 +199,14 @@ def _weights_file(scratch: Path, epoch: Epoch) -> Path:
 
 
 def _newest_checkpoint(scratch: Path) -> str | None:
-    """The one to go on from; None if there is none."""
+    """Returns the checkpoint to resume from; None if there is none."""
     whole = [path.parent for path in scratch.glob(f"checkpoint-*/{STATE}") if _is_whole(path)]
     newest = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     return str(newest) if newest else None
 
 
 def _is_whole(state: Path) -> bool:
-    """Of a checkpoint's files the trainer writes this one last."""
+    """Whether this file, the last one of a checkpoint that the trainer writes, is complete."""
     try:
         json.loads(state.read_text())
     except json.JSONDecodeError:
@@ -210,8 +214,8 @@ def _is_whole(state: Path) -> bool:
     return True
 
 
-def checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's weights in bf16, copied, by the names of its checkpoint."""
+def _checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies the model's weights in bf16, by the names that they have in its checkpoint."""
     weights = {name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)

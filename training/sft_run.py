@@ -1,7 +1,7 @@
-"""One run of supervised fine-tuning, start to end: demonstrations of the store become a reference policy of its own.
+"""One run of supervised fine-tuning, start to end: from the store's demonstrations to a new reference policy.
 
-What it registers starts a lineage: KL is measured from it once an operator has promoted it. It is never promoted by
-itself. A run that was killed goes on after its last whole epoch, with the demonstrations that it began with.
+The version that it registers starts a lineage: once an operator has promoted it, KL is measured from it. The trainer
+never promotes it. A run that was killed resumes after its last whole epoch, with the demonstrations that it began with.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCORE = "reward_model/mean_score_on_validation_prompts"
 BEGINNING = "beginning.json"
 NO_REWARDS = (
     "SFT chooses its epoch by the reward model, and there is none for this reference policy yet: "
-    "it comes with the first run of `alignd train`"
+    "the first run of `alignd train` makes it"
 )
 
 
@@ -53,8 +53,8 @@ Asked = list[tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a run works with throughout. It has users' text, and is kept in `state/` until the run has ended."""
+class _Beginning:
+    """What a run works with from start to end. It has users' text, and is kept in `state/` until the run has ended."""
 
     reference_version: int
     reward_run_id: str
@@ -64,14 +64,14 @@ class Beginning:
     """The validation prompts."""
 
 
-FORM = TypeAdapter(Beginning)
+FORM = TypeAdapter(_Beginning)
 
 
 def run_sft(context: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
-    """Fine-tunes the reference policy and registers the result as a candidate, or resumes that; returns it.
+    """Fine-tunes the reference policy, or resumes that, and registers the result as a candidate; returns the candidate.
 
     Raises:
-        TrainingError: there are too few demonstrations, or no reward model yet to choose the epoch by.
+        TrainingError: there are too few demonstrations, or there is no reward model yet to choose the epoch by.
     """
     context.between_rounds(folder.path.name)
     if not is_made(context, folder.path.name):
@@ -88,7 +88,7 @@ def _reason_of(manifest: PolicyManifest) -> str:
 
 
 def _make(context: TrainerContext, folder: RunFolder) -> None:
-    """Fine-tunes, and writes the version."""
+    """Fine-tunes and writes the version."""
     config, kept, checkpoints = folder.config(), folder.state / BEGINNING, folder.state / "trl"
     if not kept.exists():
         replace_file(kept, FORM.dump_json(_begin(context, folder)).decode())
@@ -125,7 +125,7 @@ def _make(context: TrainerContext, folder: RunFolder) -> None:
     _write(context, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
 
 
-def _begin(context: TrainerContext, folder: RunFolder) -> Beginning:
+def _begin(context: TrainerContext, folder: RunFolder) -> _Beginning:
     """Chooses what the run works with."""
     config, fitted = folder.config(), current(folder.path.parent)
     if fitted is None:
@@ -136,7 +136,7 @@ def _begin(context: TrainerContext, folder: RunFolder) -> Beginning:
         held_out_share=config.reward_model.held_out_share,
         validation_share=config.sft.validation_share,
     )
-    return Beginning(
+    return _Beginning(
         find_parents(context.client, START_SECONDS).reference.version,
         fitted.run_id,
         [_tokens(context, each) for each in learned],
@@ -145,9 +145,9 @@ def _begin(context: TrainerContext, folder: RunFolder) -> Beginning:
 
 
 def _scorer(
-    context: TrainerContext, folder: RunFolder, beginning: Beginning, reference: policy_service_pb2.Policy
+    context: TrainerContext, folder: RunFolder, beginning: _Beginning, reference: policy_service_pb2.Policy
 ) -> Scorer:
-    """Scores what weights answer to the validation prompts."""
+    """Returns what scores weights by their answers to the validation prompts."""
     config, runs_dir = folder.config(), folder.path.parent
     shared = SharedLayers(load_model(artifact_folder(reference.artifact_uri)))
     rewards = RewardModel(shared, config.reward_model)
@@ -166,7 +166,7 @@ def _scorer(
 def _answers(
     context: TrainerContext, config: TrainingConfig, asked: Asked, weights: Mapping[str, Tensor]
 ) -> list[tuple[int, ...]]:
-    """What a policy of these weights writes to these prompts, the same each time."""
+    """Returns the answers of a policy of these weights to these prompts, the same each time."""
     prompts = [tokens for tokens, _ in asked]
     drawn = context.draw(Request(weights.items(), prompts, 1, config.ppo.max_tokens, config.seed))
     return [each[0].token_ids for each in drawn]
@@ -175,11 +175,11 @@ def _answers(
 def _write_samples(
     context: TrainerContext,
     folder: RunFolder,
-    beginning: Beginning,
+    beginning: _Beginning,
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> None:
-    """What policies of these weights write to the first of the validation prompts."""
+    """Writes how policies of these weights answer the first few validation prompts."""
     shown = beginning.asked[:NUM_SAMPLE_PAIRS]
     old, new = (_answers(context, folder.config(), shown, weights) for weights in (before, after))
     folder.write_samples(
@@ -193,13 +193,13 @@ def _write_samples(
 def _validation_prompts(
     context: TrainerContext, config: TrainingConfig, validating: Sequence[StoredDemonstration]
 ) -> dict[tuple[int, ...], str]:
-    """In tokens, and as text. Those that the engine has no room for are left out."""
+    """Returns the text of each validation prompt by its tokens, without prompts that are too long for the engine."""
     asked = {_prompt(context, each): text_of(each.prompt) for each in validating}
     short = {tokens: text for tokens, text in asked.items() if len(tokens) <= config.ppo.max_prompt_tokens}
     if not short:
         raise TrainingError(
-            "SFT: of the users that sft.validation_share holds out there is no demonstration for a prompt of theirs of "
-            f"at most ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens}"
+            "SFT: the users that sft.validation_share holds out have demonstrated no prompt of their own with at most "
+            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens} tokens"
         )
     return short
 
@@ -213,7 +213,7 @@ def _decode(context: TrainerContext, token_ids: tuple[int, ...]) -> str:
 
 
 def _tokens(context: TrainerContext, each: StoredDemonstration) -> Demonstration:
-    # A demonstration is whole: it has its end.
+    # A demonstration is complete, so that it has its end token.
     return Demonstration(_prompt(context, each), completion_token_ids_of(context.tokenizer, each.text, ended=True))
 
 
@@ -229,7 +229,7 @@ def _write(
     manifest = new_manifest(
         version,
         parent_version=reference.version,
-        # It starts a lineage of its own.
+        # It starts its own lineage.
         reference_version=version,
         training=TrainingLineage(
             run_id=folder.path.name, algorithm="sft", recipe_json=config.model_dump_json(), seed=config.seed

@@ -95,7 +95,7 @@ def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exception]
 
 def test_sft_goes_on_when_serving_is_back_and_ends_when_it_refuses(tmp_path: Path, refusing: list[Exception]) -> None:
     refusing += [AWAY, OSError(errno.ENOSPC, "No space left on device"), REFUSAL, ArtifactError("a file is missing")]
-    with pytest.raises(TrainingError, match="serving is away: connection refused; `alignd sft` goes on with"):
+    with pytest.raises(TrainingError, match="serving is away: connection refused; `alignd sft` resumes"):
         run_once(tmp_path, TrainingConfig())
     with pytest.raises(OSError, match="No space"):
         run_once(tmp_path, TrainingConfig())
