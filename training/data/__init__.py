@@ -1,1 +1,1 @@
-"""What a run learns from, and the statistics of what it measures."""
+"""The data that a run learns from, and the statistics of what it measures."""

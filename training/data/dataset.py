@@ -1,8 +1,8 @@
-"""What a run learns from and what it is evaluated on: rankings and prompts of the store, in tokens, split by user.
+"""Makes the data of a run from the store's rankings and prompts: in tokens, and split by user.
 
-A user is held out by a hash of their id, and a prompt if the first who sent it is, so that the split stays the same at
-every refresh. What measures is of held-out users on held-out prompts, what is learned from of the others on the others;
-a ranking between the two does neither.
+A hash of their id decides whether a user is held out. A prompt is held out if the first user who sent it is. So the
+split stays the same at every refresh. Rankings by held-out users of held-out prompts only measure; the reward model
+learns from rankings by the other users of the other prompts; all remaining rankings are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_STORED_PROMPTS = 100_000
 
 @dataclass(frozen=True)
 class LogRange:
-    """Records of a partition, by their first and last offset."""
+    """A range of records in one partition of the log."""
 
     topic: str
     partition: int
@@ -53,7 +53,7 @@ class Dataset:
     rankings: tuple[LogRange, ...]
     """Where in the log the training rankings are."""
     held_out_texts: frozenset[str]
-    """Of all prompts that are held out, those that are too long as well."""
+    """The texts of all held-out prompts, also of those that are too long."""
 
 
 def make_dataset(
@@ -67,8 +67,8 @@ def make_dataset(
 ) -> Dataset:
     """Splits rankings and prompts by user and tokenizes them.
 
-    Prompts longer than `max_prompt_tokens` are left out, and of a ranking longer than `max_group_tokens` the longest
-    completions: whatever users send, no row is longer than there is memory for.
+    Prompts longer than `max_prompt_tokens` are left out, and so are the longest completions of a ranking that is longer
+    than `max_group_tokens`. So no row needs more memory than there is, whatever users send.
     """
     held_out_texts = _held_out_texts(groups, prompts, held_out_share)
     tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
@@ -93,10 +93,10 @@ def split_demonstrations(
     held_out_share: float,
     validation_share: float,
 ) -> tuple[list[StoredDemonstration], list[StoredDemonstration]]:
-    """The demonstrations that SFT learns from, and those whose prompts choose its epoch, by the same rule as rankings.
+    """Returns the demonstrations that SFT learns from, and those whose prompts are used to choose its best epoch.
 
-    What measures rankings, `held_out_share` of the users and the prompts that these were the first to send, as far as
-    `prompts` lists them, is not learned from here either.
+    The rule is that for rankings. SFT learns nothing from users and prompts that rankings hold out by `held_out_share`,
+    as far as `prompts` lists who was the first to send a prompt.
     """
     share = max(held_out_share, validation_share)
     texts = _held_out_texts(stored, prompts, share)
@@ -110,7 +110,7 @@ def _held_out_texts(
     feedback: Sequence[RankedGroup] | Sequence[StoredDemonstration], prompts: Sequence[StoredPrompt], share: float
 ) -> frozenset[str]:
     listed = {text_of(each.prompt) for each in prompts}
-    # A prompt that is not among the newest, which are listed, goes with its ranking or demonstration.
+    # Only the newest prompts are listed. Another prompt counts as first sent by whoever ranked or demonstrated it.
     senders = [(text_of(each.prompt), each.first_user_id) for each in prompts] + [
         (text, each.user_id) for each in feedback if (text := text_of(each.prompt)) not in listed
     ]
@@ -118,19 +118,19 @@ def _held_out_texts(
 
 
 def is_held_out(user_id: str, share: float) -> bool:
-    """Whether this user's rankings only measure. The same answer for ever, for a share of all users."""
+    """Whether this user is held out. About `share` of all users are, and the answer for a user never changes."""
     digest = hashlib.sha256(b"alignd held-out users\n" + user_id.encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def completion_token_ids(tokenizer: PreTrainedTokenizerBase, completion: RankedCompletion) -> tuple[int, ...]:
-    """A stored completion's text in tokens, with the end token if the policy ended it."""
+    """Returns a stored completion's text in tokens, with the end token if the policy ended it."""
     return completion_token_ids_of(tokenizer, completion.text, ended=completion.ended)
 
 
 def completion_token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, ended: bool) -> tuple[int, ...]:
-    """A completion's text in tokens, with the end token if it ended there."""
-    # Text that looks like a special token was never one: the server decodes without them.
+    """Returns a completion's text in tokens, with the end token if the completion has `ended`."""
+    # Text that looks like a special token is only text: the server leaves special tokens out when it decodes.
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     if ended:
         tokens.append(int(tokenizer.eos_token_id))
@@ -138,7 +138,7 @@ def completion_token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, en
 
 
 def log_ranges(groups: Sequence[RankedGroup]) -> tuple[LogRange, ...]:
-    """The first and last offset of these rankings in each partition of the log."""
+    """Returns the first and last offset of these rankings in each partition of the log."""
     offsets: dict[tuple[str, int], list[int]] = {}
     for group in groups:
         offsets.setdefault((group.position.topic, group.position.partition), []).append(group.position.offset)
@@ -163,7 +163,7 @@ def _examples(
 
 
 def _fitting(scored: list[tuple[tuple[int, ...], int]], room: int) -> list[tuple[tuple[int, ...], int]]:
-    """In their order, the completions that are left when the longest have gone until all have room."""
+    """Removes the longest completions until the others have room, and returns these in their order."""
     while scored and sum(len(tokens) for tokens, _ in scored) > room:
         scored.remove(max(scored, key=lambda each: len(each[0])))
     return scored
@@ -178,7 +178,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: StoredPrompt) -> Token
 
 
 def text_of(prompt: types_pb2.Prompt) -> str:
-    """All that was said, one turn a line: what makes two prompts the same to a reader."""
+    """Returns all that a prompt says, one turn a line. Prompts with the same text count as the same prompt."""
     if prompt.WhichOneof("content") == "text":
         return prompt.text
     return "\n".join(message.content for message in prompt.chat.messages)

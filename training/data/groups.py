@@ -1,10 +1,10 @@
 """Lays a prompt and its K completions out in one row, so that the prompt is encoded once and each completion once.
 
-Completions of a row attend to the prompt and to themselves, never to each other, and their positions all follow the
-prompt's: each gets exactly what it would get alone in a row of its own. A row of K completions of length c after a
-prompt of length p costs p + K c tokens instead of K (p + c).
+Completions of a row attend to the prompt and to themselves, never to each other, and the positions of each begin after
+the prompt's. So each completion is encoded exactly as if it were alone in its row. A row of K completions of length c
+after a prompt of length p costs p + K c tokens instead of K (p + c).
 
-G groups, T tokens of the longest row, N completions over all groups, C tokens of the longest completion.
+Shapes: G groups, T tokens of the longest row, N completions over all groups, C tokens of the longest completion.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ PROMPT, PADDING = 0, -1
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and completions of it, in token ids. A completion that was ended by the policy has its end token."""
+    """One prompt and completions of it, in token ids. A completion that the policy ended has its end token."""
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
@@ -46,31 +46,31 @@ class RankedExample:
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """Groups as tensors. Places are indices into the rows laid end to end, that is into a tensor of G * T."""
+    """Groups as tensors. A place is an index into the rows laid end to end, that is into a tensor of G * T."""
 
     tokens_GT: Tensor
     positions_GT: Tensor
     attends_GTT: Tensor
-    """True where the token of the second axis sees that of the third."""
+    """True where the token of the second axis attends to that of the third."""
     labels_NC: Tensor
     """The completions' tokens; 0 beyond their ends."""
     mask_NC: Tensor
     """True on the completions' tokens."""
     before_NC: Tensor
-    """The place before each token: where it is predicted, and valued."""
+    """The place before each token, whose hidden state predicts the token and gives its value."""
     last_N: Tensor
-    """The place of each completion's last token: where it is scored."""
+    """The place of each completion's last token, where the completion is scored."""
     group_sizes: tuple[int, ...]
     """Completions of each group."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Returns the same groups on another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group_sizes"}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Splits rows into batches of like length, the shortest first; returns the indices of each batch.
+    """Splits rows into batches of similar length, the shortest first; returns the indices of each batch's rows.
 
     A batch, padded to its longest row, has at most `max_tokens` tokens, unless it is a single row that is longer.
     """
@@ -84,7 +84,7 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def pack(groups: Sequence[Group]) -> PackedGroups:
-    """Lays out groups, one a row, padded to the longest."""
+    """Lays out groups, one in each row, padded to the longest row."""
     num_tokens = max(map(len, groups))
     tokens_GT = torch.zeros(len(groups), num_tokens, dtype=torch.long)
     positions_GT = torch.zeros_like(tokens_GT)
@@ -119,7 +119,10 @@ def _row(group: Group) -> tuple[list[int], list[int], list[int]]:
 
 
 def _attends(segments_GT: Tensor) -> Tensor:
-    """Causal, within the prompt or one's own completion. Padding sees padding: a softmax over nothing is NaN."""
+    """Returns the causal mask: tokens attend to the prompt and to their own completion.
+
+    Padding attends to padding, because a softmax over nothing is NaN.
+    """
     num_tokens = segments_GT.shape[1]
     causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
     same_GTT = segments_GT[:, :, None] == segments_GT[:, None, :]
@@ -128,7 +131,7 @@ def _attends(segments_GT: Tensor) -> Tensor:
 
 
 def _starts(group: Group) -> list[int]:
-    """Where each completion begins in its row."""
+    """Returns where each completion begins in its row."""
     return list(accumulate((len(completion) for completion in group.completions), initial=len(group.prompt)))[:-1]
 
 
@@ -145,7 +148,7 @@ def _completions(groups: Sequence[Group], num_tokens: int) -> tuple[Tensor, Tens
             labels_NC[index, :length] = torch.tensor(completion)
             mask_NC[index, :length] = True
             before_NC[index, :length] = offset + start - 1 + torch.arange(length)
-            # The first token is predicted by the prompt's last, which does not stand beside it in the row.
+            # The prompt's last token predicts the first token of each completion, and is not beside it in the row.
             before_NC[index, 0] = offset + len(group.prompt) - 1
             index += 1
     return labels_NC, mask_NC, before_NC

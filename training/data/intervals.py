@@ -1,4 +1,4 @@
-"""Intervals of what a run measures: a win rate, and a mean."""
+"""Win rates and means, with their confidence intervals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """The mean with its normal interval, which for a single value is that value. ValueError if there are none."""
+    """Returns the mean with its normal interval, which for a single value is that value.
+
+    Raises:
+        ValueError: there is no value.
+    """
     if not values:
         raise ValueError("a mean needs at least one value")
     value = statistics.fmean(values)
@@ -47,9 +51,12 @@ def mean(values: Sequence[float]) -> Mean:
 
 
 def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinRate:
-    """Compares the scores of two completions of each prompt, one prompt an observation.
+    """Compares the scores of two completions of each prompt; each prompt is one observation.
 
-    The interval is Wilson's score interval (1927), which holds near 0 and 1 too. Raises ValueError if there are none.
+    The interval is Wilson's score interval (1927), which is valid near 0 and 1 too.
+
+    Raises:
+        ValueError: there is no prompt.
     """
     if not scores:
         raise ValueError("a win rate needs at least one prompt")
@@ -62,7 +69,7 @@ def win_rate(scores: Sequence[float], reference_scores: Sequence[float]) -> WinR
 
 
 def wilson_interval(wins: float, count: int, z: float = Z_95) -> tuple[float, float]:
-    """Bounds of the share p at which `wins` of `count` would lie z standard errors away."""
+    """Returns Wilson's interval: the two shares p from which `wins` / `count` is z standard errors away."""
     share = wins / count
     centre = share + z * z / (2 * count)
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

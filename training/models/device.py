@@ -1,4 +1,4 @@
-"""Where training computes, and how: in the precision of the device (policies.precision)."""
+"""Chooses the device that training computes on, and computes in that device's precision (policies.precision)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from policies.precision import compute_dtype
 
 
 def training_device() -> torch.device:
-    """This process's GPU, the first unless it is one of several, or else the CPU."""
+    """Returns this process's GPU, or the CPU where there is none.
+
+    That GPU is the first, unless this process is one of several ranks.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Computes in that precision what is kept in fp32."""
+    """Returns a context in which weights in fp32 compute in the device's precision."""
     enabled = compute_dtype(device) is torch.bfloat16
-    # Each weight is used once in a pass: a cache would only keep all of them in bf16 until its end.
+    # A pass uses each weight once. A cache would only keep a bf16 copy of every weight until the pass ends.
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)

@@ -1,10 +1,11 @@
 """Log-probabilities of given tokens from hidden states, in chunks, so that no tensor over the vocabulary is ever kept.
 
-The output embedding is frozen and gets no gradient, so all that the backward pass needs of a token is one vector of the
-hidden state's width, the slope of its log-probability. The forward pass finds that while it has the logits: four
-products of the width and the vocabulary a token in place of the six of making the logits again.
+The output embedding is frozen and gets no gradient. So for each token the backward pass needs only one vector of the
+hidden state's width: the slope of the token's log-probability. The forward pass computes this slope while it has the
+logits. That takes four products of the width and the vocabulary for each token, where computing the logits again would
+take six.
 
-M tokens, D width of the hidden state, V vocabulary.
+Shapes: M tokens, D width of the hidden state, V vocabulary.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def label_logprobs(hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor) -> Tens
 
 @torch.no_grad()
 def label_logprobs_and_entropy(hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the same, without gradients, and the entropy of each softmax besides, both [M]."""
+    """Returns the same log-probabilities, without gradients, and the entropy of each softmax, both [M]."""
     logprobs, entropies = [], []
     for hidden_CD, labels_C in zip(hidden_MD.split(CHUNK_TOKENS), labels_M.split(CHUNK_TOKENS), strict=True):
         logits_CV, probabilities_CV, norm_C = _softmax(hidden_CD, head_VD)
@@ -37,9 +38,10 @@ def _logits(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 def _softmax(hidden_CD: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and probabilities in fp32, and the log of the softmax's denominator.
+    """Returns logits and probabilities in fp32, and the log of the softmax's denominator.
 
-    The last from the likeliest token, whose probability is never small: one pass over the vocabulary less.
+    The denominator follows from the likeliest token, whose probability is never small. This reads the vocabulary once
+    less than a sum over it.
     """
     logits_CV = _logits(hidden_CD, head_VD)
     probabilities_CV = logits_CV.softmax(-1)

@@ -1,11 +1,11 @@
-"""What several processes of one run share: weights in shards, what each has found, and what the first decides.
+"""Lets several processes, or ranks, do one run: they divide weights, gather results, and follow the first rank.
 
-One process, or rank, has one device. Weights, gradients and moments are divided among them by torch's FSDP2; a round's
-prompts are divided too, and every sum is over all ranks, so that together they take the step that one process would.
-With one process every function here hands back what it was given.
+Each rank has one device. torch's FSDP2 divides weights, gradients and moments among the ranks. A round's prompts are
+divided too, and every sum is over all ranks, so that together they take the optimizer step that one process would take.
+With one process every function here returns what it was given.
 
-Collectives pair up by order alone: each rank must call the same ones equally often. A rank that cannot go on ends its
-process, the launcher ends the others, and the run goes on from its last checkpoint.
+Collectives are matched by their order alone: all ranks must call the same ones in the same order. A rank that cannot
+continue ends its process; the launcher then ends the others, and the run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from training.data.groups import micro_batches
 from training.errors import TrainingError
 
-# Between two collectives inside a pass there is little work, so that a rank that hangs is soon found out.
+# There is little work between two collectives of a pass, so that a longer wait means that a rank hangs.
 PASS_TIMEOUT = timedelta(minutes=30)
-# The others wait while the first waits for rankings, is paused, or fits the reward model.
+# The other ranks wait while the first waits for rankings, is paused, or fits the reward model.
 WAIT_TIMEOUT = timedelta(days=365)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -47,11 +47,15 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the one that writes, logs and speaks for all."""
+        """Whether this is the first rank, which alone writes, logs and calls serving."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` items are this rank's. Raises ValueError if they cannot be divided evenly."""
+        """Returns the indices of this rank's part of `count` items.
+
+        Raises:
+            ValueError: the items cannot be divided evenly.
+        """
         if count % self.size:
             raise ValueError(f"{count} cannot be divided evenly among {self.size} processes")
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
@@ -61,18 +65,25 @@ ALONE = Ranks()
 
 
 def join(num_processes: int) -> Ranks:
-    """Meets the other processes that torchrun has started. Raises TrainingError if it has started another number."""
+    """Joins the other processes that torchrun has started.
+
+    Raises:
+        TrainingError: torchrun has started another number of processes, or there are fewer GPUs than processes.
+    """
     found = int(os.environ.get("WORLD_SIZE", "1"))
     if found != num_processes:
         raise TrainingError(
-            f"training.num_processes is {num_processes}, but {found} were started; `alignd train` starts as many"
+            f"training.num_processes is {num_processes}, but {found} were started; `alignd train` starts the right "
+            "number"
         )
     if num_processes == 1:
         return ALONE
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if torch.cuda.device_count() < num_processes:
-            raise TrainingError(f"training.num_processes is {num_processes}, but GPUs: {torch.cuda.device_count()}")
+            raise TrainingError(
+                f"training.num_processes is {num_processes}, but the number of GPUs is {torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group(BACKENDS[device], timeout=PASS_TIMEOUT)
     talk = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
@@ -80,36 +91,36 @@ def join(num_processes: int) -> Ranks:
 
 
 def shard(ranks: Ranks, *modules: nn.Module) -> None:
-    """Divides the parameters of each module, but for those of modules named before it, among the ranks.
+    """Divides the parameters of each module among the ranks, except those of modules named before it.
 
-    They are gathered while the module runs, forward or backward, in their own type: computing stays what it was.
-    Gradients become the sum over ranks.
+    While a module runs, forward or backward, its parameters are gathered in their own type, so that the results stay
+    the same. Gradients become the sum over ranks.
     """
     if ranks.mesh is None:
         return
     for module in modules:
         divided = fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True)
-        # The loss is divided by all ranks' tokens already, and gloo knows no other reduction.
+        # The loss is already divided by the tokens of all ranks, and gloo has no other reduction than the sum.
         divided.set_gradient_divide_factor(1.0)
         divided.set_force_sum_reduction_for_comms(True)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be in shards; a collective if it is."""
+    """Returns the whole of a tensor that may be in shards; a collective if it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every rank has, on the device of `like`, and in shards if that is."""
+    """Moves a whole tensor, which every rank has, to the device of `like`, and divides it if `like` is in shards."""
     if isinstance(like, DTensor):
         divided = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-        # A shard is a view of the whole, which must not stay.
+        # A shard is a view of the whole tensor, which must not stay in memory.
         return divided.clone()
     return tensor.to(like.device)
 
 
 def gathered(ranks: Ranks, items: Sequence[T]) -> list[T]:
-    """All ranks' items, the first rank's first."""
+    """Returns all ranks' items, in the order of the ranks."""
     if ranks.size == 1:
         return list(items)
     found: list[Any] = [None] * ranks.size
@@ -118,22 +129,25 @@ def gathered(ranks: Ranks, items: Sequence[T]) -> list[T]:
 
 
 def gathered_tensor(ranks: Ranks, values_N: Tensor) -> Tensor:
-    """All ranks' values, end to end."""
+    """Returns all ranks' values, end to end."""
     if ranks.size == 1:
         return values_N
     return torch.cat(gathered(ranks, [values_N.cpu()])).to(values_N.device)
 
 
 def summed(ranks: Ranks, values: Mapping[str, float]) -> dict[str, float]:
-    """The sum over ranks of each value. All ranks have the same names."""
+    """Returns the sum over ranks of each value. All ranks have the same names."""
     found = gathered(ranks, [values])
     return {name: sum(each[name] for each in found) for name in values}
 
 
 def led(ranks: Ranks, action: Callable[[], T]) -> T:
-    """Has the first rank alone do something, and returns what came of it to all. It must be small enough to be sent.
+    """Has the first rank alone do something, and returns the result on all ranks. It must be small enough to be sent.
 
-    Raises, on the first rank, what `action` raised, and TrainingError on the others: all leave together.
+    If the action fails, all ranks raise: the first raises the action's own error.
+
+    Raises:
+        TrainingError: the action failed; on every rank except the first.
     """
     if ranks.size == 1:
         return action()
@@ -141,7 +155,7 @@ def led(ranks: Ranks, action: Callable[[], T]) -> T:
         answer: list[Any] = [None, ""]
         distributed.broadcast_object_list(answer, src=0, group=ranks.talk)
         if answer[1]:
-            raise TrainingError(f"the first process could not go on: {answer[1]}")
+            raise TrainingError(f"the first process could not continue: {answer[1]}")
         return answer[0]  # type: ignore[no-any-return]
     try:
         result = action()
@@ -153,11 +167,14 @@ def led(ranks: Ranks, action: Callable[[], T]) -> T:
 
 
 def micro_batches_in_step(ranks: Ranks, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """This rank's batches of rows that all share, as training.data.groups makes them: indices of rows, the shortest
-    first.
+    """Returns this rank's batches of rows that all ranks divide: the indices of each batch's rows, the shortest first.
 
-    Rows are dealt by length. Every rank has as many rows, and by splitting some of its batches as many batches, as any
-    other, since each pass gathers shards of weights. Raises ValueError if rows cannot be divided evenly.
+    The batches are as training.data.groups.micro_batches makes them. Rows are dealt to the ranks by length. Every rank
+    has equally many rows, and some split batches until all ranks have equally many, because each pass gathers weights
+    from all ranks.
+
+    Raises:
+        ValueError: the rows cannot be divided evenly.
     """
     by_length = sorted(range(len(lengths)), key=lambda index: lengths[index])
     num_rows = len(ranks.share(len(lengths)))

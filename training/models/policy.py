@@ -1,12 +1,12 @@
 """A causal language model cut in two: lower layers that are frozen and shared, upper layers that are trained.
 
-The reference policy, the policy and the reward model stand on the same lower layers, so these are run once for all
-three, and the backward pass ends above them. With no frozen layers, all are trained. Token embeddings and output
-embedding always stay as they are.
+The reference policy, the policy and the reward model stand on the same lower layers. So these run once for all three,
+and the backward pass ends above them. With no frozen layers, all layers are trained. Token embeddings and the output
+embedding are never trained.
 
-The lower layers are kept as they compute (training.models.device). What is trained is kept in fp32 and computes
-likewise by autocast: the upper layers whole, or low-rank adapters on them (Hu et al. 2021, LoRA). Shapes: see
-training.data.groups. D is the width of the hidden state.
+The weights of the lower layers are kept in the precision that they compute in (training.models.device). Trained weights
+are kept in fp32 and compute in that precision by autocast. They are the upper layers themselves, or low-rank adapters
+on them (Hu et al. 2021, LoRA). Shapes: see training.data.groups. D is the width of the hidden state.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ModelMismatchError(TrainingError):
 
 
 def load_model(path: Path) -> PreTrainedModel:
-    """Loads a model from a policy version's folder, frozen, without dropout, in the precision it will compute in."""
+    """Loads a model from a policy version's folder: frozen, without dropout, in the precision that it computes in."""
     device = training_device()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=compute_dtype(device), attn_implementation="sdpa", local_files_only=True, use_safetensors=True
@@ -55,7 +55,7 @@ def load_model(path: Path) -> PreTrainedModel:
 
 
 class UpperLayers(nn.Module):
-    """Layers `first` to `last` of a model and its final norm: what a policy has of its own."""
+    """Layers `first` to `last` of a model and its final norm: the part of a policy that no other model shares."""
 
     def __init__(self, model: PreTrainedModel, first: int, last: int) -> None:
         super().__init__()
@@ -66,18 +66,18 @@ class UpperLayers(nn.Module):
         self.checkpointing = False
 
     def forward(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """From the hidden states that enter the first of these layers to the normed ones that leave the last."""
+        """Returns the normed hidden states that leave the last layer, from those that enter layer `first`."""
         hidden_GTD = run_layers(self.layers, hidden_GTD, packed, angles, checkpointing=self.checkpointing)
         normed_GTD: Tensor = self.norm(hidden_GTD)
         return normed_GTD
 
     def trainable(self, lora: LoraConfig, ranks: Ranks = ALONE) -> UpperLayers:
-        """These layers, to be trained: all weights in fp32, or adapters on weights that stay as they are.
+        """Makes these layers trainable, and returns them: all weights in fp32, or adapters on weights that stay frozen.
 
-        Several ranks divide them, and must draw the same adapters: at random, so seed them alike.
+        Several ranks divide the weights. Adapters start at random and must be the same on all ranks: seed these alike.
         """
         if lora.rank:
-            # Takes seconds to import, and full weights do without.
+            # peft takes seconds to import, and training full weights does not need it.
             from peft import LoraConfig as PeftLoraConfig
             from peft import inject_adapter_in_model
 
@@ -85,14 +85,14 @@ class UpperLayers(nn.Module):
             targets = sorted({name.rpartition(".")[2] for name in found})
             adapters = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
             inject_adapter_in_model(adapters, self, adapter_name=ADAPTER)
-            # peft makes them in the base's type; in bf16 most steps would be too small to change a weight.
+            # peft makes adapters in the type of the weights. In bf16 most steps would be too small to change a weight.
             for parameter in self.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         for layer in (*self.layers, self.norm):
             if not lora.rank:
                 layer.float().requires_grad_(True)
-            # One after the other: in fp32, undivided, all of them may be more than a device holds.
+            # One layer after the other: all of them, undivided and in fp32, may not fit the device.
             shard(ranks, self if layer is self.norm else layer)
         return self
 
@@ -100,7 +100,7 @@ class UpperLayers(nn.Module):
 def run_layers(
     layers: Any, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor], *, checkpointing: bool = False
 ) -> Tensor:
-    """Runs decoder layers, in order. `checkpointing` keeps only what enters each, and computes the rest again."""
+    """Runs decoder layers, in order. `checkpointing` keeps only each layer's input, and computes the rest again."""
     for layer in layers:
         arguments: dict[str, Any] = {"attention_mask": packed.attends_GTT.unsqueeze(1), "position_embeddings": angles}
         if checkpointing:
@@ -111,7 +111,7 @@ def run_layers(
 
 
 class SharedLayers:
-    """The reference policy's embeddings and layers, frozen: they run once, for all that stands on them."""
+    """The reference policy's embeddings and layers, frozen: they run once for all models that stand on them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -119,16 +119,16 @@ class SharedLayers:
 
     @property
     def device(self) -> torch.device:
-        """Where everything is computed."""
+        """The device on which everything is computed."""
         return self.head_VD.device
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole model."""
+        """The number of layers of the whole model."""
         return len(self._body.layers)
 
     def shard(self, ranks: Ranks) -> None:
-        """Divides the layers, not the embeddings, among the ranks; from then on each pass is a collective."""
+        """Divides the layers, not the embeddings, among the ranks. From then on each forward pass is a collective."""
         shard(ranks, *self._body.layers)
 
     @property
@@ -138,7 +138,7 @@ class SharedLayers:
         return head.weight  # type: ignore[no-any-return]
 
     def angles(self, packed: PackedGroups) -> tuple[Tensor, Tensor]:
-        """The rotary position embedding, for every layer."""
+        """Returns the rotary position embedding, the same for every layer."""
         angles: tuple[Tensor, Tensor] = self._body.rotary_emb(self.head_VD, packed.positions_GT)
         return angles
 
@@ -154,13 +154,13 @@ class SharedLayers:
 
 
 def completion_logprobs(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> Tensor:
-    """Log-probability of each completion token, [N, C], 0 beyond the ends. Gradients flow to the hidden states."""
+    """Returns each completion token's log-probability, [N, C], 0 beyond the ends. Gradients reach the hidden states."""
     hidden_MD, labels_M = _predicting(hidden_GTD, packed)
     return _on_mask(packed.mask_NC, label_logprobs(hidden_MD, head_VD, labels_M))
 
 
 def completion_logprobs_and_entropy(hidden_GTD: Tensor, head_VD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
-    """Returns the same, without gradients, and the entropy where each token was drawn, [N, C] too."""
+    """Returns the same log-probabilities, without gradients, and the entropy where each token was drawn, [N, C] too."""
     hidden_MD, labels_M = _predicting(hidden_GTD, packed)
     logprobs_M, entropy_M = label_logprobs_and_entropy(hidden_MD, head_VD, labels_M)
     return _on_mask(packed.mask_NC, logprobs_M), _on_mask(packed.mask_NC, entropy_M)
@@ -168,7 +168,7 @@ def completion_logprobs_and_entropy(hidden_GTD: Tensor, head_VD: Tensor, packed:
 
 @torch.no_grad()
 def reference_logprobs(shared: SharedLayers, groups: Sequence[Group]) -> list[float]:
-    """Log-probability of each group's completions by the reference policy, in nats, one after the other."""
+    """Returns each completion's log-probability under the reference policy, in nats, in the order of the groups."""
     norm = UpperLayers(shared.model, shared.num_layers, shared.num_layers)
     found: dict[int, list[float]] = {}
     for batch in micro_batches([len(group) for group in groups], SCORING_TOKENS):
@@ -182,7 +182,7 @@ def reference_logprobs(shared: SharedLayers, groups: Sequence[Group]) -> list[fl
 
 
 def _predicting(hidden_GTD: Tensor, packed: PackedGroups) -> tuple[Tensor, Tensor]:
-    """Hidden states [M, D] that predict the completions' tokens, and these [M]; no other position has logits."""
+    """Returns the hidden states [M, D] that predict the completions' tokens, and these [M]; only they need logits."""
     return hidden_GTD.flatten(0, 1)[packed.before_NC[packed.mask_NC]], packed.labels_NC[packed.mask_NC]
 
 
@@ -193,9 +193,10 @@ def _on_mask(mask_NC: Tensor, values_M: Tensor) -> Tensor:
 def upper_layers_of(
     path: Path, shared: SharedLayers, first: int, lora: LoraConfig, ranks: Ranks = ALONE
 ) -> UpperLayers:
-    """Loads the upper layers of the version at `path`, to be trained, and divided where there are several ranks.
+    """Loads the upper layers of the version at `path`, trainable, and divided where there are several ranks.
 
-    Raises ModelMismatchError if what lies below differs from the reference's, since that could not be shared.
+    Raises:
+        ModelMismatchError: the weights below these layers differ from the reference policy's, so cannot be shared.
     """
     model = load_model(path)
     upper = UpperLayers(model, first, shared.num_layers)
@@ -203,13 +204,15 @@ def upper_layers_of(
     reference = shared.model.state_dict()
     for name, tensor in model.state_dict().items():
         if name not in owned and not torch.equal(tensor, reference[name]):
-            raise ModelMismatchError(f"{path}: {name} is not the reference policy's; freeze fewer layers than {first}")
+            raise ModelMismatchError(
+                f"{path}: {name} differs from the reference policy's; freeze fewer layers than {first}"
+            )
     del model
     return upper.trainable(lora, ranks)
 
 
 def tensors_of(upper: UpperLayers) -> Iterator[tuple[str, Tensor]]:
-    """The upper layers' tensors by the names that they have in the whole model, adapters merged into them."""
+    """Yields the upper layers' tensors by the names that they have in the whole model, adapters merged into them."""
     for name, tensor in upper.norm.named_parameters():
         yield f"model.norm.{name}", tensor
     for index, layer in enumerate(upper.layers, start=upper.first):
@@ -229,10 +232,10 @@ def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def merged_tensors(
     shared: SharedLayers, upper: UpperLayers, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole policy by the names of its checkpoint, in bf16 as it is saved, or in `dtype` as an engine computes.
+    """Yields the whole policy by the names of its checkpoint, in bf16 as it is saved, or in `dtype` for an engine.
 
-    One tensor at a time, so that no device ever holds all of them. A collective if weights are in shards: every rank
-    gets all, and must take all.
+    It yields one tensor at a time, so that no device ever has all of them. It is a collective if weights are in shards:
+    every rank gets all tensors, and must take all of them.
     """
     trained = ("model.norm.", *(f"model.layers.{upper.first + index}." for index in range(len(upper.layers))))
     tied = ("lm_head.",) if shared.model.config.tie_word_embeddings else ()
@@ -242,23 +245,23 @@ def merged_tensors(
 
 
 def merged_weights(shared: SharedLayers, upper: UpperLayers, *, kept: bool = True) -> dict[str, Tensor]:
-    """The same in bf16, on the host. A rank that does not keep it gets nothing, having taken part."""
+    """Returns the whole policy in bf16, on the host. A rank without `kept` takes part and gets nothing."""
     return {name: tensor.cpu() for name, tensor in merged_tensors(shared, upper) if kept}
 
 
 def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: Path) -> None:
-    """Writes the policy's weights, and copies from `source` all that a version holds besides."""
+    """Writes the policy's weights, and copies the tokenizer and configuration from the version at `source`."""
     save_weights(folder, merged_weights(shared, upper), source)
 
 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], source: Path) -> None:
-    """The same for weights that `merged_weights` has returned."""
-    copy_settings(source, folder)
+    """Writes weights that `merged_weights` has returned, and copies the other files from the version at `source`."""
+    _copy_settings(source, folder)
     save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
 
 
-def copy_settings(source: Path, folder: Path) -> None:
-    """Copies what a version holds besides weights and manifest: tokenizer and configuration."""
+def _copy_settings(source: Path, folder: Path) -> None:
+    """Copies a version's tokenizer and configuration: all its files except weights and manifest."""
     for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name != "manifest.json":
             (folder / file.name).write_bytes(file.read_bytes())

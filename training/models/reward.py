@@ -1,13 +1,13 @@
-"""The reward model: an ensemble of scalar heads on the reference policy's lower layers, some of which it may own.
+"""The reward model: an ensemble of scalar heads on the reference policy's lower layers, some of which it may train.
 
-It stands on the layers that policy and reference share, up to `first`; the layers from there to `level` are its own
-copies, and trained. With none of its own, scoring costs nothing beside what PPO computes anyway. The heads read a
-completion at its last real token and on average: [h_last, mean of h]. The score is the heads' mean, and where they
-differ the model is unsure. Shapes: see training.data.groups; F is the width of what a head reads, 2 D, and E counts
-heads.
+Up to `first` it uses the layers that policy and reference share. The layers from `first` to `level` are its own copies,
+which are trained. Without own layers, scoring costs nothing beyond what PPO computes anyway. The heads read a
+completion's hidden states at its last real token and on average: [h_last, mean of h]. The score is the mean over heads;
+where the heads differ, the model is unsure. Shapes: see training.data.groups; F is the width of what a head reads, 2 D,
+and E is the number of heads.
 
-Scores are shifted and scaled so that completions of the reference policy have mean 0 (InstructGPT, section 3.5) and
-standard deviation 1, anew at every refresh, which gives kl_coef one meaning for all of them.
+Every refresh shifts and scales the scores so that completions of the reference policy have mean 0 (InstructGPT, section
+3.5) and standard deviation 1. So kl_coef means the same after every refresh.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from training.models.tensor_file import save_tensors
 
 
 class RewardModel(nn.Module):
-    """Layers and heads, and how what the heads read is brought to unit variance."""
+    """Layers and heads, and the shifts and scales that standardize what the heads read and the scores."""
 
     center_F: Tensor
     spread_F: Tensor
@@ -43,17 +43,17 @@ class RewardModel(nn.Module):
 
     def __init__(self, shared: SharedLayers, config: RewardModelConfig) -> None:
         super().__init__()
-        # No module of its own: its weights are the reference policy's, and not in this model's state.
+        # SharedLayers is no torch module, so that the reference policy's weights are not in this model's state.
         self.shared = shared
         body: Any = shared.model.model
         self.level = min(config.num_layers, shared.num_layers)
         self.first = self.level - min(config.num_trained_layers, self.level)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[self.first : self.level])
-        # What leaves the topmost layer is read as the policy reads it.
+        # Above the topmost layer the heads read normed states, as the policy's output embedding does.
         self.norm = copy.deepcopy(body.norm) if self.level == shared.num_layers else nn.Identity()
         self.norm.requires_grad_(False)
         width = 2 * shared.head_VD.shape[1]
-        # Zero: before it has learned anything it prefers nothing.
+        # Zero, so that a model that has learned nothing prefers no completion.
         self.heads_FE = nn.Parameter(torch.zeros(width, config.num_heads))
         self.register_buffer("center_F", torch.zeros(width))
         self.register_buffer("spread_F", torch.ones(width))
@@ -63,26 +63,26 @@ class RewardModel(nn.Module):
 
     @property
     def head_F(self) -> Tensor:
-        """The heads' mean, which scores."""
+        """The mean of the heads, which gives the score."""
         return self.heads_FE.mean(1)
 
     def hidden(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """From the hidden states that enter layer `first` to those that the heads read."""
+        """Returns the hidden states that the heads read, from those that enter layer `first`."""
         with autocast(hidden_GTD.device):
             read_GTD: Tensor = self.norm(run_layers(self.layers, hidden_GTD, packed, angles))
         return read_GTD
 
     def score(self, features: Tensor) -> Tensor:
-        """Normalised scores of features [..., F]."""
+        """Returns the normalised scores of features [..., F]."""
         return (self.standardized(features) @ self.head_F - self.shift) * self.scale
 
     def standardized(self, features: Tensor) -> Tensor:
-        """Features [..., F] with mean 0 and variance 1 over what the heads were fitted to."""
+        """Shifts and scales features [..., F] so that those the heads were fitted to have mean 0 and variance 1."""
         return (features - self.center_F) / self.spread_F
 
 
 def last_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
-    """What a head reads of whole completions, [N, F]."""
+    """Returns what a head reads of whole completions, [N, F]."""
     hidden = hidden_GTD.flatten(0, 1).float()
     before_NCD = hidden[packed.before_NC] * packed.mask_NC[..., None]
     last_ND = hidden[packed.last_N]
@@ -91,21 +91,24 @@ def last_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
 
 
 def running_features(hidden_GTD: Tensor, packed: PackedGroups) -> Tensor:
-    """What a head would read were the completion to end before each of its tokens, [N, C, F]."""
+    """Returns what a head would read if the completion ended before each of its tokens, [N, C, F]."""
     before_NCD = hidden_GTD.flatten(0, 1).float()[packed.before_NC]
     num_states_C = torch.arange(1, before_NCD.shape[1] + 1, device=before_NCD.device)
     return torch.cat([before_NCD, before_NCD.cumsum(1) / num_states_C[:, None]], dim=-1)
 
 
 def features_of(model: RewardModel, packed: PackedGroups) -> Tensor:
-    """What the heads read of each completion, [N, F]. Gradients reach the model's own layers."""
+    """Returns what the heads read of each completion, [N, F]. Gradients reach the model's own layers."""
     hidden_GTD = model.shared.encode(packed, [model.first])[model.first]
     return last_features(model.hidden(hidden_GTD, packed, model.shared.angles(packed)), packed)
 
 
 @torch.no_grad()
 def group_features(model: RewardModel, groups: Sequence[Group], on_batch: Any = lambda done: None) -> list[Tensor]:
-    """What the heads read of each group's completions, [K, F] each. `on_batch` hears how many groups are done."""
+    """Returns what the heads read of each group's completions, [K, F] each.
+
+    After each batch it calls `on_batch` with the number of groups that are done.
+    """
     found: dict[int, Tensor] = {}
     for batch in micro_batches([len(group) for group in groups], SCORING_TOKENS):
         packed = pack([groups[index] for index in batch]).to(model.shared.device)
@@ -117,14 +120,18 @@ def group_features(model: RewardModel, groups: Sequence[Group], on_batch: Any = 
 
 @torch.no_grad()
 def score_groups(model: RewardModel, groups: Sequence[Group]) -> list[Tensor]:
-    """Scores [K] of each group's completions, on the CPU."""
+    """Returns the scores [K] of each group's completions, on the CPU."""
     return [model.score(features).cpu() for features in group_features(model, groups)]
 
 
 def normalise(model: RewardModel, scores: Tensor) -> float:
-    """Gives the reference policy's completions, whose `scores` these are, mean 0 and standard deviation 1.
+    """Shifts and scales the model's scores so that these `scores` get mean 0 and standard deviation 1.
 
-    Returns what the standard deviation was. Raises TrainingError if it is zero or not finite.
+    They are the scores of the reference policy's completions. Returns their standard deviation without any
+    normalisation.
+
+    Raises:
+        TrainingError: the standard deviation is zero or not finite.
     """
     raw = scores / model.scale.cpu() + model.shift.cpu()
     deviation = float(raw.std())
@@ -136,14 +143,14 @@ def normalise(model: RewardModel, scores: Tensor) -> float:
 
 
 def save(model: RewardModel, path: Path, reference_digest: str) -> str:
-    """Writes the weights, and returns the file's SHA-256. `reference_digest` names what they stand on."""
+    """Writes the weights, and returns the file's SHA-256. `reference_digest` names the policy that they stand on."""
     facts = {"first": model.first, "level": model.level, "reference": reference_digest}
     save_tensors(path, model.state_dict(), {"reward_model": json.dumps(facts)})
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load(model: RewardModel, path: Path, reference_digest: str) -> bool:
-    """Loads what `save` wrote. False, and nothing is loaded, if it is of another shape or stands on other layers."""
+    """Loads what `save` wrote. Returns False, and loads nothing, if its shape or the layers below it differ."""
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["reward_model"])
     if facts != {"first": model.first, "level": model.level, "reference": reference_digest}:

@@ -1,7 +1,7 @@
-"""The value model: what a completion's score will be, told at each of its tokens.
+"""The value model: predicts a completion's score at each of its tokens.
 
-It starts as the reward model (InstructGPT, appendix C.4): the value of an unfinished completion starts as its score
-were it to end there. Shapes: see training.data.groups and training.models.reward.
+It starts as the reward model (InstructGPT, appendix C.4): at first the value of an unfinished completion is the score
+that it would have if it ended there. Shapes: see training.data.groups and training.models.reward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.models.reward import RewardModel, running_features
 
 
 class ValueModel(nn.Module):
-    """The reward model's own layers and mean head, copied to be trained, read at every token."""
+    """Trainable copies of the reward model's own layers and of its mean head, which reads every token."""
 
     center_F: Tensor
     spread_F: Tensor
@@ -34,7 +34,7 @@ class ValueModel(nn.Module):
         self.register_buffer("offset", (reward_model.shift * reward_model.scale).clone())
 
     def forward(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Values [N, C] of the states before each token, from the hidden states that enter layer `first`."""
+        """Returns the value of the state before each token, [N, C], from the hidden states that enter layer `first`."""
         with autocast(hidden_GTD.device):
             hidden_GTD = self.norm(run_layers(self.layers, hidden_GTD, packed, angles))
         features_NCF = (running_features(hidden_GTD, packed) - self.center_F) / self.spread_F
