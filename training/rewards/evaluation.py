@@ -1,7 +1,8 @@
-"""How far the reward model can be trusted: held-out accuracy with its interval, where it errs, and what it is sure of.
+"""Evaluates the reward model on held-out rankings: its accuracy with an interval, where it errs, and its calibration.
 
-A comparison is right if the preferred completion has the greater score; equal scores are half right. Comparisons of one
-ranking share its prompt and its labeler's mood, so intervals count rankings, not comparisons.
+The model is right about a comparison if the preferred completion has the greater score; equal scores count half.
+Comparisons of one ranking share its prompt and its labeler, and so depend on each other: intervals count rankings, not
+comparisons.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ class RewardEvaluation:
     by_labeler: list[Row]
     """[labeler, accuracy, count], those with the most comparisons"""
     by_length_difference: list[Row]
-    """[least, most, accuracy, count] of tokens that the preferred completion is longer by"""
+    """[least, most, accuracy, count], where least and most bound how many tokens longer the preferred completion is"""
     calibration: list[Row]
-    """[mean predicted probability of the likelier order, share in which it held, count]"""
+    """[mean predicted probability of the likelier order, share of comparisons that have this order, count]"""
     uncertainty: list[Row]
-    """[mean standard deviation of the margin over heads, accuracy, count]"""
+    """[mean over comparisons of the standard deviation of the margin over heads, accuracy, count]"""
 
 
 @torch.no_grad()
@@ -51,9 +52,9 @@ def evaluate_rewards(
     examples: Sequence[RankedExample],
     features: Sequence[Tensor] | None = None,
 ) -> RewardEvaluation | None:
-    """Judges the model on rankings that it has not learned from; None if there is no comparison in them.
+    """Evaluates the model on rankings that it has not learned from; returns None if they have no comparison.
 
-    `features` are what `group_features` found of them, where that is known.
+    `features` are what `group_features` returns for these rankings, if the caller has them already.
     """
     among = compare([example.ranks for example in examples])
     if not len(among.winners_M):
@@ -80,16 +81,16 @@ def evaluate_rewards(
 
 
 def clustered_share(right_M: Tensor, clusters_M: Tensor) -> tuple[float, float, float]:
-    """Mean of `right_M`, each from 0 to 1, with its 95 % interval, which is all of these if there is one cluster."""
+    """Returns the mean of `right_M`, each from 0 to 1, with its 95 % interval: 0 to 1 if there is one cluster."""
     share, low, high = clustered_mean(right_M, clusters_M)
     return share, max(0.0, low), min(1.0, high)
 
 
 def clustered_mean(values_M: Tensor, clusters_M: Tensor) -> tuple[float, float, float]:
-    """Mean with its 95 % interval; observations of one cluster may depend on each other.
+    """Returns the mean with its 95 % interval; observations of one cluster may depend on each other.
 
-    The interval is normal, with the variance of a ratio estimator over clusters (Cochran 1977, section 6.4); without
-    end if there is one cluster.
+    The interval is normal, with the variance of a ratio estimator over clusters (Cochran 1977, section 6.4). It is
+    infinite if there is one cluster.
     """
     mean = float(values_M.mean())
     num_clusters = int(clusters_M.max()) + 1
@@ -125,7 +126,7 @@ def _by_length(longer_M: Tensor, right_M: Tensor) -> list[Row]:
 
 
 def _binned(value_M: Tensor, right_M: Tensor) -> list[Row]:
-    """Bins of equal count by value: [mean value, share right, count]."""
+    """Returns bins of equal count by value: [mean value, share right, count]."""
     order = value_M.argsort()
     parts = [part for part in order.tensor_split(NUM_BINS) if len(part)]
     return [[float(value_M[part].mean()), float(right_M[part].mean()), len(part)] for part in parts]

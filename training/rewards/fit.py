@@ -1,11 +1,12 @@
-"""Fits the reward model to rankings: all K completions of a prompt in one term of the loss.
+"""Fits the reward model to rankings: all K completions of a prompt are in one term of the loss.
 
-Heads alone are a convex problem with an L2 penalty, solved to its minimum: one answer, which neither order nor an
-earlier fit can change. From a few hundred rankings they learn more than layers trained with them, which soon learn the
-noise (docs/architecture.md). With thousands, layers are trained too: the heads are fitted first, on the layers as they
-are, so that the first gradients do not spoil these (Kumar et al. 2022, "LP-FT"), and then one epoch runs over both.
+Fitting heads alone, with an L2 penalty, is a convex problem, which is solved to its minimum. The solution depends
+neither on the order of the rankings nor on an earlier fit. From a few hundred rankings heads alone learn more than
+heads with trained layers, which soon learn the noise (docs/architecture.md). With thousands of rankings, layers are
+trained too: the heads are fitted first, so that their first gradients do not spoil the layers (Kumar et al. 2022,
+"LP-FT"), and then layers and heads are trained together for one epoch.
 
-Each head sees the rankings with random weights of its own (Rubin 1981, the Bayesian bootstrap). Shapes: see
+Each head has its own random weights of the rankings (Rubin 1981, the Bayesian bootstrap). Shapes: see
 training.models.reward.
 """
 
@@ -31,7 +32,7 @@ Log = Callable[[int, int, dict[str, float]], None]
 
 MAX_ITERATIONS = 200
 LEAST_SPREAD = 1e-4
-# Rankings that the heads are fitted to first, where layers are trained too.
+# Most rankings that the heads are first fitted to, where layers are trained too.
 PROBED_RANKINGS = 256
 LENGTH_BUCKET = 16
 MAX_GRAD_NORM = 1.0
@@ -47,10 +48,13 @@ def fit(
     log: Log,
     features: Sequence[Tensor] | None = None,
 ) -> None:
-    """Fits the model to all rankings. `warm`: it holds an earlier fit, to go on from.
+    """Fits the model to all rankings. With `warm` the model has an earlier fit, and training continues from it.
 
-    `features` are what `group_features` found of the rankings, where that is known: heads alone need nothing else.
-    Raises TrainingError if the loss is not finite.
+    `features` are what `group_features` returns for the rankings, if the caller has them already. Only heads alone use
+    them, and then need nothing else.
+
+    Raises:
+        TrainingError: the loss is not finite.
     """
     weights = labeler_weights([example.labeler for example in examples], config.max_labeler_share)
     bootstrap_RE = bootstrap_weights(examples, config.num_heads, seed)
@@ -67,13 +71,13 @@ def fit(
 
 
 def labeler_weights(labelers: Sequence[str], max_share: float) -> list[float]:
-    """Weight of each ranking: 1, or less where its labeler would otherwise have more than `max_share` of all."""
+    """Returns each ranking's weight: 1, or less for a labeler who gave more than `max_share` of all rankings."""
     counts = Counter(labelers)
     return [min(1.0, max_share * len(labelers) / counts[labeler]) for labeler in labelers]
 
 
 def bootstrap_weights(examples: Sequence[RankedExample], num_heads: int, seed: int) -> Tensor:
-    """Weights [R, E], exponential with mean 1. A ranking has the same ones in every order and at every refresh."""
+    """Draws weights [R, E], exponential with mean 1. A ranking has the same weights in any order and at any refresh."""
     draws = [random.Random(f"{seed}/{example.labeler}/{example.seq}") for example in examples]
     return torch.tensor([[draw.expovariate(1.0) for _ in range(num_heads)] for draw in draws])
 
@@ -120,7 +124,7 @@ def _train_layers(
     seed: int,
     log: Log,
 ) -> None:
-    """One epoch of AdamW over layers and heads; cosine to 10 %. The layers end rounded to bf16."""
+    """Trains layers and heads for one epoch by AdamW, cosine to 10 %. At the end the layers are rounded to bf16."""
     model.layers.float()
     trained = [*model.layers.parameters(), model.heads_FE]
     for parameter in trained:
@@ -131,7 +135,7 @@ def _train_layers(
             {"params": [model.heads_FE], "lr": config.head_learning_rate, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
-        # One pass over memory a tensor in place of a dozen: several times as fast on a CPU.
+        # It reads each tensor once in place of a dozen times: several times as fast on a CPU.
         fused=True,
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -148,7 +152,8 @@ def _train_layers(
             rows = [batch[index] for index in part]
             packed = pack([examples[row].group for row in rows]).to(model.shared.device)
             among = compare([examples[row].ranks for row in rows], [weights[row] for row in rows])
-            # A batch of light rankings is a light batch: divided by the mean weight of all, not by its own.
+            # Divided by the mean weight of all rankings, not by the batch's own: rankings of little weight count little
+            # also where they share a batch.
             among = _on(replace(among, total_weight=mean_weight * len(batch)), model.shared.device)
             scores_NE = model.standardized(features_of(model, packed)) @ model.heads_FE
             fitted = ranking_losses(scores_NE, among, bootstrap_RE[rows].to(scores_NE.device)).mean()
@@ -161,13 +166,13 @@ def _train_layers(
         done += len(batch)
         share = sum(right) / len(right) if right else 0.0
         log(done - 1, len(examples), {"reward_model/loss": loss, "reward_model/accuracy": share})
-    # As every weight is saved, and then as it is used.
+    # Rounded as saved weights are, and then in the precision that the model computes in.
     model.layers.bfloat16().to(compute_dtype(model.shared.device))
     model.requires_grad_(False)
 
 
 def shuffled_batches(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Batches of `size` in random order, each of rows of like length: little padding, and no curriculum."""
+    """Returns batches of `size` rows of similar length, so that there is little padding, in random order."""
     drawn = random.Random(seed)
     order = drawn.sample(range(len(lengths)), len(lengths))
     batches: list[list[int]] = []
@@ -185,7 +190,7 @@ def _on(among: Comparisons, device: torch.device) -> Comparisons:
 
 
 def _minimize(loss: Callable[[], Tensor], parameter: nn.Parameter) -> float:
-    """Brings a convex loss to its minimum; returns it."""
+    """Minimizes a convex loss over the parameter, and returns the minimum."""
     optimizer = torch.optim.LBFGS([parameter], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> float:
@@ -204,6 +209,6 @@ def _check(loss: float) -> None:
 
 
 def cosine_to_tenth(step: int, num_steps: int) -> float:
-    """Returns the learning rate's factor: from 1 at step 0 to 0.1 at the last, along a cosine (appendix C.2)."""
+    """Returns the learning rate's factor: from 1 at step 0 to 0.1 at the last step, along a cosine (appendix C.2)."""
     progress = step / max(1, num_steps - 1)
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,6 +1,7 @@
-"""What to label next: of the samples that nobody ranked, those on whose order the reward model's heads differ most.
+"""Chooses what to label next: the unranked samples on whose order the reward model's heads differ most.
 
-The heads were fitted to the same rankings with random weights, so where they differ more rankings would teach most.
+The heads were fitted to the same rankings with different random weights. Where they differ most, more rankings would
+teach most.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def label_next(
     max_prompt_tokens: int,
     max_group_tokens: int,
 ) -> list[Unranked]:
-    """The samples, the least sure first, but for those with an empty completion, or too long to be learned from."""
+    """Returns the samples, the most uncertain first, without those that have an empty completion or are too long."""
     groups = [(sample, _group(tokenizer, sample)) for sample in samples]
     readable = [
         (sample, group)
@@ -53,7 +54,7 @@ def label_next(
 
 
 def uncertainty(scores_KE: Tensor) -> float:
-    """Mean, over pairs of completions, of the standard deviation over heads of the difference of their scores."""
+    """Returns the mean, over pairs of completions, of the standard deviation over heads of their score difference."""
     pairs = list(itertools.combinations(range(len(scores_KE)), 2))
     differences_ME = torch.stack([scores_KE[one] - scores_KE[other] for one, other in pairs])
     return float(differences_ME.std(1).mean())

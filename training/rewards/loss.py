@@ -1,6 +1,6 @@
-"""The reward model's loss: how likely labelers' rankings are under the scores, by the model of Bradley and Terry.
+"""The reward model's loss: how likely the labelers' rankings are under the scores, by the Bradley-Terry model.
 
-Pure functions of scores and ranks; nothing here knows a model. N completions of several rankings, laid end to end; M
+All functions are pure functions of scores and ranks. Shapes: N completions of several rankings, laid end to end; M
 comparisons among them.
 """
 
@@ -16,7 +16,7 @@ from feedback.store.comparisons import comparisons
 
 @dataclass(frozen=True)
 class Comparisons:
-    """All comparisons of some rankings. Each has its share of its ranking's weight, 1/(K choose 2)."""
+    """All comparisons of some rankings. The weight of each is 1/(K choose 2) of its ranking's weight."""
 
     winners_M: Tensor
     """Index into the N completions of the preferred one."""
@@ -25,15 +25,15 @@ class Comparisons:
     rankings_M: Tensor
     """Index of the ranking that a comparison comes from."""
     total_weight: float
-    """Weight of all rankings, of those without a comparison too."""
+    """Weight of all rankings, including those without a comparison."""
 
 
 def compare(ranks: Sequence[Sequence[int]], weights: Sequence[float] | None = None) -> Comparisons:
     """Returns the comparisons in rankings: every pair of completions with different ranks; a tie gives none.
 
     Args:
-        ranks: of each ranking, the rank of each completion, 0 the best.
-        weights: of each ranking; 1 by default.
+        ranks: for each ranking, the rank of each completion, 0 for the best.
+        weights: the weight of each ranking; 1 by default.
     """
     weights = weights or [1.0] * len(ranks)
     winners, losers, shares, rankings = [], [], [], []
@@ -51,15 +51,15 @@ def compare(ranks: Sequence[Sequence[int]], weights: Sequence[float] | None = No
 
 
 def margins(scores_N: Tensor, among: Comparisons) -> Tensor:
-    """Score of the preferred completion less that of the other, [M, ...] from scores [N, ...]."""
+    """Returns the preferred completion's score minus the other's, [M, ...] from scores [N, ...]."""
     return scores_N[among.winners_M] - scores_N[among.losers_M]
 
 
 def ranking_losses(scores_NE: Tensor, among: Comparisons, weights_RE: Tensor) -> Tensor:
-    """Weighted mean over R rankings of -1/(K choose 2) Σ log σ(r_w - r_l) (InstructGPT, equation 1), of each head [E].
+    """Returns each head's weighted mean over R rankings of -1/(K choose 2) Σ log σ(r_w - r_l), [E].
 
-    All comparisons of a ranking are one term, however many they are; a ranking that is all ties has loss 0. Each head
-    has weights of its own, beside those that are in `among`.
+    This is InstructGPT's equation 1. All comparisons of a ranking are one term, however many they are; a ranking with
+    only ties has loss 0. `weights_RE` are each head's own weights, by which those in `among` are multiplied.
     """
     losses_ME = softplus(-margins(scores_NE, among))
     weights_ME = among.weights_M[:, None] * weights_RE[among.rankings_M]

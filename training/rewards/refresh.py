@@ -1,8 +1,8 @@
-"""Refreshes the reward model from the store's rankings, and keeps the one before if the new one is worse.
+"""Refreshes the reward model from the store's rankings, and keeps the previous one if the new one is worse.
 
-Heads alone are fitted anew to all rankings. A model with layers of its own goes on from the one before, on the new
-rankings mixed with old ones. A second model of heads alone, the held-out reward model, is fitted to the rankings of
-held-out labelers.
+Heads alone are fitted anew to all rankings. A model with its own layers is trained further from the previous one, on
+new rankings mixed with old ones. A second model, the held-out reward model, is heads alone that are fitted to the
+rankings of held-out labelers.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Fitted:
     run_id: str
     digest: str
     seqs: tuple[int, ...]
-    """Numbers of the rankings that are not new to it. One whose sample came late is, though its number is low."""
+    """Numbers of the rankings that are not new to it. One whose sample came late is new, even if its number is low."""
     num_rankings: int = 0
     rankings: tuple[LogRange, ...] = ()
     """Where in the log they are."""
 
     @classmethod
     def of_json(cls, found: dict[str, Any]) -> Fitted:
-        """From what `asdict` made of it. Earlier versions knew the last ranking alone, and not where they are."""
+        """Reads what `asdict` wrote. Earlier releases wrote only the number of the last ranking."""
         return cls(
             found["run_id"],
             found["digest"],
@@ -54,7 +54,7 @@ class Fitted:
 
 
 def current(runs_dir: Path) -> Fitted | None:
-    """The reward model that the last refresh accepted; None before the first."""
+    """Returns the reward model that the last refresh accepted; None before the first refresh."""
     path = runs_dir / POINTER_FILE
     if not path.exists():
         return None
@@ -63,7 +63,7 @@ def current(runs_dir: Path) -> Fitted | None:
 
 
 def accept(runs_dir: Path, fitted: Fitted) -> None:
-    """Makes this the one that the next refresh goes on from."""
+    """Makes this the reward model that the next refresh starts from."""
     write_json(runs_dir / POINTER_FILE, asdict(fitted))
 
 
@@ -77,9 +77,10 @@ def refresh(
     seed: int,
     log: Log,
 ) -> tuple[RewardModel, Fitted]:
-    """Fits, evaluates, and returns the model to use: the new one, or, if held-out accuracy fell, the one before.
+    """Fits and evaluates a new model, and returns the model to use: the previous one if held-out accuracy fell.
 
-    Raises TrainingError if the loss is not finite.
+    Raises:
+        TrainingError: the loss is not finite.
     """
     model, before = RewardModel(shared, config), RewardModel(shared, config)
     parent = current(run_path.parent)
@@ -96,13 +97,13 @@ def refresh(
         examples = mixed(examples, frozenset(parent.seqs), config.replay_share, seed)
     fit(
         model, examples, config, seed=seed, warm=warm,
-        log=lambda step, num_steps, metrics: log("reward_model", step, num_steps, metrics),
+        log=lambda index, count, metrics: log("reward_model", index, count, metrics),
     )  # fmt: skip
     found = evaluate_rewards(model, data.held_out)
     earlier = evaluate_rewards(before, data.held_out) if has_parent else None
     refused = bool(found and earlier and found.accuracy < earlier.accuracy - config.max_accuracy_drop)
     if found:
-        metrics: dict[str, Any] = {"reward_model/refused": float(refused), **as_metrics(found)}
+        metrics: dict[str, Any] = {"reward_model/refused": float(refused), **_as_metrics(found)}
         if earlier:
             metrics["reward_model/parent_accuracy"] = earlier.accuracy
         log("reward_model_evaluation", 0, 1, metrics)
@@ -113,8 +114,8 @@ def refresh(
     return model, Fitted(run_path.name, digest, seqs, len(data.training), data.rankings)
 
 
-def as_metrics(found: RewardEvaluation) -> dict[str, Any]:
-    """Figures by the names that they have in metrics.jsonl, and the tables by their own."""
+def _as_metrics(found: RewardEvaluation) -> dict[str, Any]:
+    """Returns the evaluation's figures and tables by the names that they have in metrics.jsonl."""
     tables = asdict(found)
     return {
         "reward_model/held_out_accuracy": tables.pop("accuracy"),
@@ -126,7 +127,7 @@ def as_metrics(found: RewardEvaluation) -> dict[str, Any]:
 
 
 def mixed(examples: list[RankedExample], known: frozenset[int], replay_share: float, seed: int) -> list[RankedExample]:
-    """The rankings not known by number, and so many of the others, drawn at random, that these are `replay_share`."""
+    """Returns all rankings that are not `known` by number, and random known ones, a `replay_share` of the whole."""
     new = [example for example in examples if example.seq not in known]
     old = [example for example in examples if example.seq in known]
     count = min(len(old), round(len(new) * replay_share / (1 - replay_share)))
@@ -139,5 +140,5 @@ def fit_held_out_model(
     """Fits heads alone to the rankings of held-out labelers."""
     heads_alone = config.model_copy(update={"num_trained_layers": 0})
     held_out_model = RewardModel(shared, heads_alone)
-    fit(held_out_model, examples, heads_alone, seed=seed, warm=False, log=lambda step, num_steps, metrics: None)
+    fit(held_out_model, examples, heads_alone, seed=seed, warm=False, log=lambda index, count, metrics: None)
     return held_out_model

@@ -1,4 +1,4 @@
-"""The rewards of a run: both reward models, fitted and normalised, or read back from `state/`."""
+"""The rewards phase of a run: fits and normalises both reward models, or reads them back from `state/`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEADS_ALONE = {"num_trained_layers": 0}
 
 
 def load_rewards(run: Run) -> Rewards | None:
-    """Reads back what `make_rewards` left; None if it has not been made."""
+    """Reads back what `make_rewards` has written; returns None if it has written nothing yet."""
     config = run.config.reward_model
     found = newest_checkpoint(run.folder.state / "rewards")
     if found is None:
@@ -30,13 +30,13 @@ def load_rewards(run: Run) -> Rewards | None:
         each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
     fitted = Fitted.of_json(found.facts["fitted"])
     if run.context.ranks.leads:
-        # Again: the attempt that made it may have been killed just before.
+        # Accepted again: the attempt that wrote it may have been killed before it could accept it.
         accept(run.folder.path.parent, fitted)
     return Rewards(model, held_out_model, fitted, [from_row(each) for each in found.facts["before"]])
 
 
 def make_rewards(run: Run) -> Rewards:
-    """Refreshes the reward model, fits the held-out one, normalises both, and names what to label next."""
+    """Refreshes the reward model, fits the held-out one, normalises both, and lists what to label next."""
     run.folder.rewind("reward_model", 0)
     rewards = _fit(run)
     _name_what_to_label(run, rewards.model)
@@ -62,7 +62,7 @@ def _fit(run: Run) -> Rewards:
     references = run.groups(rollouts)
     deviation = normalise(model, torch.cat(score_groups(model, references)))
     if fitted.run_id == folder.path.name:
-        # Again, normalised: whoever loads it from here, such as SFT, gets the scores that this run gets.
+        # Saved again, now normalised: whoever loads it from here, such as SFT, gets the same scores as this run.
         fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
     normalise(held_out_model, torch.cat(score_groups(held_out_model, references)))
     folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
@@ -70,7 +70,7 @@ def _fit(run: Run) -> Rewards:
 
 
 def _reference_answers(run: Run) -> Request:
-    """One completion of each evaluation prompt by the reference policy."""
+    """Asks for one completion of each evaluation prompt by the reference policy."""
     return Request(
         weights=load_weights(run.parents.reference_folder).items(),
         prompts=[prompt.token_ids for prompt in run.evaluation_prompts],
@@ -81,10 +81,10 @@ def _reference_answers(run: Run) -> Request:
 
 
 def _name_what_to_label(run: Run, model: RewardModel) -> None:
-    """Writes which of the samples that nobody has ranked would teach most."""
+    """Writes which unranked samples would teach the reward model most."""
     origin = run.folder.origin()
     unranked = run.context.store.unranked(MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
-    # Rankings of prompts or by users that are held out would teach nothing; a sample is its own user's to rank.
+    # The model learns nothing from rankings of held-out prompts or by held-out users; only its user ranks a sample.
     teaching = [
         each
         for each in unranked
