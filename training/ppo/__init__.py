@@ -1,1 +1,1 @@
-"""PPO and PPO-ptx: rollouts, advantages, the update, and what stops it."""
+"""PPO and PPO-ptx: rollouts, advantages, the update, and the guards that stop it."""

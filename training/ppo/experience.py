@@ -1,7 +1,7 @@
-"""What one round of rollouts teaches: log-probabilities, scores and values as they were drawn, and their advantages.
+"""Turns a round's rollouts into what PPO learns from: log-probabilities, scores, values and advantages.
 
-In the order of Huang et al. 2024, "The N+ Implementation Details": a rollout ends at its end token, is scored there,
-marked down if it has none, pays for its distance from the reference at every token, and is valued by GAE.
+The order is that of Huang et al. 2024, "The N+ Implementation Details": a rollout ends at its end token and is scored
+there, a rollout without one has a penalty, every token has a KL penalty, and GAE computes the advantages.
 Shapes: see training.data.groups.
 """
 
@@ -31,7 +31,7 @@ Row = tuple[tuple[int, ...], list[Rollout]]
 
 @dataclass(frozen=True)
 class Experience:
-    """Rollouts of some prompts that fit into one forward pass, and all that was found out about them."""
+    """Rollouts of some prompts that fit into one forward pass, and all figures computed for them."""
 
     packed: PackedGroups
     angles: tuple[Tensor, Tensor]
@@ -53,10 +53,10 @@ Minibatch = list[Experience]
 
 
 def gather(learner: Learner, config: PpoConfig, rows: Sequence[Row], kl_coef: float, seed: int) -> list[Minibatch]:
-    """Turns a round's rollouts, those of all ranks, into minibatches, one for each optimizer step of a pass.
+    """Turns the rollouts that all ranks drew in a round into minibatches, one for each optimizer step of an epoch.
 
-    Rows are dealt at random; inside a minibatch they are sorted by length, divided among the ranks, and cut to what one
-    pass may hold. Returns this rank's part.
+    Rows are dealt at random. Inside a minibatch they are sorted by length, divided among the ranks, and split into
+    parts that fit into one forward pass. Returns this rank's part.
     """
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     size = len(rows) // config.num_minibatches
@@ -65,27 +65,28 @@ def gather(learner: Learner, config: PpoConfig, rows: Sequence[Row], kl_coef: fl
         dealt = [rows[index] for index in order[start : start + size]]
         lengths = [len(prompt) + sum(len(each.token_ids) for each in drawn) for prompt, drawn in dealt]
         parts = micro_batches_in_step(learner.ranks, lengths, config.micro_batch_tokens)
-        minibatches.append([_encode(learner, config, [dealt[index] for index in part]) for part in parts])
-    return _with_advantages(minibatches, config, kl_coef, learner.ranks)
+        minibatches.append([encode(learner, config, [dealt[index] for index in part]) for part in parts])
+    return with_advantages(minibatches, config, kl_coef, learner.ranks)
 
 
 @torch.no_grad()
-def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experience:
+def encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experience:
+    """Computes log-probabilities, scores and values of rollouts. Advantages and returns are still 0."""
     shared, reward_model, held_out_model = learner.shared, learner.reward_model, learner.held_out_model
     drawn = [rollout for _, rollouts in rows for rollout in rollouts]
     packed = pack([Group(prompt, tuple(r.token_ids for r in rollouts)) for prompt, rollouts in rows])
     packed = packed.to(shared.device)
     angles = shared.angles(packed)
-    # 1. What all models share is run once.
+    # 1. The layers that all models share run once.
     encoded = shared.encode(packed, [learner.policy.first, reward_model.first, held_out_model.first])
     policy_input_GTD = encoded[learner.policy.first]
     with autocast(shared.device):
-        # 2. Log-probabilities under the policy that drew them, by the trainer's own reckoning, and under the reference.
+        # 2. Log-probabilities, computed by the trainer, under the policy that drew the rollouts and the reference.
         policy_hidden_GTD = learner.policy(policy_input_GTD, packed, angles)
         reference_hidden_GTD = learner.reference(policy_input_GTD, packed, angles)
     logprobs_NC, entropy_NC = completion_logprobs_and_entropy(policy_hidden_GTD, shared.head_VD, packed)
     ref_logprobs_NC = completion_logprobs(reference_hidden_GTD, shared.head_VD, packed)
-    # 3. Score at the last real token, clipped; by the held-out reward model too, who has no say.
+    # 3. Score at the last real token, clipped; and the held-out reward model's, which does not enter the reward.
     scores_N, held_out_scores_N = (
         model.score(last_features(model.hidden(encoded[model.first], packed, angles), packed))
         for model in (reward_model, held_out_model)
@@ -105,11 +106,12 @@ def _encode(learner: Learner, config: PpoConfig, rows: Sequence[Row]) -> Experie
     )  # fmt: skip
 
 
-def _with_advantages(
+def with_advantages(
     minibatches: list[Minibatch], config: PpoConfig, kl_coef: float, ranks: Ranks = ALONE
 ) -> list[Minibatch]:
+    """Adds returns, and advantages whitened over the rollouts of all ranks."""
     valued = [[_value(each, config, kl_coef) for each in minibatch] for minibatch in minibatches]
-    # 7. Whitening, over the whole round, comes last: the returns need the advantages as they are.
+    # 7. Whitening over the whole round comes last, because the returns need the advantages before it.
     own = torch.cat([each.advantages_NC[each.packed.mask_NC] for minibatch in valued for each in minibatch])
     every = gathered_tensor(ranks, own)
     mean, deviation = every.mean(), every.std(unbiased=False)
@@ -124,7 +126,7 @@ def _with_advantages(
 
 def _value(experience: Experience, config: PpoConfig, kl_coef: float) -> Experience:
     mask_NC = experience.packed.mask_NC
-    # 5. Missing-end penalty, KL at each token, score at the last: the rewards.
+    # 5. Rewards: missing-end penalty, KL penalty at each token, score at the last.
     scores_N = experience.scores_N - config.missing_eos_penalty * (~experience.finished_N).float()
     rewards_NC = ppo_math.rewards(scores_N, experience.old_logprobs_NC, experience.ref_logprobs_NC, mask_NC, kl_coef)
     # 6. GAE, and returns.
@@ -133,10 +135,10 @@ def _value(experience: Experience, config: PpoConfig, kl_coef: float) -> Experie
 
 
 def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str, float]:
-    """What a round says of the policy that drew it: means over all ranks' rollouts, or tokens where it says so.
+    """Returns a round's figures of the policy that drew it, by name: means over the rollouts or tokens of all ranks.
 
     `objective/held_out_error` is the standard error of the held-out reward model's mean score, with rollouts taken as
-    independent; of a single one it is infinite, so that nothing follows from it.
+    independent. For a single rollout it is infinite, so that no guard reacts to it.
     """
     every = [each for minibatch in minibatches for each in minibatch]
 
@@ -155,9 +157,7 @@ def observe(minibatches: Sequence[Minibatch], ranks: Ranks = ALONE) -> dict[str,
         "objective/kl": float(kl_N.mean()),
         "objective/score": float(scores_N.mean()),
         "objective/held_out_score": float(held_out_N.mean()),
-        "objective/held_out_error": float(held_out_N.std() / len(held_out_N) ** 0.5)
-        if len(held_out_N) > 1
-        else math.inf,
+        "objective/held_out_error": _standard_error(held_out_N),
         "objective/entropy": float(entropies / tokens),
         "completion/length": float(lengths_N.mean()),
         "completion/eos_rate": float(of_all(each.finished_N for each in every).float().mean()),

@@ -1,7 +1,8 @@
-"""When PPO stops itself: pure functions of what its rounds have shown so far.
+"""Decides when PPO stops itself, by pure functions of the figures of its rounds so far.
 
-A reward model is believed less and less the further the policy goes from where it was fitted (Gao et al. 2022), so a
-run ends at a KL budget, or when its score goes up while the held-out reward model, fitted to other labelers, goes down.
+The further the policy moves from where the reward model was fitted, the less the score can be trusted (Gao et al.
+2022). So PPO stops at a KL budget, or when the reward model's score goes up while that of the held-out reward model,
+fitted to other labelers, goes down.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GOOD_HELD_OUT_DROP = 1.0
 
 
 def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
-    """Why PPO should not go on from the last of these rounds; None if it should."""
+    """Returns why PPO should not continue after the last of these rounds; None if it should."""
     now = rounds[-1]
     broken = [name for name in WATCHED if not math.isfinite(now[name])]
     if broken:
@@ -40,14 +41,14 @@ def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
 
 
 def is_good(rounds: Sequence[Metrics]) -> bool:
-    """Whether the last round's policy may be kept: by the held-out model at most a standard error below its best."""
+    """Whether the last round's policy may be kept: its held-out score is at most a standard error below the best."""
     return _below_best(rounds[-1], _best(rounds)) <= GOOD_HELD_OUT_DROP
 
 
 def held_out_drop(rounds: Sequence[Metrics]) -> float:
-    """How far the last round's score by the held-out model is below its best, in standard errors of the difference.
+    """Returns how far the last round's held-out score is below the best one, in standard errors of the difference.
 
-    0 where the reward model does not hold the last round for better than the best one.
+    It is 0 where the reward model's score in the last round is not above that in the best one.
     """
     now, best = rounds[-1], _best(rounds)
     return _below_best(now, best) if now["objective/score"] > best["objective/score"] else 0.0

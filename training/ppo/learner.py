@@ -1,4 +1,4 @@
-"""The models of a PPO run: which are trained and by what, and the state from which training goes on bit for bit."""
+"""The models of a PPO run with their optimizer, and the state from which training resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Learner:
-    """All models of a run. `policy` and `value` are trained, the others are not."""
+    """All models of a PPO run. `policy` and `value` are trained, the others are not."""
 
     reference: UpperLayers
     policy: UpperLayers
     value: ValueModel
     reward_model: RewardModel
     held_out_model: RewardModel
-    """Fitted to the rankings of held-out labelers; only watches."""
+    """Fitted to the rankings of held-out labelers; it enters no reward and only guards."""
     optimizer: torch.optim.Optimizer
     ranks: Ranks = ALONE
 
     @property
     def shared(self) -> SharedLayers:
-        """The layers that all of these stand on."""
+        """The layers that all these models stand on."""
         return self.reward_model.shared
 
 
@@ -47,9 +47,9 @@ def make_learner(
     config: PpoConfig,
     ranks: Ranks = ALONE,
 ) -> Learner:
-    """Puts the models together, and an AdamW over what is trained.
+    """Puts the models together, with an AdamW over the trained parameters.
 
-    Several ranks divide what the models hold, but for embeddings and heads; the policy's was divided as it was loaded.
+    Several ranks divide all weights except embeddings and heads; the policy's were divided when it was loaded.
     """
     shared = reward_model.shared
     reference = UpperLayers(shared.model, policy.first, shared.num_layers)
@@ -57,7 +57,7 @@ def make_learner(
     policy.checkpointing = config.gradient_checkpointing
     value = ValueModel(reward_model)
     shard(ranks, *value.layers, value)
-    # Last: the copies above were made from these. The held-out reward model has no layers of its own.
+    # Last, because the copies above were made from these. The held-out reward model has no own layers.
     shared.shard(ranks)
     shard(ranks, *reward_model.layers)
     optimizer = torch.optim.AdamW(
@@ -72,24 +72,24 @@ def make_learner(
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that take gradients, in order."""
+    """Returns the parameters that take gradients, in order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def trained_weights(module: nn.Module) -> Weights:
-    """Copies of the parameters that take gradients, by name."""
+    """Returns copies of the parameters that take gradients, by name."""
     return {name: each.detach().clone() for name, each in module.named_parameters() if each.requires_grad}
 
 
 def placed_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
-    """Whole weights, as checkpoints have them, on the device of the module's and in shards as these are."""
+    """Moves whole weights, as checkpoints have them, to the module's device, and divides them as its parameters are."""
     parameters = dict(module.named_parameters())
     return {name: placed(tensor, parameters[name]) for name, tensor in weights.items()}
 
 
 @torch.no_grad()
 def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Puts back what `trained_weights` returned."""
+    """Sets the parameters to what `trained_weights` returned."""
     parameters = dict(module.named_parameters())
     for name, tensor in weights.items():
         parameters[name].copy_(tensor)
@@ -104,7 +104,10 @@ def average(averaged: Weights, module: nn.Module, decay: float) -> None:
 
 
 def learner_state(learner: Learner) -> Weights:
-    """All that training changes, not copied: both models' weights and the optimizer's moments. Save it at once."""
+    """Returns all that training changes: both models' weights and the optimizer's moments.
+
+    The tensors are not copied: save them before the next optimizer step.
+    """
     state: Weights = {}
     for prefix, module in (("policy", learner.policy), ("value", learner.value)):
         state |= {f"{prefix}.{name}": each.detach() for name, each in module.named_parameters() if each.requires_grad}
@@ -114,7 +117,7 @@ def learner_state(learner: Learner) -> Weights:
 
 
 def restore_learner(learner: Learner, state: Mapping[str, Tensor]) -> None:
-    """Puts back the whole of what `learner_state` returned."""
+    """Restores all that `learner_state` returned, once it was saved."""
     for prefix, module in (("policy.", learner.policy), ("value.", learner.value)):
         weights = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         set_weights(module, placed_weights(module, weights))
@@ -123,6 +126,6 @@ def restore_learner(learner: Learner, state: Mapping[str, Tensor]) -> None:
     moments: dict[int, Weights] = {}
     for index in sorted({int(name.split(".")[1]) for name in state if name.startswith("optimizer.")}):
         saved = {name: state[f"optimizer.{index}.{name}"] for name in MOMENTS}
-        # Where the optimizer counts its steps is its own matter: it moves them as it loads them.
+        # The optimizer itself moves its step counts to the right device when it loads them.
         moments[index] = {n: t if n == "step" else placed(t, parameters[index]) for n, t in saved.items()}
     learner.optimizer.load_state_dict({"state": moments, "param_groups": optimizer["param_groups"]})

@@ -1,8 +1,8 @@
-"""PPO's arithmetic, pure: rewards, advantages and losses, in the order in which the loop uses them.
+"""PPO's arithmetic in pure functions: rewards, advantages and losses, in the order in which a round uses them.
 
-N completions, C tokens of the longest. `mask_NC` is true on real tokens and never empty in a row; what stands beyond a
-completion's end has no influence on anything here. Follows Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE) and
-InstructGPT, equation 2.
+Shapes: N completions, C tokens of the longest. `mask_NC` is true on real tokens, and each row has at least one; values
+beyond a completion's end have no influence on any result. The functions follow Schulman et al. 2017 (PPO), Schulman et
+al. 2016 (GAE) and InstructGPT, equation 2.
 """
 
 from dataclasses import dataclass
@@ -13,50 +13,51 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss to minimise, and the share of tokens at which clipping held the gradient back."""
+    """A loss to minimise, and the share of tokens at which clipping changed it."""
 
     value: Tensor
     clipped_share: float
 
 
 def masked_mean(values_NC: Tensor, mask_NC: Tensor) -> Tensor:
-    """Mean over the real tokens."""
+    """Returns the mean over the real tokens."""
     return torch.where(mask_NC, values_NC, 0.0).sum() / mask_NC.sum()
 
 
 def standardize(values_NC: Tensor, mask_NC: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Shifts and scales the real tokens by these; 0 beyond them."""
+    """Subtracts the mean and divides by the standard deviation on real tokens; 0 beyond them."""
     return torch.where(mask_NC, (values_NC - mean) / (deviation + 1e-8), 0.0)
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target_kl: float, num_rollouts: int, horizon: int) -> float:
-    """Moves the coefficient so that KL goes to its target, by 20 % of num_rollouts / horizon at most.
+    """Returns the coefficient, moved so that KL approaches its target, by at most 20 % times num_rollouts / horizon.
 
-    The controller of Ziegler et al. 2019, section 2.2; more rollouts than the horizon count as the horizon, so that
-    the coefficient stays positive.
+    This is the controller of Ziegler et al. 2019, section 2.2. More rollouts than the horizon count as the horizon, so
+    that the coefficient stays positive.
     """
     error = min(0.2, max(-0.2, kl / target_kl - 1))
     return kl_coef * (1 + error * min(1.0, num_rollouts / horizon))
 
 
 def importance_weights(old_logprobs_NC: Tensor, sampler_logprobs_NC: Tensor, mask_NC: Tensor, cap: float) -> Tensor:
-    """min(π_old / π_sampler, cap) of each token, 0 beyond the ends: what corrects for the sampler's own arithmetic.
+    """Returns min(π_old / π_sampler, cap) of each token, 0 beyond the ends.
 
-    Truncated importance sampling (Ionides 2008), for an engine that computes the same policy a little differently.
+    This is truncated importance sampling (Ionides 2008). It corrects for a sampler that computes the same policy a
+    little differently.
     """
     ratio_NC = torch.where(mask_NC, old_logprobs_NC - sampler_logprobs_NC, 0.0).exp()
     return torch.where(mask_NC, ratio_NC.clamp_max(cap), 0.0)
 
 
 def rewards(scores_N: Tensor, logprobs_NC: Tensor, ref_logprobs_NC: Tensor, mask_NC: Tensor, kl_coef: float) -> Tensor:
-    """Reward of each token, [N, C]: -kl_coef (log π - log π_ref), and the score besides at the last real token."""
+    """Returns each token's reward, [N, C]: -kl_coef (log π - log π_ref), plus the score at the last real token."""
     rewards_NC = torch.where(mask_NC, -kl_coef * (logprobs_NC - ref_logprobs_NC), 0.0)
     last_N = mask_NC.sum(-1) - 1
     return rewards_NC.scatter_add(-1, last_N[:, None], scores_N[:, None].to(rewards_NC.dtype))
 
 
 def advantages(rewards_NC: Tensor, values_NC: Tensor, mask_NC: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates, [N, C], not whitened; the returns are these plus the values.
+    """Returns generalised advantage estimates, [N, C], not whitened; the returns are these plus the values.
 
     A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t; beyond the last real token V and A are 0.
     """
@@ -80,7 +81,7 @@ def policy_loss(
     clip_range: float,
     weights_NC: Tensor | None = None,
 ) -> Loss:
-    """-E[w min(ρ A, clip(ρ, 1 ± clip_range) A)] with ρ = π / π_old (PPO, equation 7); w is 1 unless given."""
+    """Returns -E[w min(ρ A, clip(ρ, 1 ± clip_range) A)] with ρ = π / π_old (PPO, equation 7); w is 1 unless given."""
     if weights_NC is not None:
         advantages_NC = weights_NC * advantages_NC
     # Differences beyond a completion's end may be anything; exp must not overflow there.
@@ -93,23 +94,23 @@ def policy_loss(
 def value_loss(
     values_NC: Tensor, old_values_NC: Tensor, returns_NC: Tensor, mask_NC: Tensor, clip_range: float
 ) -> Loss:
-    """½ E[max((V - R)², (clip(V, V_old ± clip_range) - R)²)]."""
+    """Returns ½ E[max((V - R)², (clip(V, V_old ± clip_range) - R)²)]."""
     clipped_values_NC = torch.clamp(values_NC, old_values_NC - clip_range, old_values_NC + clip_range)
     plain_NC = 0.5 * (values_NC - returns_NC) ** 2
     return _worse_of(plain_NC, 0.5 * (clipped_values_NC - returns_NC) ** 2, mask_NC)
 
 
 def explained_variance(values_M: Tensor, returns_M: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over M tokens: 1 is perfect, 0 no better than a constant."""
+    """Returns 1 - Var(returns - values) / Var(returns) over M tokens: 1 is perfect, 0 is no better than a constant."""
     residual_M = returns_M - values_M
     return float(1 - residual_M.var(unbiased=False) / returns_M.var(unbiased=False).clamp_min(1e-8))
 
 
 def _worse_of(plain_NC: Tensor, clipped_NC: Tensor, mask_NC: Tensor) -> Loss:
-    held_back = masked_mean((clipped_NC > plain_NC).float(), mask_NC)
-    return Loss(masked_mean(torch.maximum(plain_NC, clipped_NC), mask_NC), float(held_back))
+    clipped_share = masked_mean((clipped_NC > plain_NC).float(), mask_NC)
+    return Loss(masked_mean(torch.maximum(plain_NC, clipped_NC), mask_NC), float(clipped_share))
 
 
 def linear_warmup(round_index: int, num_warmup_rounds: int) -> float:
-    """Returns the learning rate's factor: from 1 / (num_warmup_rounds + 1) at round 0 to 1, and 1 from then on."""
+    """Returns the learning rate's factor: 1 / (num_warmup_rounds + 1) in round 0, rising to 1, which it then stays."""
     return min(1.0, (round_index + 1) / (num_warmup_rounds + 1))

@@ -1,8 +1,9 @@
 """The pretraining mix of PPO-ptx: + γ E[log π(x)] on pretraining text x (InstructGPT, equation 2).
 
 Its gradient is accumulated with PPO's into one optimizer step. Two steps through one Adam state, each with its own
-clipping, would cancel γ. The paper's γ of 27.8 belongs to a scale of the loss that it does not state; ours is the mean
-over tokens, and γ is calibrated: such that the pretraining gradient is `grad_norm_ratio` times as long as PPO's.
+clipping, would cancel γ. The paper's γ of 27.8 belongs to a scale of the loss that the paper does not state. Our loss
+is the mean over tokens, and γ is calibrated so that the pretraining gradient is `grad_norm_ratio` times as long as
+PPO's.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
-    """The texts that `config.data` names, in random order, over and over. Raises TrainingError if there are none."""
-    # Takes seconds to import, and plain PPO does without.
+    """Yields the texts that `config.data` names, in random order, epoch after epoch.
+
+    Raises:
+        TrainingError: they cannot be read, or there are none.
+    """
+    # datasets takes seconds to import, and plain PPO does not need it.
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -44,16 +49,18 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
         path = Path(config.data)
         suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
         if suffix not in FORMATS or not path.is_file():
-            raise TrainingError(f"ptx.data: {path} should be a file that ends in {', '.join(FORMATS)}, or in .gz more")
+            raise TrainingError(
+                f"ptx.data: {path} should be a file whose name ends in {', '.join(FORMATS)}, or in one of these and .gz"
+            )
         source, arguments = FORMATS[suffix], {"data_files": str(path)}
     try:
         dataset = load_dataset(source, split="train", streaming=True, **arguments)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise TrainingError(
-            f"ptx.data: {config.data} cannot be had: {error}. Data sets are downloaded where HF_HUB_OFFLINE is 0"
+            f"ptx.data: {config.data} cannot be loaded: {error}. Set HF_HUB_OFFLINE=0 to have datasets downloaded"
         ) from error
     except ValueError as error:
-        # It has no such part, or several and none was named, or nothing to train on.
+        # The dataset has no such part, or has several of which none was named, or has no training split.
         raise TrainingError(f"ptx.data: {config.data} cannot be read: {error}") from error
     for epoch in itertools.count():
         num_texts = 0
@@ -69,7 +76,7 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
 
 
 def sequences(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Cuts texts, laid end to end with the end token between them, into sequences of this length."""
+    """Yields sequences of `num_tokens` tokens, cut from the texts laid end to end with an end token after each."""
     waiting: list[int] = []
     for text in texts:
         waiting += [*tokenizer.encode(text, add_special_tokens=False), int(tokenizer.eos_token_id)]
@@ -88,7 +95,8 @@ def add_gradient(
 ) -> float:
     """Adds the gradient of -γ mean log π(x) to the policy's. Returns the loss without γ, in nats a token.
 
-    `drawn` are sequences of 2 tokens or more, the first of which is given; several ranks divide them.
+    `drawn` are sequences of 2 tokens or more; of each the first token is given, and the others are predicted. Several
+    ranks divide them.
     """
     groups = [Group(sequence[:1], (sequence[1:],)) for sequence in drawn]
     num_tokens, total = sum(len(sequence) - 1 for sequence in drawn), 0.0
@@ -105,19 +113,19 @@ def add_gradient(
 
 @dataclass
 class Gamma:
-    """γ, given or still being found: the geometric mean of what each of the first optimizer steps asked for."""
+    """γ, as it was set, or calibrated: the geometric mean of the γ that each of the first optimizer steps asked for."""
 
     config: PtxConfig
     asked: list[float] = field(default_factory=list)
 
     @property
     def is_settled(self) -> bool:
-        """Whether it will not change any more."""
+        """Whether γ does not change any more."""
         return self.config.gamma is not None or len(self.asked) >= self.config.num_calibration_steps
 
     @property
     def value(self) -> float:
-        """What it is now."""
+        """The present γ."""
         if self.config.gamma is not None:
             return self.config.gamma
         return math.exp(sum(map(math.log, self.asked)) / len(self.asked))
@@ -132,7 +140,10 @@ def accumulate(
     max_tokens: int,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Adds γ times the pretraining gradient to PPO's, which `parameters` hold; settles γ first where it is not yet."""
+    """Adds γ times the pretraining gradient to PPO's gradient in `parameters`. First it calibrates γ, unless settled.
+
+    Returns the figures by their names in metrics.jsonl.
+    """
     if gamma.is_settled:
         loss = add_gradient(policy, shared, drawn, gamma.value, max_tokens, ranks)
         return {"ptx/loss": loss, "ptx/gamma": gamma.value}

@@ -1,8 +1,8 @@
 """Draws completions from the policy that is being trained, with vLLM inside the trainer's process.
 
-Rollouts are drawn at temperature 1 with no top-p, top-k or penalty: what is learned from is the policy itself. Each
-request brings the weights to draw from, which replace the engine's in place, so that nobody draws from weights that
-another has left there.
+Rollouts are drawn at temperature 1 with no top-p, top-k or penalty, so that they come from the policy itself. Each
+request has the weights to draw from, which replace the engine's in place. So no request draws from the weights of an
+earlier one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GPU_OPTIONS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion, in tokens. One that was ended by the policy has its end token, in `finished` ones alone."""
+    """A completion, in tokens. It has an end token if and only if it is `finished`: the policy ended it."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -38,7 +38,7 @@ class Rollout:
 
 
 def to_row(rollout: Rollout) -> list[Any]:
-    """Returns a rollout as JSON keeps it."""
+    """Returns a rollout in the form that is written as JSON."""
     return [list(rollout.token_ids), list(rollout.logprobs), rollout.finished]
 
 
@@ -60,15 +60,15 @@ class Request:
     max_tokens: int
     """Of each completion."""
     seed: int
-    """That of the first completion; those after it have the seeds that follow."""
+    """Seed of the first completion; each completion after it has the next seed."""
 
 
 Draw = Callable[[Request], list[list[Rollout]]]
-"""Draws completions of each prompt: the same ones for the same weights and seed."""
+"""Draws completions of each prompt, the same for the same weights and seed."""
 
 
 class RolloutEngine:
-    """A vLLM engine whose weights can be replaced. Each of several ranks has one of its own, and all start theirs."""
+    """A vLLM engine whose weights can be replaced. Each of several ranks has its own, and all must start theirs."""
 
     def __init__(
         self,

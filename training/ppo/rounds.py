@@ -1,10 +1,9 @@
-"""PPO, and PPO-ptx, from the live policy with KL from the reference: rounds of rollouts and update.
+"""The rounds of PPO and PPO-ptx: each draws rollouts, and updates the policy and the value model on them.
 
-Each round draws rollouts from the policy as it is, finds out what they teach (training.ppo.experience), and takes one
-optimizer step a minibatch on the clipped losses, with the pretraining gradient added where there is one
-(training.ppo.ptx). All that is drawn at random depends on the seed and the round alone, so that a run resumed from a
-checkpoint goes on bit for bit. Several ranks divide a round's prompts and what is computed of them, and take the step
-that one would (training.models.parallel). Shapes: see training.data.groups.
+A round draws rollouts from the present policy, computes their advantages (training.ppo.experience), and takes one
+optimizer step for each minibatch on the clipped losses; PPO-ptx adds the pretraining gradient (training.ppo.ptx).
+Everything random depends on the seed and the round alone, so that a run resumes from a checkpoint bit for bit. Several
+ranks together take the step that one would take (training.models.parallel). Shapes: see training.data.groups.
 """
 
 from __future__ import annotations
@@ -51,15 +50,15 @@ ROUND_SEED, PROMPT_SEED = 1_009, 100_003
 
 @dataclass(frozen=True)
 class PpoHooks:
-    """What a run acts on: where rollouts come from, where weights go, what it reads and whom it tells.
+    """What PPO reads and calls: prompts, the sampler, the log, pretraining text, checkpoints, and operators.
 
-    Every rank has its own; prompts, pretraining text and checkpoints are the same for all.
+    Every rank has its own; prompts, pretraining text and checkpoints are the same on all ranks.
     """
 
     prompts: Sequence[Prompt]
     draw: Draw
     log: Log
-    """Called on each rank, with the same figures but for times."""
+    """Called on each rank, with figures that are the same except for times."""
     pretraining: Iterator[tuple[int, ...]] | None = None
     """Sequences of tokens, without end; None for plain PPO."""
     checkpoints: Path | None = None
@@ -68,19 +67,19 @@ class PpoHooks:
 
 
 class _NotFiniteError(Exception):
-    """An update whose losses or gradients are not finite. The same on all ranks."""
+    """The losses or gradients of an update are not finite. All ranks raise it together."""
 
 
 @dataclass
-class Progress:
-    """How far a run is, beside the learner's own state."""
+class _Progress:
+    """How far a run is, and all that a checkpoint needs besides the learner's own state."""
 
     round: int
-    """The round that comes next, from 0."""
+    """The next round, from 0."""
     kl_coef: float
     gamma: ptx.Gamma
     good: Weights
-    """Weights of the last policy that was seen to be within bounds, as they were before the round `good_round`."""
+    """Weights of the last policy that the guards held good, as they were before the round `good_round`."""
     averaged: Weights
     good_round: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)
@@ -89,11 +88,13 @@ class Progress:
 
 
 def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) -> str | None:
-    """Runs `num_rounds` rounds. Returns why it stopped before, or None if it did not.
+    """Runs `num_rounds` rounds, and returns why PPO stopped itself before that, or None if it did not.
 
-    Leaves the result in `learner.policy`: the average of weights if one is kept, else the last; the last good policy if
-    the run stopped itself. Raises TrainingError if it stops before any policy of its own was seen
-    to be good, or if the ranks cannot divide an optimizer step's prompts.
+    The result is in `learner.policy`: the average of weights if there is one, else the last weights; or the last good
+    policy if PPO stopped itself.
+
+    Raises:
+        TrainingError: PPO stopped before it made a good policy, or ranks cannot divide an optimizer step's prompts.
     """
     steps = config.num_minibatches * learner.ranks.size
     if config.prompts_per_round % steps:
@@ -124,10 +125,10 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
     return None
 
 
-def _begin(learner: Learner, config: PpoConfig, hooks: PpoHooks) -> Progress:
+def _begin(learner: Learner, config: PpoConfig, hooks: PpoHooks) -> _Progress:
     start = trained_weights(learner.policy)
     averaged = {name: tensor.clone() for name, tensor in start.items()} if config.ema_decay else {}
-    progress = Progress(0, config.kl_coef, ptx.Gamma(config.ptx), start, averaged)
+    progress = _Progress(0, config.kl_coef, ptx.Gamma(config.ptx), start, averaged)
     found = newest_checkpoint(hooks.checkpoints) if hooks.checkpoints else None
     if found:
         parts: dict[str, Weights] = {"learner": {}, "good": {}, "averaged": {}}
@@ -139,20 +140,20 @@ def _begin(learner: Learner, config: PpoConfig, hooks: PpoHooks) -> Progress:
         progress.averaged = placed_weights(learner.policy, parts["averaged"])
         progress.kl_coef, progress.rounds = found.facts["kl_coef"], found.facts["rounds"]
         progress.gamma.asked, progress.num_sequences = found.facts["gamma_asked"], found.facts["num_sequences"]
-        # Checkpoints of earlier versions do not have it.
+        # Checkpoints of earlier releases do not have it.
         progress.good_round = found.facts.get("good_round", found.round)
     if hooks.pretraining:
         next(itertools.islice(hooks.pretraining, progress.num_sequences, progress.num_sequences), None)
     return progress
 
 
-def _save(learner: Learner, progress: Progress, folder: Path) -> None:
-    """Gathers everything, tensor by tensor, and has the first rank write it."""
+def _save(learner: Learner, progress: _Progress, folder: Path) -> None:
+    """Gathers all weights, tensor by tensor, and has the first rank write a checkpoint."""
     parts = {"learner": learner_state(learner), "good": progress.good, "averaged": progress.averaged}
     tensors: Weights = {}
     for part, found in parts.items():
         for name, tensor in found.items():
-            # One at a time: a device may not hold all of them, and the other ranks need not.
+            # One at a time, because all of them may not fit one device, and only the first rank needs them.
             found_whole = whole(tensor)
             if learner.ranks.leads:
                 tensors[f"{part}/{name}"] = found_whole.cpu()
@@ -167,24 +168,25 @@ def _save(learner: Learner, progress: Progress, folder: Path) -> None:
 
 
 def _round(
-    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: Progress, prompts: Sequence[Prompt], seed: int
+    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: _Progress, prompts: Sequence[Prompt], seed: int
 ) -> tuple[str | None, dict[str, Any]]:
-    """One round. Returns why it must not be gone on from, before any update then, and what was seen.
+    """Does one round, and returns why PPO must stop, or None, and the round's figures. It stops before the update.
 
-    Raises _NotFiniteError in the middle of an update.
+    Raises:
+        _NotFiniteError: a loss or gradient of the update is not finite.
     """
     started = time.perf_counter()
     round_seed = seed * PROMPT_SEED + progress.round * ROUND_SEED
     own = learner.ranks.share(len(prompts))
     rollouts = hooks.draw(
         Request(
-            # As the trainer computes it: rounded to bf16 where that computes in fp32, small steps would be lost at
-            # first, and rollouts be the old policy's.
+            # In the precision that the trainer computes in. Where that is fp32, rounding to bf16 would lose small
+            # changes, and the rollouts would be the old policy's.
             weights=merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)),
             prompts=prompts[own.start : own.stop],
             num_completions=config.rollouts_per_prompt,
             max_tokens=config.max_tokens,
-            # A prompt's seed is that of its place in the round, whichever rank draws its rollouts.
+            # A prompt's seed depends on its place in the round, not on the rank that draws its rollouts.
             seed=round_seed + own.start * config.rollouts_per_prompt,
         )
     )
@@ -192,7 +194,7 @@ def _round(
     sampled = time.perf_counter()
     minibatches = gather(learner, config, rows, progress.kl_coef, round_seed)
     observed = observe(minibatches, learner.ranks)
-    # What follows from these figures must follow on all ranks, to the last bit.
+    # All ranks take the first one's figures, so that all decide the same.
     seen = led(learner.ranks, lambda: observed)
     progress.rounds.append(seen)
     reason = stop_reason(progress.rounds, config)
@@ -218,9 +220,9 @@ def _round(
 
 
 def _update(
-    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: Progress, minibatches: Sequence[Minibatch]
+    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: _Progress, minibatches: Sequence[Minibatch]
 ) -> dict[str, float]:
-    """Takes one optimizer step a minibatch, `num_epochs` times over; returns the means of what was seen."""
+    """Takes an optimizer step for each minibatch in each of `num_epochs` epochs; returns the means of their figures."""
     for group in learner.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * ppo_math.linear_warmup(progress.round, config.num_warmup_rounds)
     policy_parameters, value_parameters = (trained_parameters(each) for each in (learner.policy, learner.value))
@@ -228,13 +230,12 @@ def _update(
     for _ in range(config.num_epochs):
         for minibatch in minibatches:
             learner.optimizer.zero_grad()
-            metrics = _accumulate(learner, config, minibatch)
+            metrics = accumulate_gradients(learner, config, minibatch)
             if hooks.pretraining:
                 num_episodes = sum(len(each.scores_N) for each in minibatch)
-                # As many for each rank.
-                count = learner.ranks.size * max(
-                    1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs)
-                )
+                # A multiple of the number of ranks, so that they can divide the sequences.
+                for_each = max(1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs))
+                count = learner.ranks.size * for_each
                 drawn = list(itertools.islice(hooks.pretraining, count))
                 progress.num_sequences += count
                 metrics |= ptx.accumulate(
@@ -247,12 +248,12 @@ def _update(
                 raise _NotFiniteError(f"losses and gradients must be finite: norm {norm}, {metrics}")
             learner.optimizer.step()
             steps.append(metrics | {"policy/grad_norm": norm})
-    names = dict.fromkeys(name for metrics in steps for name in metrics)
-    return {name: _mean([metrics[name] for metrics in steps if name in metrics]) for name in names}
+    found = {name: [each[name] for each in steps if name in each] for metrics in steps for name in metrics}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _accumulate(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> dict[str, float]:
-    """Adds the gradients of a minibatch, part by part, over all ranks; the same as if it were one."""
+def accumulate_gradients(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> dict[str, float]:
+    """Adds a minibatch's gradients, part by part, over all ranks, as if it were one part; returns its figures."""
     tokens = [int(each.packed.mask_NC.sum()) for each in minibatch]
     num_tokens = summed(learner.ranks, {"tokens": sum(tokens)})["tokens"]
     totals: dict[str, float] = {}
@@ -266,7 +267,7 @@ def _accumulate(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> di
 
 
 def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[Tensor, dict[str, float]]:
-    """The clipped policy loss, and the clipped value loss."""
+    """Returns the clipped policy loss plus the weighted, clipped value loss, and the figures of both."""
     packed, mask_NC = experience.packed, experience.packed.mask_NC
     old_NC = experience.old_logprobs_NC
     with autocast(mask_NC.device):
@@ -289,7 +290,7 @@ def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[
 
 
 def _turns(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:
-    """Prompts for each round, all of them once in random order before any comes again."""
+    """Yields the prompts of each round, in random order; each prompt is used once before any is used again."""
     drawn = random.Random(seed)
     waiting: list[Prompt] = []
     while True:
@@ -297,7 +298,3 @@ def _turns(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Pro
             waiting += drawn.sample(list(prompts), len(prompts))
         yield waiting[:size]
         waiting = waiting[size:]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

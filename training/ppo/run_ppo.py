@@ -1,4 +1,4 @@
-"""PPO of a run: from the live policy's weights, or from the last checkpoint, to the weights of the new policy."""
+"""The PPO phase of a run: from the live policy's weights, or the last checkpoint, to the new policy's weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def optimise(run: Run, rewards: Rewards) -> Weights:
-    """Returns the new policy's weights, whole and in bf16 as they will be served, to the first rank alone."""
+    """Returns the new policy's weights, whole and in bf16 as they will be served; only the first rank gets them."""
     config, folder, shared, ranks = run.config.ppo, run.folder, run.shared, run.context.ranks
     frozen = min(config.num_frozen_layers, shared.num_layers - 1)
-    # Adapters start at random: alike on all ranks, whichever fitted the reward model, and in every attempt.
+    # Adapters start at random. This makes them the same on all ranks, whichever fitted the reward model, and in every
+    # attempt.
     torch.manual_seed(run.config.seed)
     policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora, ranks)
     learner = make_learner(policy, rewards.model, rewards.held_out_model, config, ranks)

@@ -135,7 +135,7 @@ def encoded(learner: Learner, trl: Recording, rows: Tensor, mask_NC: Tensor) -> 
         prompt = tuple(token for token in batch["queries"][row].tolist() if token != trl.sizes["pad_token_id"])
         tokens, logprobs = (tuple(batch[name][row, :length].tolist()) for name in ("responses", "logprobs"))
         found.append((prompt, [Rollout(tokens, logprobs, bool(trl.finished_N[row]))]))
-    return experience._encode(learner, trl.config(), found)
+    return experience.encode(learner, trl.config(), found)
 
 
 def whole_batch(learner: Learner, trl: Recording) -> Experience:
@@ -210,7 +210,7 @@ def test_a_round_has_the_same_returns_and_whitened_advantages_once_scores_of_ear
     after_N = batch["values"].gather(1, last_N[:, None])[:, 0]
     mixed_N = gamma * ((1 - gae_lambda) * after_N + gae_lambda * ours.scores_N)
     ours = replace(ours, scores_N=torch.where(early_N, mixed_N, ours.scores_N))
-    [[ours]] = experience._with_advantages([[ours]], trl.config(), trl.job["kl_coef"])
+    [[ours]] = experience.with_advantages([[ours]], trl.config(), trl.job["kl_coef"])
     same(ours.returns_NC, batch["returns"], trl.mask_NC)
     same(ours.advantages_NC * ((num_tokens - 1) / num_tokens).sqrt(), batch["whitened"])
 
@@ -243,9 +243,9 @@ def test_gradients_of_every_step_and_the_weights_after_all_are_the_same(trl: Rec
     for step, (drawn, valued) in enumerate(minibatches):
         learner.optimizer.zero_grad()
         # Policy and values by themselves, since TRL values more states: without advantages the policy has no gradient.
-        seen = ppo._accumulate(learner, config, [drawn])
+        seen = ppo.accumulate_gradients(learner, config, [drawn])
         learner.value.zero_grad()
-        valued_seen = ppo._accumulate(learner, config, [valued])
+        valued_seen = ppo.accumulate_gradients(learner, config, [valued])
         same(seen["policy/loss"], float(steps["pg_loss_stats"][step]))
         same(seen["policy/clipfrac"], float(steps["pg_clipfrac_stats"][step]))
         same(valued_seen["val/loss"], float(steps["vf_loss_stats"][step]))

@@ -137,5 +137,5 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
 
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(TrainingError, match=r"nobody/nothing cannot be had.*HF_HUB_OFFLINE"):
+    with pytest.raises(TrainingError, match=r"nobody/nothing cannot be loaded.*HF_HUB_OFFLINE"):
         next(ptx.pretraining_texts(PtxConfig(data="hf:nobody/nothing"), seed=0))

@@ -278,7 +278,7 @@ def gradients(shared: SharedLayers, folder: Path, micro_batch_tokens: int, *, ch
     drawn = sampler.draw(request_of(PPO, 1))
     (minibatch, _) = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
     assert len(minibatch) == (1 if micro_batch_tokens > 1000 else 8)
-    ppo._accumulate(learner, config, minibatch)
+    ppo.accumulate_gradients(learner, config, minibatch)
     return [p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None]
 
 
