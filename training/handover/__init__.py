@@ -1,1 +1,1 @@
-"""From a trained policy to a registered version that serving can prove."""
+"""Makes of a trained policy a registered version that serving can prove."""

@@ -1,6 +1,6 @@
-"""Probes: token sequences with the trainer's own log-probabilities, by which a server proves what it serves.
+"""Makes probes: token sequences with the trainer's log-probabilities, by which a server proves which policy it serves.
 
-They are reckoned from the weights as saved, in bf16, not from the fp32 ones in the trainer's hands.
+The log-probabilities are computed with the weights as saved, in bf16, not with the trainer's fp32 weights.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MAX_PROBE_TOKENS = 64
 
 @torch.no_grad()
 def probes_of(policy_folder: Path, sequences: Sequence[Sequence[int]], most: int) -> list[policy_manifest_pb2.Probe]:
-    """Log-probability of each token but the first of each sequence, cut to MAX_PROBE_TOKENS, under the saved policy.
+    """Computes the log-probability of each token except the first of each sequence, under the saved policy.
 
-    Of at most `most` sequences, the first that have two tokens or more.
+    Sequences are cut to MAX_PROBE_TOKENS. The probes are the first `most` sequences that have two tokens or more.
     """
     probed = [sequence for sequence in sequences if len(sequence) > 1][:most]
     model = load_model(policy_folder)

@@ -1,4 +1,4 @@
-"""The verdict on a new policy: what it answers to held-out prompts, held against the reference policy's answers."""
+"""The verdict on a new policy: compares its answers to held-out prompts with the reference policy's answers."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ ANSWERS = "answers.json"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What decides whether a new policy may go live."""
+    """The figures that decide whether a new policy may go live."""
 
     won: WinRate
-    """Against the reference policy, by the reward model."""
+    """Win rate over the reference policy, by the reward model."""
     kl: Mean
     """KL from the reference policy, in nats a completion."""
 
 
 def draw_answers(run: Run, weights: Mapping[str, Tensor]) -> list[Rollout]:
-    """Draws one completion of each evaluation prompt by the new policy, as it will be served, and leaves them."""
+    """Draws the new policy's answer to each evaluation prompt, as it will be served, and writes them to `state/`."""
     prompts = [prompt.token_ids for prompt in run.evaluation_prompts]
-    # A prompt's seed is the first and its place: these begin where those of the reference's answers end.
+    # Each prompt has the next seed: these seeds begin where those of the reference policy's answers end.
     seed = run.config.seed + len(prompts)
     drawn = run.context.draw(Request(weights.items(), prompts, 1, run.config.ppo.max_tokens, seed))
     answers = [each[0] for each in drawn]
@@ -45,13 +45,13 @@ def draw_answers(run: Run, weights: Mapping[str, Tensor]) -> list[Rollout]:
 
 
 def load_answers(run: Run) -> list[Rollout] | None:
-    """Reads back what `draw_answers` left; None if they have not been drawn."""
+    """Reads back the answers that `draw_answers` wrote; returns None if they have not been drawn yet."""
     path = run.folder.state / ANSWERS
     return [from_row(each) for each in json.loads(path.read_text())] if path.exists() else None
 
 
 def evaluate(run: Run, rewards: Rewards, answers: Sequence[Rollout]) -> Verdict:
-    """Compares the new policy with the reference by the reward model, and writes samples of both. A collective."""
+    """Compares the new policy with the reference policy by the reward model, and writes samples. A collective."""
     groups = run.groups(answers)
     scores, reference_scores = (
         torch.cat(score_groups(rewards.model, each)).tolist() for each in (groups, run.groups(rewards.before))

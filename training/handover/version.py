@@ -1,4 +1,4 @@
-"""The end of a run: its version is written with its lineage, registered with serving, and asked to go live."""
+"""The end of a run: writes the new version with its lineage, registers it with serving, and asks for it to go live."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.models.policy import save_weights
 from training.runs.folder import RunFolder
 from training.runs.policy_client import PolicyClient
 
-# A run was killed no longer ago than that many versions.
+# A run that was killed is looked for among this many of the newest versions.
 RECENT = 20
 
 
@@ -61,12 +61,12 @@ def write_files(
     """Writes a version with its probes, and returns its folder.
 
     Args:
-        context: where versions lie.
-        manifest: the version's, without files and probes.
-        weights: whole, in bf16.
-        settings_from: the folder of the version whose tokenizer and configuration it takes.
-        probed: token sequences that serving will prove it by.
-        num_probes: the most of these that are taken.
+        context: says where versions are written.
+        manifest: the version's manifest, without files and probes.
+        weights: the whole policy, in bf16.
+        settings_from: the folder of the version whose tokenizer and configuration are copied.
+        probed: token sequences that probes are made of.
+        num_probes: the most probes that are made.
     """
 
     def write(draft: Path) -> None:
@@ -78,12 +78,12 @@ def write_files(
 
 
 def is_made(context: TrainerContext, run_id: str) -> bool:
-    """Whether an earlier attempt at this run has come to write its version."""
+    """Whether an earlier attempt at this run has already written its version."""
     return _registered_by(context.client, run_id) is not None or _written_by(context.policies_dir, run_id) is not None
 
 
 def hand_over(context: TrainerContext, folder: RunFolder, reason_of: Callable[[PolicyManifest], str]) -> Policy:
-    """Registers the version that this run wrote as a candidate, unless it is registered already, and returns it."""
+    """Registers this run's version as a candidate, unless it is registered already, and returns it."""
     run_id = folder.path.name
     registered = _registered_by(context.client, run_id)
     if registered:
@@ -96,9 +96,9 @@ def hand_over(context: TrainerContext, folder: RunFolder, reason_of: Callable[[P
 
 
 def go_live(context: TrainerContext, folder: RunFolder, policy: Policy) -> int:
-    """Asks for the version to go live if its win rate and its KL let it, and returns it. Harmless when repeated.
+    """Asks for the version to go live if its win rate and its KL allow it, and returns its number. It may be repeated.
 
-    PPO sees the KL of each round's policy except of the last, which is the one that it made.
+    KL is checked again here, because PPO has checked it before each update, but not after the last one.
     """
     config, manifest = folder.config(), policy.manifest
     won, kl = manifest.evaluations
@@ -112,7 +112,7 @@ def go_live(context: TrainerContext, folder: RunFolder, policy: Policy) -> int:
 
 
 def reason_of(manifest: PolicyManifest) -> str:
-    """Returns in words how good the version is that PPO made."""
+    """Returns in words how good a version made by PPO is."""
     won, kl = manifest.evaluations
     return f"win rate {won.value:.0%} over the reference, by the reward model, at a KL of {kl.value:.1f} nats"
 
@@ -120,26 +120,26 @@ def reason_of(manifest: PolicyManifest) -> str:
 def next_version(context: TrainerContext) -> int:
     """Returns the first version that is neither registered nor on disk.
 
-    A folder that was never registered is that of a run which was given up: its number stays unused.
+    A folder that was never registered belongs to a run that was given up: its number stays unused.
     """
     registered = (policy.version for policy in context.client.newest(1))
     return max([*registered, *_folders(context.policies_dir)], default=0) + 1
 
 
 def _registered_by(client: PolicyClient, run_id: str) -> Policy | None:
-    """The version that this run registered, if it was killed between that and its end."""
+    """Returns the version that this run has registered: an attempt may have been killed after it did."""
     return next((each for each in client.newest(RECENT) if each.manifest.training.run_id == run_id), None)
 
 
 def _written_by(policies_dir: Path, run_id: str) -> Path | None:
-    """The version that this run wrote, if it has not come to register it: it was killed, or serving was away."""
+    """Returns the folder of the version that this run has written: an attempt may have ended before registration."""
     folders = _folders(policies_dir)
     recent = [folders[version] for version in sorted(folders, reverse=True)[:RECENT]]
     return next((folder for folder in recent if _run_of(folder) == run_id), None)
 
 
 def _folders(policies_dir: Path) -> dict[int, Path]:
-    """By version."""
+    """Returns the folders of versions, by version."""
     return {int(path.name[1:]): path for path in policies_dir.glob("v*") if path.name[1:].isdecimal()}
 
 
@@ -155,5 +155,5 @@ def _evaluation(name: str, found: WinRate | Mean) -> Evaluation:
 
 
 def _digest(sample_ids: Iterable[str]) -> str:
-    """SHA-256 over the sorted sample ids, one a line."""
+    """Returns the SHA-256 over the sorted sample ids, one on each line."""
     return hashlib.sha256("".join(f"{sample_id}\n" for sample_id in sorted(sample_ids)).encode()).hexdigest()

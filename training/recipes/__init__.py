@@ -1,6 +1,6 @@
-"""Values of TrainingConfig for machines of several sizes, each a TOML file here, and how one is loaded.
+"""Loads recipes: TOML files with values of TrainingConfig, some of which, for machines of several sizes, are here.
 
-A recipe names fields of TrainingConfig alone; those that it does not name are as without it.
+A recipe has fields of TrainingConfig only. A field that it does not have keeps its default.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ FOLDER = Path(__file__).parent
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be used; each line names a field and says what is wrong with it."""
+    """A recipe cannot be used; each line of the message names a field and says what is wrong with it."""
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with alignd."""
+    """Returns the names of the recipes that come with alignd."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load_recipe(name_or_path: str | Path) -> TrainingConfig:
-    """Loads a recipe that comes with alignd, by its name, or any other, by the path of its .toml file.
+    """Loads a recipe that comes with alignd, by its name, or any other recipe, by the path of its .toml file.
 
-    Raises RecipeError if there is none, or it is not TOML, or a field is unknown, of the wrong type or out of range.
+    Raises:
+        RecipeError: there is no such recipe, it is not TOML, or a field is unknown, of the wrong type or out of range.
     """
     path = _find(str(name_or_path))
     try:

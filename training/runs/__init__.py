@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how operators and serving reach it."""
+"""A run's files on disk, and the trainer's side of operators and serving."""

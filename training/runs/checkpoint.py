@@ -1,4 +1,4 @@
-"""Checkpoints of a run: tensors and a few facts, written whole or not at all, and only the newest kept.
+"""Writes and reads a run's checkpoints: tensors and a few facts, whole or not at all; only the newest is kept.
 
 Tensors are safetensors and facts are JSON: nothing is unpickled.
 """
@@ -25,7 +25,7 @@ TENSORS, FACTS = "tensors.safetensors", "facts.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from."""
+    """What a run resumes from."""
 
     round: int
     tensors: dict[str, Tensor]
@@ -33,7 +33,11 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, round_index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Writes a checkpoint, and removes the ones before it. Raises OSError, such as for a full disk."""
+    """Writes a checkpoint, and removes earlier ones.
+
+    Raises:
+        OSError: such as for a full disk.
+    """
     draft = folder / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What operators ask of a trainer while it works: to pause, to end a run; and whether it may work at all."""
+"""Makes a working trainer pause or end a run when operators ask for it, and stop when it has lost its lease."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OperatorControl:
-    """What operators ask of the trainer, and whether this trainer still holds the lease."""
+    """Where the trainer looks up what operators ask, and whether it still has the lease."""
 
     config: TrainingConfig
     engine: Engine
     lease: TrainerLease
 
     def between_rounds(self, run_id: str) -> None:
-        """Waits while the trainer is paused. Raises RunAbortedError, or SystemExit if another trainer took over."""
+        """Renews the lease, and waits while the trainer is paused.
+
+        Raises:
+            RunAbortedError: an operator asked for this run to end.
+            SystemExit: another trainer has taken over.
+        """
         reported = False
         while True:
             if not self.lease.renew():
@@ -37,6 +42,6 @@ class OperatorControl:
             if not control.paused:
                 return
             if not reported:
-                logger.info("paused; `alignd runs resume` goes on")
+                logger.info("paused; `alignd runs resume` ends the pause")
             reported = True
             time.sleep(self.config.poll_seconds)

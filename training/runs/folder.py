@@ -1,6 +1,6 @@
-"""The folder that a run leaves behind: its recipe, its metrics, samples before and after, and a report.
+"""The folder of a run: its recipe, its metrics, samples before and after, and a report.
 
-While the run lasts, `state/` holds what it would be resumed from; it holds users' text no longer than that.
+Until the run ends, `state/` in it has what the run would resume from. Users' text is in `state/` no longer than that.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ NUM_SAMPLE_PAIRS = 20
 LABEL_NEXT = "label_next.jsonl"
 WAITS = "waits"
 ORIGIN, SFT = "origin.json", "sft.json"
-"""In `state/` from a run's first moment to its last: one of these, by what it learns from."""
+"""An unfinished run has one of these in `state/`: the first if it learns from rankings, the second if it is SFT."""
 SFT_SUFFIX = "-sft"
-"""Of the ids of runs of SFT."""
+"""Ids of SFT's runs end in this."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Unranked:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run began from: enough to see the same data when it is resumed."""
+    """What a run began from. It is enough to read the same data when the run resumes."""
 
     live_version: int
     reference_version: int
@@ -64,12 +64,16 @@ class RunFolder:
 
     @property
     def state(self) -> Path:
-        """What a run that was killed goes on from. Gone once the run has ended."""
+        """The folder with what a killed run resumes from. It is removed when the run ends."""
         return self.path / "state"
 
     @classmethod
     def create(cls, runs_dir: Path, run_id: str, config: TrainingConfig, origin: Origin | None) -> RunFolder:
-        """Makes the folder, with the resolved recipe in it. SFT has no origin: what it works with it chooses itself."""
+        """Makes the folder and writes the resolved recipe. SFT has no origin: it chooses itself what it works with.
+
+        Raises:
+            OSError: such as for a full disk; there is no folder then.
+        """
         folder = cls(runs_dir / run_id)
         try:
             folder.state.mkdir(parents=True)
@@ -82,24 +86,24 @@ class RunFolder:
 
     @classmethod
     def unfinished(cls, runs_dir: Path, kind: str = ORIGIN) -> RunFolder | None:
-        """The newest run of this kind, ORIGIN or SFT, that was killed; None if all have ended."""
+        """Returns the newest run of this kind, ORIGIN or SFT, that has not ended; None if all have."""
         found = sorted(path.parent.parent for path in runs_dir.glob(f"*/state/{kind}"))
         return cls(found[-1]) if found else None
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will go on with it."""
+        """Whether the run has ended, so that nothing will resume it."""
         return not any((self.state / kind).exists() for kind in (ORIGIN, SFT))
 
     @classmethod
     def sweep(cls, runs_dir: Path) -> None:
-        """Removes what runs left in `state/` that have ended, but were killed before all of it was removed."""
+        """Removes the rest of `state/` of runs that have ended, but were killed before all of it was removed."""
         for folder in (cls(path.parent) for path in runs_dir.glob("*/state")):
             if folder.ended:
                 shutil.rmtree(folder.state, ignore_errors=True)
 
     def config(self) -> TrainingConfig:
-        """The recipe that the run began with, also where an earlier release wrote it."""
+        """Reads the recipe that the run began with, also if an earlier release wrote it."""
         recipe = json.loads((self.path / "recipe.json").read_text())
         for old, new in RENAMED.items():
             section, old_name = old.split(".")
@@ -108,7 +112,7 @@ class RunFolder:
         return TrainingConfig.model_validate_json(json.dumps(recipe))
 
     def origin(self) -> Origin:
-        """What the run began from."""
+        """Reads what the run began from."""
         return Origin(**json.loads((self.state / ORIGIN).read_text()))
 
     @property
@@ -116,7 +120,10 @@ class RunFolder:
         return self.state / "attempts.json"
 
     def begin_attempt(self) -> int:
-        """Counts this attempt and those before it that killed the trainer and came no further than it begins."""
+        """Counts this attempt, and returns how many attempts in a row, with this one, have begun from the same state.
+
+        Only attempts that killed the trainer count.
+        """
         (self.state / WAITS).unlink(missing_ok=True)
         path = self._attempts
         reached = sorted(str(each.relative_to(self.state)) for each in self.state.glob("*/*/"))
@@ -131,26 +138,28 @@ class RunFolder:
         return "".join(sorted(path.read_text() for path in runs_dir.glob("*/state/attempts.json")))
 
     def survived_attempt(self) -> None:
-        """The trainer is alive: what ended the attempt is no reason to give the run up."""
+        """Forgets the counted attempts: this one did not kill the trainer, so it is no reason to give the run up."""
         self._attempts.unlink(missing_ok=True)
 
     def wait(self, reason: str) -> None:
-        """Says what keeps it from going on, until the next attempt; or does not, if a full disk is what does."""
+        """Writes what the run waits for, until the next attempt. Nothing is written if the disk is full."""
         with suppress(OSError):
             replace_file(self.state / WAITS, reason)
 
     @property
     def waits_for(self) -> str:
-        """What keeps it from going on; empty for nothing."""
+        """What the run waits for; empty if it does not wait."""
         path = self.state / WAITS
         return path.read_text() if path.exists() else ""
 
     def log(self, phase: str, index: int, count: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl. `index` counts rounds, epochs or steps of the phase from 0."""
+        """Appends one line to metrics.jsonl. `index` counts the phase's rounds, epochs or rankings from 0."""
         append(self.path / METRICS_FILE, phase, index, count, metrics)
 
     def rewind(self, phase: str, index: int) -> None:
-        """Takes back the lines of `phase` from this index on, and all of later phases: they will be written again."""
+        """Removes from metrics.jsonl the lines of `phase` from this index on, and all lines after: they will be
+        written again.
+        """
         rewind(self.path / METRICS_FILE, phase, index)
 
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:
@@ -162,7 +171,7 @@ class RunFolder:
         replace_file(self.path / LABEL_NEXT, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
 
     def end(self) -> None:
-        """Removes what the run would have been resumed from, what makes it unfinished first."""
+        """Removes `state/`, beginning with the file that makes the run an unfinished one."""
         for kind in (ORIGIN, SFT):
             (self.state / kind).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)

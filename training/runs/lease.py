@@ -1,8 +1,8 @@
-"""Sees to it that one trainer at a time works on a store, and tells it what operators ask: to pause, to end a run.
+"""Ensures that one trainer at a time works on a store, and passes operators' requests to it: to pause, to end a run.
 
-The lease is a row of the store's database, so that it is where the rankings are, and outlives whoever holds it. Times
-are those of each machine's clock: clocks must agree to well within `lease_seconds`, or a trainer's place is taken too
-soon or too late.
+The lease is a row of the store's database. So it is where the rankings are, and outlives the trainer that has it. Times
+are by each machine's clock. The clocks must differ by much less than `lease_seconds`; otherwise another trainer takes
+over too soon or too late.
 """
 
 import logging
@@ -25,35 +25,39 @@ MICROSECONDS = 1_000_000
 
 @dataclass(frozen=True)
 class Control:
-    """What operators ask of the trainer, and who it is. `holder` and `abort_run` are empty for none."""
+    """What operators ask of the trainer, and which trainer has the lease. `holder` and `abort_run` may be empty."""
 
     paused: bool
     abort_run: str
     """Id of the run that is to end."""
     holder: str
     expires_at: float
-    """When the holder's place may be taken, in Unix seconds."""
+    """When another trainer may take the lease, in Unix seconds."""
 
 
 def read_control(engine: Engine) -> Control:
-    """Reads it as it is now. Raises sqlalchemy.exc.SQLAlchemyError, as all functions here do."""
+    """Reads the present requests and holder.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: the database cannot be used; all functions of this module raise it.
+    """
     with engine.connect() as connection:
         row = connection.execute(select(TRAINER)).one()
     return Control(bool(row.paused), row.abort_run, row.holder, row.expires_at_us / MICROSECONDS)
 
 
 def set_paused(engine: Engine, paused: bool) -> None:
-    """Has the trainer wait between two steps, or go on. Holds for whoever trains, until it is set otherwise."""
+    """Makes the trainer wait between two rounds or phases, or continue. It stays set for any later trainer too."""
     _set(engine, paused=int(paused))
 
 
 def request_abort(engine: Engine, run_id: str) -> None:
-    """Asks for this run to end. There is one such request at a time: it replaces an earlier one."""
+    """Asks for this run to end. There is one such request at a time: a new one replaces it."""
     _set(engine, abort_run=run_id)
 
 
 def clear_abort(engine: Engine, run_id: str) -> None:
-    """Takes back the request to end this run, once it has ended. A request to end another stays."""
+    """Removes the request to end this run, once it has ended. A request to end another run stays."""
     _set(engine, TRAINER.c.abort_run == run_id, abort_run="")
 
 
@@ -66,34 +70,36 @@ def _set(engine: Engine, *conditions: ColumnElement[bool], **values: object) -> 
 class TrainerLease:
     """The right to train from a store, for `lease_seconds` at a time. Methods raise sqlalchemy.exc.SQLAlchemyError.
 
-    Who has been stopped for longer than that does not know that its place was taken. So ask renew() right before what
-    cannot be undone; `lost` is soon enough for the rest.
+    A process that was suspended for longer than that does not know whether another has taken the lease. So call renew()
+    right before an action that cannot be undone; for all else it is enough to look at `lost`.
     """
 
     def __init__(
         self, engine: Engine, holder: str, lease_seconds: float, clock: Callable[[], float] = time.time
     ) -> None:
-        """Takes nothing yet. `holder` should name the machine and process; `clock` gives Unix seconds.
+        """Makes a lease that is not acquired yet. `holder` should name machine and process; `clock` gives Unix seconds.
 
-        Raises ValueError for an empty `holder` and for `lease_seconds` that are not positive.
+        Raises:
+            ValueError: `holder` is empty, or `lease_seconds` is not positive.
         """
         if not holder or lease_seconds <= 0:
-            raise ValueError(f"a lease needs a holder and a time: {holder!r}, {lease_seconds} seconds")
+            raise ValueError(f"a lease needs a holder and a positive time: {holder!r}, {lease_seconds} seconds")
         self.holder = holder
         self.lost = threading.Event()
-        """Set when another has the lease or may have it; cleared when it proves to be ours still."""
+        """Set when another trainer has the lease or may have it; cleared when the lease turns out to be ours still."""
         self.epoch = 0
-        """Fencing number: greater than those of all earlier holders. 0 before the lease was acquired."""
+        """Fencing number: greater than those of all earlier holders. 0 before the lease is acquired."""
         self._engine = engine
         self._seconds = lease_seconds
         self._clock = clock
-        # By the monotonic clock: until then nobody else takes the lease.
+        # By the monotonic clock: until then no other trainer takes the lease.
         self._good_until = 0.0
 
     def acquire(self) -> bool:
-        """Takes the lease if it is free, has expired or has our holder's name; of several at once one gets it.
+        """Takes the lease if it is free, has expired or has our holder's name, and returns whether it did.
 
-        Another process of the same name is replaced like any other holder.
+        If several call this at the same time, one of them gets the lease. An earlier process of our holder's name is
+        replaced like any other holder.
         """
         has_expired = TRAINER.c.expires_at_us <= round(self._clock() * MICROSECONDS)
         taken = self._take(or_(TRAINER.c.holder.in_(("", self.holder)), has_expired))
@@ -102,9 +108,9 @@ class TrainerLease:
         return taken
 
     def renew(self) -> bool:
-        """Keeps the lease for another `lease_seconds`. False, and `lost` set, if another has taken it.
+        """Keeps the lease for another `lease_seconds`. Returns False, and sets `lost`, if another has taken it.
 
-        One that has expired is kept all the same while nobody has: whoever takes it counts `epoch` up.
+        An expired lease is kept too if nobody has taken it: whoever takes it increases `epoch`.
         """
         kept = self._take(self._is_ours())
         if kept:
@@ -114,15 +120,15 @@ class TrainerLease:
         return kept
 
     def release(self) -> None:
-        """Lets another have the lease at once. Harmless when it is not ours."""
+        """Frees the lease, so that another can take it at once. Does nothing if it is not ours."""
         _set(self._engine, self._is_ours(), holder="", expires_at_us=0)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Renews the acquired lease every third of `lease_seconds` while the block runs, and then releases it.
 
-        `lost` is set when another has taken it, and also when it could not be renewed in time: the database may be out
-        of reach for us alone.
+        `lost` is set when another has taken it. It is also set when the lease could not be renewed in time, because the
+        database may be out of reach for this process alone.
         """
         ended = threading.Event()
         threads = [
@@ -143,7 +149,10 @@ class TrainerLease:
         return and_(TRAINER.c.holder == self.holder, TRAINER.c.epoch == self.epoch)
 
     def _take(self, condition: ColumnElement[bool]) -> bool:
-        """Compare and set. The times are from before the wait for other writers: rather too early than too late."""
+        """Takes or keeps the lease if the condition is true in the database, and returns whether it did.
+
+        Times are read before the wait for other writers: the lease may end too early for us, but never too late.
+        """
         good_until = time.monotonic() + self._seconds
         statement = (
             update(TRAINER)
@@ -171,7 +180,7 @@ class TrainerLease:
                 logger.warning("the trainer's lease could not be renewed, trying again: %s", error)
 
     def _watch(self, ended: threading.Event) -> None:
-        """In a thread of its own, since a renewal may hang."""
+        """Sets `lost` when the lease has expired. It has its own thread, because a renewal may hang."""
         while not ended.wait(max(self._seconds / 10, self._good_until - time.monotonic())):
             if time.monotonic() >= self._good_until:
                 self.lost.set()

@@ -1,4 +1,4 @@
-"""The policy service as the trainer uses it, over gRPC: find policies, register one, ask for it to go live."""
+"""The trainer's client of the policy service, over gRPC: finds policies, registers one, and asks for it to go live."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ACTOR = "trainer"
 # Registering verifies every byte of a version, which takes long for a large one.
 CALL_SECONDS = 300.0
 HEALTH_SECONDS = 5.0
-# Until the server is first there, since all processes are started at once.
+# How long to wait for a server that is still starting, because all processes are started at the same time.
 START_SECONDS = 900.0
 RETRY = json.dumps(
     {
@@ -37,7 +37,11 @@ RETRY = json.dumps(
 
 
 class PolicyClient:
-    """The policy service, as the trainer uses it. Calls wait for the server, and raise grpc.RpcError if it refuses."""
+    """The trainer's client of the policy service. Calls wait until the server is reachable.
+
+    Raises:
+        grpc.RpcError: the server refuses, or does not answer in time; all methods raise it unless they say otherwise.
+    """
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=[("grpc.service_config", RETRY)])
@@ -51,7 +55,7 @@ class PolicyClient:
         self._channel.close()
 
     def is_serving(self) -> bool:
-        """Whether the server is there, with a policy in its engine."""
+        """Whether the server answers and has a policy in its engine. An error counts as no."""
         try:
             response = self._health.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)
         except grpc.RpcError:
@@ -84,7 +88,7 @@ class PolicyClient:
         return registered
 
     def promote(self, version: int, expected_live_version: int, reason: str) -> bool:
-        """Makes a candidate live. False if another version went live since, or it is no candidate any more."""
+        """Makes a candidate live. Returns False if another version has gone live since, or it is no candidate now."""
         request = policy_service_pb2.PromoteRequest(
             version=version, actor=ACTOR, reason=reason, expected_live_version=expected_live_version
         )

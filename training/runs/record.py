@@ -1,7 +1,8 @@
-"""metrics.jsonl: what a run's phases and figures are called, and the one place where its lines are written and read.
+"""Writes and reads metrics.jsonl, and defines the names of its phases and figures.
 
-Each line is a JSON object: when it was written, the phase, `index` and `count` of the round, epoch or step that it is
-of, and the figures. Whoever follows the file sees each line whole, as soon as that round, epoch or step has ended.
+Each line is a JSON object: when it was written, its phase, `index` and `count`, and figures. `index` and `count` are of
+rounds in PPO, of epochs in SFT, and of rankings while the reward model is fitted. Whoever follows the file sees each
+line whole, as soon as that round, epoch or ranking is done.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Record = Mapping[str, Any]
 RECORD_KEYS: Mapping[str, str] = {
     "time": "when the line was written, Unix seconds",
     "phase": "one of PHASES",
-    "index": "of the round, epoch or step in its phase, from 0",
+    "index": "of the round, epoch or ranking in its phase, from 0",
     "count": "how many of these the phase has, as far as is known",
 }
 PHASES: Mapping[str, str] = {
@@ -39,32 +40,33 @@ PHASES: Mapping[str, str] = {
 }
 METRICS: Mapping[str, str] = {
     # The reward model.
-    "reward_model/loss": "loss of what was fitted, nats a comparison, with the L2 penalty",
-    "reward_model/accuracy": "share of the rankings' comparisons that are ordered as the labeler did, while fitting",
-    "reward_model/held_out_accuracy": "the same on held-out rankings",
+    "reward_model/loss": "loss while fitting, nats a comparison, with the L2 penalty",
+    "reward_model/accuracy": "share of comparisons that the reward model orders as the labeler did, while fitting",
+    "reward_model/held_out_accuracy": "this share on held-out rankings",
     "reward_model/accuracy_low": "lower end of its 95 % interval, clustered by ranking",
-    "reward_model/accuracy_high": "upper end",
-    "reward_model/held_out_comparisons": "comparisons that it is over",
-    "reward_model/parent_accuracy": "the same of the reward model before, on the same comparisons",
-    "reward_model/refused": "1 if the reward model before is used instead, else 0",
+    "reward_model/accuracy_high": "upper end of this interval",
+    "reward_model/held_out_comparisons": "number of held-out comparisons",
+    "reward_model/parent_accuracy": "held-out accuracy of the previous reward model, on the same comparisons",
+    "reward_model/refused": "1 if the new reward model was refused and the previous one is used, else 0",
     "reward_model/reference_std": "standard deviation of the reference policy's scores before they were normalised",
     "by_k": "table: completions ranked, accuracy, comparisons",
     "by_labeler": "table: labeler, accuracy, comparisons",
-    "by_length_difference": "table: least and most tokens that the preferred completion is longer by, accuracy, count",
-    "calibration": "table: predicted probability of the likelier order, share in which it held, comparisons",
+    "by_length_difference": "table: least and most tokens by which the preferred completion is longer, accuracy, "
+    "comparisons",
+    "calibration": "table: predicted probability of the likelier order, share that has this order, comparisons",
     "uncertainty": "table: standard deviation of the margin over heads, accuracy, comparisons",
-    # What a round's rollouts say of the policy that drew them.
+    # A round's rollouts, which measure the policy that drew them.
     "objective/kl": "KL from the reference policy, nats a completion",
     "objective/score": "score by the reward model, in standard deviations of the reference policy's scores",
-    "objective/held_out_score": "the same by the held-out reward model",
-    "objective/held_out_error": "standard error of that mean",
+    "objective/held_out_score": "score by the held-out reward model, in the same unit",
+    "objective/held_out_error": "standard error of that score's mean",
     "objective/entropy": "entropy of the policy, nats a token",
     "completion/length": "tokens of a completion",
     "completion/eos_rate": "share of completions that end by themselves",
     "rollout/sampler_gap": "mean difference of the sampler's and the trainer's log-probabilities, nats a token",
     # A round's update.
     "policy/kl_coef": "weight of the KL penalty, scores a nat",
-    "policy/loss": "clipped policy loss",
+    "policy/loss": "clipped policy loss of PPO",
     "policy/clipfrac": "share of tokens whose probability ratio was clipped",
     "policy/approx_kl": "half the mean squared log-ratio of new and old policy, nats a token",
     "policy/grad_norm": "norm of the policy's gradient before clipping",
@@ -74,23 +76,23 @@ METRICS: Mapping[str, str] = {
     "ptx/loss": "pretraining loss, nats a token",
     "ptx/gamma": "weight of the pretraining gradient",
     "ptx/grad_ratio": "norm of the weighted pretraining gradient over that of PPO's",
-    "seconds/rollouts": "seconds of the round's rollouts, with the weights on their way to the sampler",
-    "seconds/scoring": "seconds of its scoring",
-    "seconds/update": "seconds of its update",
+    "seconds/rollouts": "seconds of the round's rollouts, including the copy of weights to the sampler",
+    "seconds/scoring": "seconds of the round's scoring",
+    "seconds/update": "seconds of the round's update",
     "stopped/reason": "why PPO stopped itself in this round",
     # SFT.
     "sft/loss": "loss on the demonstrated completions, nats a token",
     "sft/score": "mean score of the answers to validation prompts, by the reward model",
     # The new version.
     "reward_model/win_rate_over_reference": "share of held-out prompts on which it beats the reference policy",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end",
+    "low": "lower end of the win rate's 95 % interval",
+    "high": "upper end of this interval",
     "wins": "prompts won",
     "ties": "prompts tied",
     "losses": "prompts lost",
     "objective/kl_from_reference": "KL of its answers to held-out prompts, nats a completion",
-    "version": "its number",
-    "promoted": "1 if it went live, else 0",
+    "version": "number of the new version",
+    "promoted": "1 if the new version went live, else 0",
     "reason": "why the run stopped",
 }
 
@@ -99,7 +101,7 @@ def append(path: Path, phase: str, index: int, count: int, metrics: Mapping[str,
     """Appends one line.
 
     Raises:
-        ValueError: the phase or a figure has no name in PHASES or METRICS.
+        ValueError: the phase is not in PHASES, or a figure is not in METRICS.
         OSError: such as for a full disk.
     """
     unknown = [*({phase} - PHASES.keys()), *sorted(metrics.keys() - METRICS.keys())]
@@ -111,10 +113,10 @@ def append(path: Path, phase: str, index: int, count: int, metrics: Mapping[str,
 
 
 def rewind(path: Path, phase: str, index: int) -> None:
-    """Takes back the lines of `phase` from this index on, and all that follow: they will be written again."""
+    """Removes the lines of `phase` from this index on, and all lines after: they will be written again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines):
-        # A kill while a line was written leaves a part of it, always the last.
+        # A kill while a line was written leaves a part of it, which is always the last line.
         entry: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"phase": phase, "index": index}
         if entry["phase"] == phase and entry["index"] >= index:
             replace_file(path, "".join(lines[:number]))
@@ -123,16 +125,16 @@ def rewind(path: Path, phase: str, index: int) -> None:
 
 @dataclass(frozen=True)
 class Lines:
-    """The objects of a .jsonl file, in order, and how many lines were not what they should be."""
+    """The objects of a .jsonl file, in order, and how many lines had no such object."""
 
     found: Sequence[Record]
     num_unreadable: int
 
 
 def read_lines(path: Path, keys: Set[str] = RECORD_KEYS.keys()) -> Lines:
-    """Reads a .jsonl file of objects that have `keys`; nothing if there is no such file.
+    """Reads a .jsonl file of objects that have `keys`. A file that does not exist counts as empty.
 
-    What follows the last line end is left out: it is still being written, or was when the run was killed.
+    A last line without a line end is left out: it is still being written, or the run was killed while it was.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [_object(line) for line in text.split("\n")[:-1]]
