@@ -1,1 +1,1 @@
-"""What a run leaves for people to look at: its report with plots, and TensorBoard events."""
+"""Shows a run to people: its report with plots, and TensorBoard events."""

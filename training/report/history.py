@@ -1,4 +1,4 @@
-"""What a run left behind, read back: its records, those of each phase, and what a metric came to over the steps."""
+"""Reads a run's folder for its report, and computes how a metric changed over the rounds of PPO."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.runs.record import METRICS_FILE, Record, of_phase, read_lines
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """The contents of a run's folder."""
 
     name: str
     records: Sequence[Record]
@@ -29,16 +29,16 @@ class Run:
     recipe: Mapping[str, Any]
     manifest: PolicyManifest | None
     notes: Sequence[str]
-    """What of it could not be read."""
+    """One sentence for each part of the folder that could not be read."""
 
     @property
-    def steps(self) -> list[Record]:
-        """PPO's."""
+    def rounds(self) -> list[Record]:
+        """The records of PPO's rounds."""
         return of_phase(self.records, "ppo")
 
 
 def read_run(folder: Path) -> Run:
-    """Reads what is there; what is not, or cannot be read, is left empty."""
+    """Reads a run's folder. Parts that are missing, or cannot be read, are left empty."""
     metrics = read_lines(folder / METRICS_FILE)
     samples = read_lines(folder / "samples.jsonl", {"prompt", "before", "after"})
     unranked = read_lines(folder / LABEL_NEXT, {"sample_id", "uncertainty", "prompt", "completions"})
@@ -75,42 +75,42 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def series(records: Sequence[Record], key: str) -> NDArray[np.float64]:
-    """One metric, [records]: NaN where it is absent or not finite."""
+    """Returns one metric, [records]: NaN where it is absent or not finite."""
     found = [record.get(key) for record in records]
     values = np.array([value if isinstance(value, int | float) else math.nan for value in found], dtype=np.float64)
     return np.where(np.isfinite(values), values, math.nan)
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
+    """Returns a time in seconds or minutes, as suits its length."""
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
 
 
-def last_finite(values_S: NDArray[np.float64]) -> float:
-    """The last value of [steps] that is finite; NaN if none is."""
-    finite = values_S[np.isfinite(values_S)]
+def last_finite(values_R: NDArray[np.float64]) -> float:
+    """Returns the last finite value; NaN if there is none. R counts rounds."""
+    finite = values_R[np.isfinite(values_R)]
     return float(finite[-1]) if len(finite) else math.nan
 
 
-def greatest(values_S: NDArray[np.float64]) -> float:
-    """The greatest finite value of [steps]; NaN if none is."""
-    finite = values_S[np.isfinite(values_S)]
+def greatest(values_R: NDArray[np.float64]) -> float:
+    """Returns the greatest finite value; NaN if there is none."""
+    finite = values_R[np.isfinite(values_R)]
     return float(finite.max()) if len(finite) else math.nan
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a series came to: its means over the first and the last fifth of the steps, NaN where nothing is finite."""
+    """How a series changed: its means over the first and the last fifth of the rounds, NaN where nothing is finite."""
 
     before: float
     after: float
     clear: bool
-    """False where the series' own noise, taken from neighbouring steps (von Neumann 1941), may explain it."""
+    """False where the series' noise, estimated from neighbouring rounds (von Neumann 1941), may explain the change."""
 
     @classmethod
-    def of(cls, values_S: NDArray[np.float64]) -> Change:
-        """Reads [steps]; what is NaN is left out."""
-        finite = values_S[np.isfinite(values_S)]
+    def of(cls, values_R: NDArray[np.float64]) -> Change:
+        """Computes the change of a series, without its values that are not finite."""
+        finite = values_R[np.isfinite(values_R)]
         if not len(finite):
             return cls(math.nan, math.nan, False)
         size = max(1, len(finite) // 5)
@@ -119,7 +119,7 @@ class Change:
 
     @property
     def words(self) -> str:
-        """The change as a predicate."""
+        """The change as the predicate of a sentence."""
         if math.isnan(self.before):
             return "was never finite"
         if not self.clear:
@@ -127,12 +127,12 @@ class Change:
         return f"{'rose' if self.after > self.before else 'fell'} by {abs(self.after - self.before):.2g}"
 
 
-def fall_from_best(values_S: NDArray[np.float64]) -> float:
-    """How far the mean over the last fifth of [steps] is below the best over any; 0 where noise may explain it.
+def fall_from_best(values_R: NDArray[np.float64]) -> float:
+    """Returns how far the mean over the last fifth of the rounds is below the best such mean; 0 if it may be noise.
 
-    The best of many is high by chance alone, hence three standard errors and not two.
+    The best of many means is high by chance alone. So the fall must be three standard errors, not two.
     """
-    finite = values_S[np.isfinite(values_S)]
+    finite = values_R[np.isfinite(values_R)]
     if len(finite) < 3:
         return 0.0
     size = max(1, len(finite) // 5)
@@ -141,7 +141,7 @@ def fall_from_best(values_S: NDArray[np.float64]) -> float:
     return fall if fall > 3 * _error(finite, size) else 0.0
 
 
-def _error(values_S: NDArray[np.float64], size: int) -> float:
-    """Standard error of the difference of two means over `size` steps, the noise taken from neighbours."""
-    noise = math.sqrt(float((np.diff(values_S) ** 2).mean()) / 2) if len(values_S) > 1 else math.inf
+def _error(values_R: NDArray[np.float64], size: int) -> float:
+    """Returns the standard error of the difference of two means over `size` rounds, from neighbours' differences."""
+    noise = math.sqrt(float((np.diff(values_R) ** 2).mean()) / 2) if len(values_R) > 1 else math.inf
     return noise * math.sqrt(2 / size)

@@ -1,4 +1,4 @@
-"""Writes what a training run found, from the folder it left: one HTML file that needs nothing but a browser."""
+"""Writes the report of a training run from its folder: one HTML file that needs nothing but a browser."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ NUM_OPEN_SAMPLES = 5
 def write_report(folder: Path) -> Path:
     """Writes REPORT.html into a run's folder, whole or not at all, and returns its path.
 
-    A run that stopped early, or that is still under way, is told as far as it came.
+    If the run stopped early, or has not ended, the report shows what there is.
     """
     path = folder / REPORT
-    # A policy may write half a surrogate pair, which UTF-8 has no bytes for.
+    # A policy may write half a surrogate pair, which UTF-8 cannot encode.
     html = render(read_run(folder)).encode("utf-8", errors="backslashreplace").decode("utf-8")
     replace_file(path, html)
     return path
 
 
 def render(run: Run) -> str:
-    """The report as one HTML page, with its style and plots inside. All text in it is escaped."""
+    """Returns the report as one HTML page, with its style and plots inside. All text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,7 +43,7 @@ def render(run: Run) -> str:
         finding=finding(run),
         figures=figures(run),
         fitting=fitting_figures(run),
-        plots=draw_plots(run.steps, rewards, run.recipe.get("ppo", {})),
+        plots=draw_plots(run.rounds, rewards, run.recipe.get("ppo", {})),
         stops=stops(run),
         settings=list(settings(run.recipe)),
         num_open=NUM_OPEN_SAMPLES,

@@ -1,4 +1,4 @@
-"""The plots of a training run: each states its finding in its title, and what a run has not measured is not drawn."""
+"""Draws the plots of a training run. Each has its finding as its title; a metric that was not measured is not drawn."""
 
 from __future__ import annotations
 
@@ -34,65 +34,65 @@ Floats = NDArray[np.float64]
 MOST_MARKERS, MOST_POINTS = 30, 100
 
 
-def draw_plots(steps: Sequence[Record], rewards: Record, limits: Mapping[str, Any]) -> list[Plot]:
-    """All plots that the run has figures for.
+def draw_plots(rounds: Sequence[Record], rewards: Record, limits: Mapping[str, Any]) -> list[Plot]:
+    """Draws all plots that the run has figures for.
 
     Args:
-        steps: those of phase "ppo", each step once.
+        rounds: the records of phase "ppo", each round once.
         rewards: the record of phase "reward_model_evaluation"; empty if there is none.
         limits: the recipe's "ppo", whose limits are marked where the run comes near them.
     """
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         plots = (
-            _score_by_kl(steps, held_out_apart="reward_model/held_out_accuracy" in rewards),
-            _kl_and_entropy(steps, limits),
-            _completions(steps),
-            _updates(steps),
-            _value_and_sampler(steps, limits),
+            _score_by_kl(rounds, held_out_apart="reward_model/held_out_accuracy" in rewards),
+            _kl_and_entropy(rounds, limits),
+            _completions(rounds),
+            _updates(rounds),
+            _value_and_sampler(rounds, limits),
             accuracy_plot(rewards),
             calibration_plot(rewards),
-            _seconds(steps),
+            _seconds(rounds),
         )
     return [plot for plot in plots if plot]
 
 
-def _score_by_kl(steps: Sequence[Record], *, held_out_apart: bool) -> Plot | None:
-    size = max(1, math.ceil(len(steps) / MOST_POINTS))
-    root_kl = _block_means(np.sqrt(np.maximum(series(steps, "objective/kl"), 0.0)), size)
+def _score_by_kl(rounds: Sequence[Record], *, held_out_apart: bool) -> Plot | None:
+    size = max(1, math.ceil(len(rounds) / MOST_POINTS))
+    root_kl = _block_means(np.sqrt(np.maximum(series(rounds, "objective/kl"), 0.0)), size)
     figure, (axes,) = panels(1, HEIGHT)
-    told = []
+    clauses = []
     for key, name, whose, color in (
         ("objective/score", "reward model", "the reward model’s score", REWARD_MODEL),
         ("objective/held_out_score", "held-out reward model", "the held-out reward model’s", HELD_OUT_MODEL),
     ):
-        scores = _block_means(series(steps, key), size)
+        scores = _block_means(series(rounds, key), size)
         if np.isfinite(root_kl + scores).any():
             axes.plot(root_kl, scores, color=color, linewidth=1, alpha=0.5)
             axes.scatter(root_kl, scores, s=np.linspace(12, 48, len(scores)), color=color, label=name)
-            told.append(f"{whose} {Change.of(series(steps, key)).words}")
-    if told and (fall := fall_from_best(series(steps, "objective/held_out_score"))):
-        told[-1] += f" and ends {fall:.2g} below its best"
-    if not told:
+            clauses.append(f"{whose} {Change.of(series(rounds, key)).words}")
+    if clauses and (fall := fall_from_best(series(rounds, "objective/held_out_score"))):
+        clauses[-1] += f" and ends {fall:.2g} below its best"
+    if not clauses:
         return None
     axes.set(xlabel="√KL from the reference policy (√nat)", ylabel="score (reference: mean 0, deviation 1)")
     legend(axes)
     caption = (
-        f"n = {len(steps)} PPO rounds{f', in means of {size}' if size > 1 else ''}; later ones are larger. "
+        f"n = {len(rounds)} PPO rounds{f', in means of {size}' if size > 1 else ''}; dots of later rounds are larger. "
         "KL is summed over a completion."
     )
-    # With nobody held out, it is fitted to the same labelers.
-    if len(told) > 1 and held_out_apart:
+    # Where nobody is held out, the held-out reward model is fitted to the same labelers as the reward model.
+    if len(clauses) > 1 and held_out_apart:
         caption += (
-            " The held-out reward model is fitted to labelers unknown to the reward model: where the two part, the "
-            "policy is over-optimised (Gao et al. 2022)."
+            " The held-out reward model is fitted to labelers unknown to the reward model: where the two scores part, "
+            "the policy is over-optimised (Gao et al. 2022)."
         )
-    return Plot(_sentence(*told), to_svg(figure, "score-by-kl"), caption)
+    return Plot(_sentence(*clauses), to_svg(figure, "score-by-kl"), caption)
 
 
-def _kl_and_entropy(steps: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
-    kl, entropy = series(steps, "objective/kl"), series(steps, "objective/entropy")
+def _kl_and_entropy(rounds: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
+    kl, entropy = series(rounds, "objective/kl"), series(rounds, "objective/entropy")
     figure, (upper, lower) = panels(2, HEIGHT, shared=True)
-    drawn = _line(upper, steps, kl, POLICY), _line(lower, steps, entropy, POLICY)
+    drawn = _line(upper, rounds, kl, POLICY), _line(lower, rounds, entropy, POLICY)
     if not any(drawn):
         return None
     marked = _mark_limit(upper, kl, limits.get("max_kl"))
@@ -103,15 +103,15 @@ def _kl_and_entropy(steps: Sequence[Record], limits: Mapping[str, Any]) -> Plot 
         f"their entropy {Change.of(entropy).words}" if drawn[1] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO rounds. KL from the reference policy is summed over a completion; entropy is per token."
+        f"n = {len(rounds)} PPO rounds. KL from the reference policy is summed over a completion; entropy is per token."
     )
     return Plot(title, to_svg(figure, "kl-and-entropy"), caption + (" Dashed: where PPO stops." if marked else ""))
 
 
-def _completions(steps: Sequence[Record]) -> Plot | None:
-    length, ended = series(steps, "completion/length"), 100 * series(steps, "completion/eos_rate")
+def _completions(rounds: Sequence[Record]) -> Plot | None:
+    length, ended = series(rounds, "completion/length"), 100 * series(rounds, "completion/eos_rate")
     figure, (upper, lower) = panels(2, HEIGHT, shared=True)
-    drawn = _line(upper, steps, length, POLICY), _line(lower, steps, ended, POLICY)
+    drawn = _line(upper, rounds, length, POLICY), _line(lower, rounds, ended, POLICY)
     if not any(drawn):
         return None
     upper.set(ylabel="length (tokens)", ylim=(0, None))
@@ -122,18 +122,19 @@ def _completions(steps: Sequence[Record]) -> Plot | None:
         f"{share.before:.0f}% end by themselves at first, {share.after:.0f}% at last" if drawn[1] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO rounds, means over the rollouts of each. The others are cut at the greatest length."
+        f"n = {len(rounds)} PPO rounds; means over each round’s rollouts. Completions that do not end by themselves "
+        "are cut off at the maximum length."
     )
     return Plot(title, to_svg(figure, "completions"), caption)
 
 
-def _updates(steps: Sequence[Record]) -> Plot | None:
-    clipped, moved = 100 * series(steps, "policy/clipfrac"), series(steps, "policy/approx_kl")
+def _updates(rounds: Sequence[Record]) -> Plot | None:
+    clipped, moved = 100 * series(rounds, "policy/clipfrac"), series(rounds, "policy/approx_kl")
     figure, (upper, lower) = panels(2, HEIGHT, shared=True)
     drawn = (
-        _line(upper, steps, clipped, POLICY, "policy"),
-        _line(upper, steps, 100 * series(steps, "val/clipfrac"), VALUE, "value function"),
-        _line(lower, steps, moved, POLICY),
+        _line(upper, rounds, clipped, POLICY, "policy"),
+        _line(upper, rounds, 100 * series(rounds, "val/clipfrac"), VALUE, "value function"),
+        _line(lower, rounds, moved, POLICY),
     )
     if not any(drawn):
         return None
@@ -145,19 +146,19 @@ def _updates(steps: Sequence[Record]) -> Plot | None:
         f"it moves the policy by at most {greatest(moved):.2g} nats a token" if drawn[2] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO rounds. Approximate KL is per token, between the policies before and after an update."
+        f"n = {len(rounds)} PPO rounds. Approximate KL is per token, between the policies before and after an update."
     )
-    return Plot(title or "Only the value function’s clipping is known", to_svg(figure, "updates"), caption)
+    return Plot(title or "Only the value function’s clipping was measured", to_svg(figure, "updates"), caption)
 
 
-def _value_and_sampler(steps: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
-    explained, gap = series(steps, "val/explained_variance"), series(steps, "rollout/sampler_gap")
+def _value_and_sampler(rounds: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
+    explained, gap = series(rounds, "val/explained_variance"), series(rounds, "rollout/sampler_gap")
     figure, (upper, lower) = panels(2, HEIGHT, shared=True)
-    drawn = _line(upper, steps, explained, VALUE), _line(lower, steps, gap, POLICY)
+    drawn = _line(upper, rounds, explained, VALUE), _line(lower, rounds, gap, POLICY)
     if not any(drawn):
         return None
     upper.axhline(0, **DASHED)
-    # The first steps may be far below 0, and would flatten all that follows.
+    # The first rounds may be far below 0, and would flatten the curve of the later ones.
     cut = drawn[0] and np.nanmin(explained) < -1 < np.nanmedian(explained)
     if cut:
         upper.set_ylim(-1.05, 1.05)
@@ -172,23 +173,23 @@ def _value_and_sampler(steps: Sequence[Record], limits: Mapping[str, Any]) -> Pl
         f"sampler and trainer differ by at most {greatest(gap):.2g} nats a token" if drawn[1] else "",
     )
     caption = (
-        f"n = {len(steps)} PPO rounds. At 0 the values explain no more than the mean return would"
-        f"{'; below -1 is cut off' if cut else ''}. The gap is the mean difference of a token’s log-probability."
+        f"n = {len(rounds)} PPO rounds. At 0 the values explain no more than the mean return would"
+        f"{'; values below -1 are cut off' if cut else ''}. The gap is the mean difference of log-probabilities."
         f"{' Dashed below: where PPO stops.' if marked else ''}"
     )
     return Plot(title, to_svg(figure, "value-and-sampler"), caption)
 
 
-def _seconds(steps: Sequence[Record]) -> Plot | None:
+def _seconds(rounds: Sequence[Record]) -> Plot | None:
     parts = (("rollouts", POLICY), ("scoring", REWARD_MODEL), ("update", NEUTRAL))
-    seconds = {name: np.nan_to_num(series(steps, f"seconds/{name}")) for name, _ in parts}
+    seconds = {name: np.nan_to_num(series(rounds, f"seconds/{name}")) for name, _ in parts}
     total = sum(float(spent.sum()) for spent in seconds.values())
     if not total:
         return None
     figure, (axes,) = panels(1, HEIGHT)
-    number = series(steps, "index") + 1
+    number = series(rounds, "index") + 1
     edges = np.append(number - 0.5, number[-1] + 0.5)
-    below = np.zeros(len(steps))
+    below = np.zeros(len(rounds))
     for name, color in parts:
         axes.stairs(below + seconds[name], edges, baseline=below, fill=True, color=color, label=name)
         below = below + seconds[name]
@@ -198,25 +199,25 @@ def _seconds(steps: Sequence[Record]) -> Plot | None:
     longest = max(seconds, key=lambda name: float(seconds[name].sum()))
     share = float(seconds[longest].sum()) / total
     title = f"{longest.capitalize()} took {share:.0%} of PPO’s {duration(total)}"
-    caption = f"n = {len(steps)} PPO rounds, {total / len(steps):.1f} s each on average."
+    caption = f"n = {len(rounds)} PPO rounds, {total / len(rounds):.1f} s each on average."
     return Plot(title, to_svg(figure, "seconds"), caption)
 
 
-def _line(axes: Axes, steps: Sequence[Record], values: Floats, color: str, label: str | None = None) -> bool:
-    """Draws a metric by step. False, and a panel's only line says so, if none of it is finite."""
+def _line(axes: Axes, rounds: Sequence[Record], values: Floats, color: str, label: str | None = None) -> bool:
+    """Draws a metric by round. Returns False if no value is finite, which a panel without other lines says."""
     if not np.isfinite(values).any():
         if not label:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
         return False
-    # Alone between two gaps, a value is seen only if it is marked.
+    # A value alone between two gaps is visible only with a marker.
     marker = "o" if len(values) <= MOST_MARKERS or not np.isfinite(values).all() else ""
-    axes.plot(series(steps, "index") + 1, values, color=color, marker=marker, markersize=4, label=label)
+    axes.plot(series(rounds, "index") + 1, values, color=color, marker=marker, markersize=4, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return True
 
 
 def _mark_limit(axes: Axes, values: Floats, limit: object) -> bool:
-    """Marks where PPO stops, if the run comes so near that the rest stays readable."""
+    """Marks the limit at which PPO stops, and returns True, if the run came near enough to it for a readable plot."""
     if not isinstance(limit, int | float) or not greatest(values) > 0.4 * limit:
         return False
     axes.axhline(limit, **DASHED)
@@ -224,7 +225,7 @@ def _mark_limit(axes: Axes, values: Floats, limit: object) -> bool:
 
 
 def _block_means(values: Floats, size: int) -> Floats:
-    """Means of [steps] over blocks of `size`; what is over makes a smaller block. NaN where a block has one."""
+    """Returns means over blocks of `size` rounds; the last block may be smaller. A block with NaN has the mean NaN."""
     starts = np.arange(0, len(values), size)
     return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values))) if len(values) else values
 

@@ -1,4 +1,4 @@
-"""The plots of how far a reward model can be trusted: where it errs, and whether its probabilities hold."""
+"""Draws the plots of a reward model's evaluation: where it errs, and whether its probabilities are calibrated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERVALS = "Bars: 95% Wilson intervals, as if comparisons were independent."
 
 @dataclass(frozen=True)
 class Share:
-    """One row of an evaluation: what it is about, and the share that was right with its 95 % interval, in %."""
+    """One row of an evaluation's table: what it is about, and the share that is right with its 95 % interval, in %."""
 
     about: Sequence[Any]
     percent: float
@@ -30,18 +30,18 @@ class Share:
 
 
 def shares(rows: Sequence[Sequence[Any]]) -> list[Share]:
-    """Reads rows of [what they are about..., share right, count]; leaves out those that rest on nothing."""
+    """Reads rows of [what they are about..., share right, count]; leaves out rows without a comparison."""
     found = []
     for *about, share, count in rows:
         if count and isinstance(share, int | float) and math.isfinite(share):
             low, high = wilson_interval(share * count, count)
-            # At 0 and at 1 an end of the interval is the share itself, but for rounding.
+            # At 0 and at 1 an end of the interval is the share itself, except for rounding.
             found.append(Share(about, 100 * share, 100 * min(low, share), 100 * max(high, share), count))
     return found
 
 
 def accuracy_plot(rewards: Record) -> Plot | None:
-    """Held-out accuracy by completions in a ranking, and by how much longer the chosen completion was."""
+    """Draws held-out accuracy by completions in a ranking, and by how much longer the chosen completion was."""
     by_k, by_length = shares(rewards.get("by_k", ())), shares(rewards.get("by_length_difference", ()))
     drawn = [
         (by_k, [f"{each.about[0]}" for each in by_k], "completions in a ranking (K)"),
@@ -73,7 +73,7 @@ def _accuracy_title(found: Sequence[Share], by_length: Sequence[Share]) -> str:
 
 
 def calibration_plot(rewards: Record) -> Plot | None:
-    """The probability that the reward model gave against the share that agreed; accuracy by how its heads differ."""
+    """Draws the share of labelers that agreed by predicted probability, and accuracy by how much the heads differ."""
     bins, spreads = shares(rewards.get("calibration", ())), shares(rewards.get("uncertainty", ()))
     if not bins:
         return None
@@ -90,9 +90,10 @@ def calibration_plot(rewards: Record) -> Plot | None:
         axes.set_xlabel("spread of the heads (standard deviation of the margin)")
     surest, said = max(zip(bins, predicted, strict=True), key=lambda pair: abs(pair[1] - CHANCE))
     off = sum(abs(each.percent - p) * each.count for each, p in zip(bins, predicted, strict=True)) / _count(bins)
-    title = f"Where the reward model is surest it says {said:.0f}%, and {surest.percent:.0f}% agree"
+    title = f"Where the reward model is surest, it predicts {said:.0f}%, and {surest.percent:.0f}% agree"
     caption = (
-        f"n = {_count(bins)} held-out comparisons. Off by {off:.1f} points on average (expected calibration error). "
+        f"n = {_count(bins)} held-out comparisons. Its predictions are off by {off:.1f} points on average (expected "
+        "calibration error). "
         f"Dashed: perfect calibration{', and chance below' if lower else ''}. {INTERVALS}"
     )
     return Plot(title, to_svg(figure, "calibration"), caption)

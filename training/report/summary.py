@@ -1,4 +1,4 @@
-"""What a run came to, in words and figures: the sentence, the table, why it stopped, and how its recipe was set."""
+"""Summarizes a run for its report: the finding in a sentence, tables of figures, why it stopped, and its settings."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from training.config import TrainingConfig
 from training.report.history import Change, Run, duration, fall_from_best, series
 from training.report.reward_plots import shares
-from training.runs.record import PHASES, Record, last_of, of_phase
+from training.runs.record import COUNTED, PHASES, Record, last_of, of_phase
 
-MOST_REASON = 160  # characters of a reason in the finding; it stands in full further down
-MOST_STEPS = 8  # steps named where a metric is not finite
+MOST_REASON = 160  # characters of a reason in the finding; further down the reason is given in full
+MOST_ROUNDS = 8  # most rounds that are listed where a metric is not finite
 WIN_RATE = "reward_model/win_rate_over_reference"
-# What the manifest's evaluations are called here, and their units.
+# Names in the report of the manifest's evaluations, and their units.
 EVALUATIONS = {"objective/kl_from_reference": ("KL of its answers to held-out prompts", "nats a completion; ")}
 COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
 ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
-# Metric, what it is called, how it is written, its unit.
+# Each metric with its name in the report, its format and its unit.
 POLICY_FIGURES = (
     ("objective/score", "score, by the reward model", "{:z.2f}", "deviations of the reference policy’s scores"),
     (
@@ -70,7 +70,7 @@ class Setting:
 
 
 def finding(run: Run) -> str:
-    """What the run came to, in one sentence."""
+    """Returns the run's result in one sentence."""
     records = run.records
     if not records:
         return "This run has left no measurements."
@@ -80,8 +80,8 @@ def finding(run: Run) -> str:
         if version:
             return f"The run registered version {version}, then stopped: {reason}"
         return f"The run stopped {_where(records[:-1])}, and made no version: {reason}"
-    if last["phase"] == "done" and (epochs := fine_tuning(run)):
-        best, reference = best_epoch(epochs), _number(last_of(records, "sft_reference"), "sft/score")
+    if last["phase"] == "done" and (epochs := _sft_epochs(run)):
+        best, reference = _best_epoch(epochs), _number(last_of(records, "sft_reference"), "sft/score")
         return (
             f"Version {version} is the reference policy fine-tuned on demonstrations, epoch {best['index'] + 1} of "
             f"{len(epochs)}: its score by the reward model is {_number(best, 'sft/score'):z.2f}, the reference's "
@@ -90,21 +90,21 @@ def finding(run: Run) -> str:
     won = last_of(records, "evaluate")
     if not won:
         return f"The run has not ended: its records break off {_where(records)}."
-    clauses = [_win_rate(won, f"version {version}" if version else "the new policy"), *_judge(run.steps)]
+    clauses = [_win_rate(won, f"version {version}" if version else "the new policy"), *_held_out_score(run.rounds)]
     if version:
         promoted = last_of(records, "register").get("promoted")
         clauses.append(f"it was {'' if promoted else 'not '}promoted")
-    clauses += [f"PPO stopped itself in round {step['index'] + 1} of {step['count']}" for step in _cut_short(run)]
+    clauses += [f"PPO stopped itself in round {each['index'] + 1} of {each['count']}" for each in _cut_short(run)]
     return _capitalized("; ".join(clauses)) + "."
 
 
-def fine_tuning(run: Run) -> list[Record]:
-    """The epochs of SFT; none in a run of PPO."""
+def _sft_epochs(run: Run) -> list[Record]:
+    """Returns the records of SFT's epochs; a run of PPO has none."""
     return of_phase(run.records, "sft")
 
 
-def best_epoch(epochs: Sequence[Record]) -> Record:
-    """The one that was kept: of those with a finite loss the one with the highest score."""
+def _best_epoch(epochs: Sequence[Record]) -> Record:
+    """Returns the epoch that is the result: the one with the highest score among those with a finite loss."""
     return max(epochs, key=lambda epoch: (math.isfinite(_number(epoch, "sft/loss")), _number(epoch, "sft/score")))
 
 
@@ -115,7 +115,7 @@ def _where(records: Sequence[Record]) -> str:
     name = PHASES.get(last["phase"], last["phase"])
     if last["count"] == 1:
         return f"after {name}"
-    return f"in {name}, after step {last['index'] + 1} of {last['count']}"
+    return f"in {name}, after {COUNTED.get(last['phase'], 'record')} {last['index'] + 1} of {last['count']}"
 
 
 def _win_rate(won: Record, policy: str) -> str:
@@ -128,9 +128,9 @@ def _win_rate(won: Record, policy: str) -> str:
     return f"{policy} is not clearly better or worse than the reference policy: it wins on {share}"
 
 
-def _judge(steps: Sequence[Record]) -> list[str]:
-    """What the second reward model says to the gain of the first."""
-    held_out, score = series(steps, "objective/held_out_score"), Change.of(series(steps, "objective/score"))
+def _held_out_score(rounds: Sequence[Record]) -> list[str]:
+    """Returns how the held-out reward model's score changed while the reward model's did."""
+    held_out, score = series(rounds, "objective/held_out_score"), Change.of(series(rounds, "objective/score"))
     change, fall = Change.of(held_out), fall_from_best(held_out)
     if math.isnan(change.before):
         return []
@@ -158,7 +158,7 @@ def _count(won: Record) -> int:
 
 
 def stops(run: Run) -> list[str]:
-    """Why PPO or the run ended before its end; nothing if neither did."""
+    """Returns why PPO or the run stopped early; nothing if neither did."""
     found = [
         f"PPO stopped itself in round {record['index'] + 1} of {record['count']}: {record['stopped/reason']}"
         for record in _cut_short(run)
@@ -174,11 +174,11 @@ def stops(run: Run) -> list[str]:
 
 
 def _cut_short(run: Run) -> list[Record]:
-    return [step for step in run.steps if "stopped/reason" in step]
+    return [each for each in run.rounds if "stopped/reason" in each]
 
 
 def figures(run: Run) -> list[Figure]:
-    """The run's main figures, without those that it has not measured."""
+    """Returns the run's main figures, without those that it has not measured."""
     won, rewards = last_of(run.records, "evaluate"), last_of(run.records, "reward_model_evaluation")
     return [
         *_outcome(won, last_of(run.records, "register")),
@@ -188,21 +188,21 @@ def figures(run: Run) -> list[Figure]:
                 f"{_number(epoch, 'sft/score'):z.2f}",
                 f"score, by the reward model; loss {_number(epoch, 'sft/loss'):.3f} nats a token",
             )
-            for epoch in fine_tuning(run)
+            for epoch in _sft_epochs(run)
         ),
-        *_of_metrics(run.steps, POLICY_FIGURES),
+        *_of_metrics(run.rounds, POLICY_FIGURES),
         *_reward_model(rewards),
         *_evaluations(run),
         *_time(run),
-        *_not_finite(run.steps),
+        *_not_finite(run.rounds),
     ]
 
 
 def fitting_figures(run: Run) -> list[Figure]:
-    """How the fitting itself went, for whoever looks into it."""
+    """Returns the figures of fitting and updates, which only some readers need."""
     return [
         *_fit(last_of(run.records, "reward_model"), last_of(run.records, "normalise")),
-        *_of_metrics(run.steps, OPTIMISER_FIGURES),
+        *_of_metrics(run.rounds, OPTIMISER_FIGURES),
     ]
 
 
@@ -216,32 +216,32 @@ def _outcome(won: Record, registered: Record) -> Iterator[Figure]:
         yield Figure("win rate, by the reward model", f"{_number(won, WIN_RATE):.1%}", f"{interval}; {counts}")
 
 
-def _of_metrics(steps: Sequence[Record], rows: Sequence[tuple[str, str, str, str]]) -> Iterator[Figure]:
+def _of_metrics(rounds: Sequence[Record], rows: Sequence[tuple[str, str, str, str]]) -> Iterator[Figure]:
     for key, name, form, unit in rows:
-        if any(key in step for step in steps):
-            change = Change.of(series(steps, key))
+        if any(key in each for each in rounds):
+            change = Change.of(series(rounds, key))
             before, after = form.format(change.before), form.format(change.after)
-            unclear = "within its noise" if len(steps) > 2 and before != after and not change.clear else ""
+            unclear = "within its noise" if len(rounds) > 2 and before != after and not change.clear else ""
             value = "not finite" if math.isnan(change.before) else after if before == after else f"{before} → {after}"
             yield Figure(name, value, "; ".join(part for part in (unit, unclear) if part))
 
 
-def _not_finite(steps: Sequence[Record]) -> Iterator[Figure]:
-    keys = dict.fromkeys(key for step in steps for key, value in step.items() if isinstance(value, float))
+def _not_finite(rounds: Sequence[Record]) -> Iterator[Figure]:
+    keys = dict.fromkeys(key for each in rounds for key, value in each.items() if isinstance(value, float))
     for key in keys:
-        bad = [step["index"] + 1 for step in steps if key in step and not math.isfinite(_number(step, key))]
+        bad = [each["index"] + 1 for each in rounds if key in each and not math.isfinite(_number(each, key))]
         if bad:
-            named = ", ".join(map(str, bad[:MOST_STEPS])) + (", …" if len(bad) > MOST_STEPS else "")
-            yield Figure(f"{key} is not finite", f"{len(bad)} of {len(steps)} steps", f"step {named}")
+            named = ", ".join(map(str, bad[:MOST_ROUNDS])) + (", …" if len(bad) > MOST_ROUNDS else "")
+            yield Figure(f"{key} is not finite", f"{len(bad)} of {len(rounds)} rounds", f"in round {named}")
 
 
 def _fit(fitted: Record, normalised: Record) -> Iterator[Figure]:
     if "reward_model/loss" in fitted:
-        accuracy = f"accuracy {_number(fitted, 'reward_model/accuracy'):.1%} on what it learned from"
+        accuracy = f"accuracy {_number(fitted, 'reward_model/accuracy'):.1%} on the rankings that it learned from"
         yield Figure("reward model’s loss", f"{_number(fitted, 'reward_model/loss'):.3f}", accuracy)
     if normalised:
         deviation = f"{_number(normalised, 'reward_model/reference_std'):.2f}"
-        yield Figure("deviation of the reference policy’s scores", deviation, "before it was made 1")
+        yield Figure("standard deviation of the reference policy’s scores", deviation, "before it was scaled to 1")
 
 
 def _reward_model(rewards: Record) -> Iterator[Figure]:
@@ -253,11 +253,11 @@ def _reward_model(rewards: Record) -> Iterator[Figure]:
         if "reward_model/parent_accuracy" in rewards:
             parent = _number(rewards, "reward_model/parent_accuracy")
             verdict = (
-                "the new one was refused, and the old kept"
+                "the new one was refused, and this one kept"
                 if rewards.get("reward_model/refused")
-                else "the new one was taken"
+                else "the new one is used"
             )
-            yield Figure("accuracy of the reward model before", f"{parent:.1%}", f"same comparisons; {verdict}")
+            yield Figure("accuracy of the previous reward model", f"{parent:.1%}", f"same comparisons; {verdict}")
     if by_labeler := shares(rewards.get("by_labeler", ())):
         percents = [each.percent for each in by_labeler]
         detail = f"{len(percents)} labelers, median {np.median(percents):.0f}%"
@@ -265,7 +265,7 @@ def _reward_model(rewards: Record) -> Iterator[Figure]:
 
 
 def _evaluations(run: Run) -> Iterator[Figure]:
-    """What the manifest has besides the win rate, which the run's own record tells."""
+    """Yields the manifest's evaluations except the win rate, which the run's own records have."""
     for each in run.manifest.evaluations if run.manifest else ():
         if each.name != WIN_RATE:
             has_interval = each.HasField("low") and each.HasField("high")
@@ -281,7 +281,7 @@ def _time(run: Run) -> Iterator[Figure]:
 
 
 def settings(recipe: Mapping[str, Any]) -> Iterator[Setting]:
-    """The recipe, one field a line, with the default where it was set to something else."""
+    """Yields the recipe's fields, each with its default if it was set to something else."""
     defaults = dict(_flat(TrainingConfig().model_dump(mode="json")))
     for name, value in _flat(recipe):
         default = defaults.get(name, value)

@@ -1,7 +1,7 @@
-"""Figures as SVG that takes its colours and its type from the page it stands in, so that light and dark both work.
+"""Writes figures as SVG that takes its colours and font from the page around it, so that light and dark both work.
 
-One colour means one thing everywhere: the policy, the reward model, the held-out reward model (a second reward model,
-fitted to held-out labelers), or the value function. What is none of them is grey.
+Each colour means the same in all plots: the policy, the reward model, the held-out reward model (a second reward model,
+fitted to held-out labelers), or the value function. Everything else is grey.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Drawn in these colours, which nothing else uses, and handed to the page as CSS variables of these names.
+# Figures are drawn in these colours, which nothing else uses. In the SVG, CSS variables of the page replace them.
 INK, GRID, NEUTRAL = "#010101", "#020202", "#030303"
 POLICY, REWARD_MODEL, HELD_OUT_MODEL, VALUE = "#040404", "#050505", "#060606", "#070707"
 CSS_VARIABLES = {
@@ -56,7 +56,7 @@ DASHED: Mapping[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure: what it shows in a sentence, the drawing, and what one must know to read it."""
+    """A drawn figure: its finding in a sentence, the drawing, and what a reader must know to read it."""
 
     title: str
     svg: str
@@ -64,7 +64,7 @@ class Plot:
 
 
 def panels(count: int, height: float, *, shared: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of panels one above the other. `height` in inches; `shared` gives all one horizontal axis."""
+    """Makes a figure of panels one above the other. `height` is in inches; `shared` gives all one horizontal axis."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = [figure.add_subplot(count, 1, 1)]
     for index in range(2, count + 1):
@@ -82,7 +82,7 @@ def legend(axes: Axes) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element to stand in HTML: with ids that begin with `name`, and no link to anywhere."""
+    """Returns the figure as an SVG element for HTML. Its ids begin with `name`, and it links to nothing outside."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()

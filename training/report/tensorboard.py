@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_events(folder: Path) -> Path | None:
-    """Writes a run's scalars to `folder`/tensorboard, in place of what was written there before; returns that folder.
+    """Writes a run's scalars to `folder`/tensorboard, in place of earlier ones, and returns that folder.
 
-    Every number of a record becomes a point at its step and time, under its own name, or under its phase's where the
-    name says none. None if the tensorboard package is not installed, which is logged once.
+    Every number of a record becomes a point at the record's index and time. Its tag is its name, with the phase in
+    front of a name that has no slash. Returns None if the tensorboard package is not installed, which is logged once.
     """
-    open_writer = _writer()
+    open_writer = summary_writer()
     if not open_writer:
         return None
     events = folder / "tensorboard"
@@ -36,15 +36,15 @@ def write_events(folder: Path) -> Path | None:
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """The numbers of a record with their tags. Tables and text are left out."""
+    """Yields the numbers of a record with their tags. Tables and text are left out."""
     for key, value in record.items():
         if key not in RECORD_KEYS and isinstance(value, int | float):
             yield key if "/" in key else f"{record['phase']}/{key}", float(value)
 
 
 @cache
-def _writer() -> type[SummaryWriter] | None:
-    """SummaryWriter, or None. Imported here, so that training does without TensorBoard."""
+def summary_writer() -> type[SummaryWriter] | None:
+    """Imports SummaryWriter, or returns None: training does not need TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

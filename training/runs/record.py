@@ -38,6 +38,8 @@ PHASES: Mapping[str, str] = {
     "done": "the end of a run that made a version",
     "stopped": "the end of a run that made none",
 }
+COUNTED: Mapping[str, str] = {"reward_model": "ranking", "ppo": "round", "sft": "epoch"}
+"""What `index` and `count` of a phase count; the other phases have a single line."""
 METRICS: Mapping[str, str] = {
     # The reward model.
     "reward_model/loss": "loss while fitting, nats a comparison, with the L2 penalty",

@@ -153,7 +153,7 @@ def test_any_metric_may_be_missing(tmp_path: Path, parity: int) -> None:
     assert ("nats a completion" in text) == (parity == 1)
 
 
-def test_what_is_not_finite_is_told_by_name_and_step(tmp_path: Path) -> None:
+def test_what_is_not_finite_is_reported_by_name_and_round(tmp_path: Path) -> None:
     lines = make_lines(6)
     for line in phase(lines, "ppo")[2:4]:
         line |= {"policy/loss": math.nan, "objective/kl": math.inf, "val/explained_variance": -math.inf}  # type: ignore[operator]
@@ -161,8 +161,8 @@ def test_what_is_not_finite_is_told_by_name_and_step(tmp_path: Path) -> None:
     assert page.tags.count("figcaption") == NUM_PLOTS
     for key in ("policy/loss", "objective/kl", "val/explained_variance"):
         assert f"{key} is not finite" in page.text
-    assert "2 of 6 steps" in page.text
-    assert "step 3, 4" in page.text
+    assert "2 of 6 rounds" in page.text
+    assert "in round 3, 4" in page.text
 
 
 def test_a_figure_that_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:

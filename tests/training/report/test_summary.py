@@ -44,8 +44,10 @@ def test_finding_tells_where_judge_and_reward_model_part(tmp_path: Path) -> None
 
 def test_a_run_that_was_killed_is_not_taken_for_one_that_ended(tmp_path: Path) -> None:
     run = read_run(make_folder(tmp_path, make_lines(5)[:8]))
-    assert finding(run) == "The run has not ended: its records break off in PPO, after step 3 of 5."
-    assert stops(run) == ["The records break off in PPO, after step 3 of 5: the run was killed, or is still under way."]
+    assert finding(run) == "The run has not ended: its records break off in PPO, after round 3 of 5."
+    assert stops(run) == [
+        "The records break off in PPO, after round 3 of 5: the run was killed, or is still under way."
+    ]
 
 
 def test_settings_say_what_is_not_the_default() -> None:

@@ -32,11 +32,11 @@ def test_without_tensorboard_training_says_so_once(
 ) -> None:
     folder = make_folder(tmp_path, make_lines(1))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    tensorboard._writer.cache_clear()
+    tensorboard.summary_writer.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
             assert [tensorboard.write_events(folder) for _ in range(2)] == [None, None]
     finally:
-        tensorboard._writer.cache_clear()
+        tensorboard.summary_writer.cache_clear()
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "no TensorBoard events" in caplog.text
