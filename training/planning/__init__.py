@@ -1,1 +1,1 @@
-"""What a run would hold in memory and how long it would take, from formulas."""
+"""Predicts the memory and the time of a run by formulas."""

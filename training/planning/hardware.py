@@ -1,6 +1,6 @@
-"""The roofs that a plan is made against: how fast a device reads memory and multiplies matrices, and what it holds.
+"""Measures the limits that a plan assumes: how fast a device reads memory and multiplies matrices, and its memory.
 
-And what share of them our programs reach on it.
+It also has the share of these speeds, the roofs, that training reaches in practice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from training.models.device import training_device
 
 GIB = 2**30
 MATMUL_SECONDS = 0.3
-# Square matrices that fill the device, and memory to read that no cache holds.
+# Widths of square matrices that keep the device busy, and bytes to read that are more than any cache has.
 MATMUL_WIDTH = {"cpu": 2048, "cuda": 8192}
 READ_BYTES = GIB
 NUM_READS = 3
@@ -26,7 +26,7 @@ NUM_READS = 3
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The share of the roof that each kind of work reaches."""
+    """The share of the roof that each kind of work reaches in practice."""
 
     decode: float
     scoring: float
@@ -35,24 +35,25 @@ class Efficiency:
     reward_model: float
 
 
-# bench.growth found 0.34 to 0.70 for scoring (median 0.55) and 0.46 to 0.68 for the update (0.58), more for larger work
-# (docs/results/growth.md): a half is near. Decoding reached 0.21 with 16 rollouts at a time in bf16, and 0.55 with 64
-# in fp32, whose products take longer than reading: a quarter is careful. The others are assumed.
+# bench.growth measured 0.34 to 0.70 for scoring (median 0.55) and 0.46 to 0.68 for the update (median 0.58), with more
+# for larger work (docs/results/growth.md): a half is close. Decoding reached 0.21 with 16 rollouts at a time in bf16,
+# and 0.55 with 64 in fp32, where products take longer than reading: a quarter is a cautious value. The others are
+# assumed.
 CPU_EFFICIENCY = Efficiency(decode=0.25, scoring=0.5, update=0.5, pretraining=0.5, reward_model=0.5)
-# bench.gpu on one H100, with a model of 1.5B and rows of 5,120 tokens, whose mask keeps SDPA from its fastest kernel
-# (docs/results/gpu.json). Update and pretraining were measured together.
+# bench.gpu measured these on one H100, with a model of 1.5B and rows of 5,120 tokens, whose mask keeps SDPA from using
+# its fastest kernel (docs/results/gpu.json). Update and pretraining were measured together.
 GPU_EFFICIENCY = Efficiency(decode=0.1, scoring=0.17, update=0.27, pretraining=0.27, reward_model=0.17)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What each of some equal devices reaches at best."""
+    """What each of several equal devices reaches at best."""
 
     name: str
     bandwidth_gb_s: float
-    """Memory read, in 10⁹ bytes a second."""
+    """Speed of reading memory, in 10⁹ bytes a second."""
     matmul_gflop_s: float
-    """Products of matrices in the precision that it computes in, in 10⁹ floating-point operations a second."""
+    """Speed of matrix products in the device's precision, in 10⁹ floating-point operations a second."""
     memory_gib: float
     num_devices: int = 1
     computes_in: torch.dtype = torch.bfloat16
@@ -70,9 +71,10 @@ class Hardware:
 
 
 def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
-    """Measures this machine in about a second: its GPUs, by the first of them, or else its CPU.
+    """Measures this machine in about a second: the first of its GPUs, or its CPU if there is none.
 
-    Memory is all of the machine's on a CPU, and on a GPU what is free of it now: what is taken there does not go away.
+    On a CPU `memory_gib` is all memory of the machine. On a GPU it is the memory that is free now, because what others
+    use there is not expected to become free.
     """
     device = training_device()
     if device.type == "cuda":
@@ -93,13 +95,13 @@ def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
 
 
 def _read_rate(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second: the best of a few sums over memory."""
+    """Returns bytes read a second: the best of a few sums over memory."""
     values = torch.ones(num_bytes // 4, device=device)
     return values.nbytes / min(_seconds(device, values.sum) for _ in range(NUM_READS))
 
 
 def _matmul_rate(device: torch.device) -> float:
-    """FLOPs a second: the best product in a fixed time."""
+    """Returns FLOPs a second: the best of the matrix products done in a fixed time."""
     width = MATMUL_WIDTH[device.type]
     a, b = (torch.randn(width, width, device=device).to(compute_dtype(device)) for _ in range(2))
     best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS

@@ -1,14 +1,14 @@
-"""What a training run holds in memory, part by part, on each device, and when.
+"""Predicts the memory of a training run on each device, part by part, and when each part is needed.
 
-Weights and optimizer state are counted exactly. Activations are what autograd keeps of a layer of Llama's kind (RMSNorm
-in fp32, gated MLP, SDPA with a mask, which each layer keeps in its precision), as if both models' were there at once.
-Several devices divide layers, gradients and moments by FSDP, and a round of rollouts; embeddings, activations and the
-engine are each device's own, and layers are gathered in fp32 as they are needed (training.models.parallel). The first
-device fits the reward model alone, on models that are not divided yet. A checkpoint takes nothing more on a device, nor
-does the policy on its way to the engine: both go tensor by tensor, the one to the host, where there is no copy if the
-host is the device.
+Weights and optimizer state are counted exactly. Activations are what autograd keeps of a layer like Llama's (RMSNorm in
+fp32, gated MLP, SDPA with a mask, of which each layer keeps a copy in its precision), as if those of the policy and the
+value model were there at the same time. Several devices divide layers, gradients and moments by FSDP, and also a
+round's rollouts. Each device has its own embeddings, activations and engine, and layers are gathered in fp32 when they
+are needed (training.models.parallel). The first device fits the reward model alone, while the models are not divided
+yet. Checkpoints and the copy of the policy to the engine take no more memory on a device, because both go tensor by
+tensor. A checkpoint goes to the host; where the host is the device, nothing is copied.
 
-Rows are as long as the configuration allows, but for a round of rollouts, where the mean decides.
+Rows are assumed as long as the configuration allows, except in a round's rollouts, where the mean length counts.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from training.planning.workload import Workload
 from training.rewards.fit import PROBED_RANKINGS
 
 Moment = Literal["reward model", "start of PPO", "update"]
-"""The moments of a run at which memory may be fullest."""
+"""Moments of a run at which most memory may be in use."""
 
 WHOLE: tuple[Moment, ...] = ("reward model", "start of PPO")
-"""Those before the devices have divided the models."""
+"""The moments before the devices have divided the models."""
 PPO: tuple[Moment, ...] = ("update",)
 MOMENTS: tuple[Moment, ...] = (*WHOLE, *PPO)
 
 BF16, FP32 = 2, 4
 ADAM = 2 * FP32
-# Bytes of a token's hidden state that two norms keep, by the bytes of a number. Under adapters their weights need no
-# gradient, and all matrices take the same states.
-# bf16: each norm's input in fp32 and its output in bf16, cast to bf16 anew for each of q, k and v, or gate and up.
-# fp32: what leaves the layer's half, the norm's input scaled, and its output; nothing is cast.
+# Bytes that a layer's two norms keep for each number of a token's hidden state, by the bytes of a number. With adapters
+# the norms' weights need no gradient, and all matrices share the same states.
+# bf16: each norm's input in fp32 and its output in bf16, cast to bf16 again for each of q, k and v, or gate and up.
+# fp32: the output of the layer's half, the norm's scaled input, and its output; nothing is cast.
 NORMS = {BF16: 22, FP32: 24}
 NORMS_UNDER_ADAPTERS = {BF16: 12, FP32: 16}
-# The same of the last norm. In fp32 its input is what leaves the last layer, and its output goes as it is made.
+# The same for the last norm. In fp32 its input is the last layer's output, and its own output is not kept.
 LAST_NORM = {BF16: 6, FP32: 4}
-# A chunk's logits and their softmax, and its copy in bf16.
+# Bytes for each logit of a chunk: the logit and its softmax in fp32, and the softmax's copy in bf16.
 LOGITS = {BF16: 2 * FP32 + BF16, FP32: 2 * FP32}
-# Layers that FSDP holds whole on each device: two that are gathered and what they are gathered in, the gradient of one
-# and what it is divided from.
+# Whole layers that FSDP keeps on each device: two gathered layers with the buffers that they are gathered in, and one
+# layer's gradient with the buffer that it is divided from.
 GATHERED_LAYERS = 5
 ROLLOUT_FIELDS = 9
 """Numbers kept of each rollout's token: log-probabilities, values, advantages and the like."""
@@ -49,7 +49,7 @@ ROLLOUT_FIELDS = 9
 
 @dataclass(frozen=True)
 class MemoryPart:
-    """Bytes on each device, the moments at which they are held, and the field that makes them fewer ("" if none)."""
+    """Bytes on each device, the moments at which they are in use, and the setting that reduces them ("" if none)."""
 
     name: str
     bytes: float
@@ -59,32 +59,32 @@ class MemoryPart:
 
 @dataclass(frozen=True)
 class Memory:
-    """All parts."""
+    """All parts of a run's memory."""
 
     parts: tuple[MemoryPart, ...]
 
     def at(self, moment: Moment) -> tuple[MemoryPart, ...]:
-        """What is held then, the largest first."""
+        """Returns the parts that are in use at this moment, the largest first."""
         held = [part for part in self.parts if moment in part.moments and part.bytes]
         return tuple(sorted(held, key=lambda part: -part.bytes))
 
     def total(self, moment: Moment) -> float:
-        """Bytes held then."""
+        """Returns the bytes in use at this moment."""
         return sum(part.bytes for part in self.at(moment))
 
     @property
     def fullest(self) -> Moment:
-        """The moment at which most is held."""
+        """The moment at which most memory is in use."""
         return max(MOMENTS, key=self.total)
 
     @property
     def peak(self) -> float:
-        """Most bytes held at a moment."""
+        """The most bytes that are in use at a moment."""
         return self.total(self.fullest)
 
 
 def plan_memory(work: Workload, num_devices: int = 1) -> Memory:
-    """Counts what each of `num_devices` holds, the first of them where they differ."""
+    """Counts the memory of each of `num_devices` devices; where they differ, that of the first."""
     parts = (
         *_engine(work),
         *_frozen(work, num_devices),
@@ -98,9 +98,10 @@ def plan_memory(work: Workload, num_devices: int = 1) -> Memory:
 def activation_bytes(
     work: Workload, num_layers: int, tokens: float, row: float, *, checkpointing: bool = False, adapters: bool = False
 ) -> float:
-    """Bytes that autograd keeps of `tokens` tokens, in rows of `row`, in some layers that are trained.
+    """Returns the bytes that autograd keeps for `tokens` tokens, in rows of `row` tokens, in some trained layers.
 
-    With checkpointing: the states that enter each layer, and one layer's activations while they are computed again.
+    With checkpointing these are the states that enter each layer, and one layer's activations while they are computed
+    again.
     """
     model, number = work.model, work.number_bytes
     norms = (NORMS_UNDER_ADAPTERS if adapters else NORMS)[number] * model.hidden
@@ -113,12 +114,12 @@ def activation_bytes(
 
 
 def last_norm_bytes(work: Workload, tokens: float) -> float:
-    """Bytes kept of the states that leave the last layer, and of the slopes of the log-probabilities."""
+    """Returns the bytes kept of the states that leave the last layer, and of the slopes of the log-probabilities."""
     return (LAST_NORM[work.number_bytes] + FP32) * tokens * work.model.hidden
 
 
 def logit_bytes(work: Workload, tokens: float) -> float:
-    """Bytes of the logits that are there at one time, and of what is made of them."""
+    """Returns the bytes of one chunk's logits, and of what is computed from them."""
     return LOGITS[work.number_bytes] * min(CHUNK_TOKENS, tokens) * work.model.vocabulary
 
 
@@ -170,7 +171,7 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
 
 
 def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
-    """While the reward model is fitted there is no policy yet, but the reward model before."""
+    """Counts the memory of fitting the reward model: there is no policy yet, but there is the previous reward model."""
     config, model, layers = work.config.reward_model, work.model, work.reward_layers
     own = layers * model.layer
     rankings = min(work.learned_rankings, PROBED_RANKINGS) if layers else work.learned_rankings
@@ -190,7 +191,7 @@ def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
 
 
 def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
-    """What the update's passes need, beside the models."""
+    """Counts what the update's forward and backward passes need besides the models."""
     config, model = work.config.ppo, work.model
     row = work.longest_row
     tokens = max(config.micro_batch_tokens, row)
@@ -217,9 +218,9 @@ def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
 
 
 def round_bytes(work: Workload) -> float:
-    """Bytes of a round's rollouts and what was found out about them, kept until the update is done.
+    """Returns the bytes of a round's rollouts with all figures computed for them, kept until the update is done.
 
-    States that enter the trained layers, masks, rotations, and numbers for each token of a rollout.
+    They are the states that enter the trained layers, masks, rotations, and several numbers for each rollout token.
     """
     model = work.model
     reward_first = work.reward_level - work.reward_layers

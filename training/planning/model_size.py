@@ -1,7 +1,7 @@
-"""How large a model is, part by part, and what a forward pass costs, from its config.json alone.
+"""Measures a model from its config.json alone: its parameters, part by part, and what a forward pass costs.
 
 The model is built without memory (on torch's meta device), so the counts are those of the code that will run it.
-D is the width of the hidden state, V the vocabulary, A the width of all query heads, T the tokens of a row.
+T is the number of tokens of a row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ CONFIG_FILE = "config.json"
 
 
 class UnknownModelError(ValueError):
-    """The model cannot be planned for; the message says why."""
+    """A run with this model cannot be planned; the message says why."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters by part, and the widths that decide what passes cost."""
+    """Parameters by part, and the widths on which the cost of a pass depends."""
 
     name: str
     num_layers: int
@@ -35,16 +35,16 @@ class ModelSize:
     head: int
     """Parameters of the output embedding; 0 where it is the token embedding."""
     layer_matrices: int
-    """Parameters of one layer that tokens are multiplied by."""
+    """Parameters of one layer's matrices, which each token is multiplied by."""
     linear_widths: int
-    """Sum of inputs and outputs of a layer's matrices: what a LoRA adapter of rank 1 has as parameters."""
+    """Sum of inputs and outputs of a layer's matrices: the number of parameters of LoRA adapters of rank 1."""
     hidden: int
     vocabulary: int
     intermediate: int
     attention: int
-    """Width of all query heads."""
+    """Width of all query heads together."""
     key_value: int
-    """Width of all key heads, which is that of all value heads."""
+    """Width of all key heads together; that of all value heads is the same."""
     num_heads: int
     head_width: int
     max_positions: int
@@ -56,7 +56,7 @@ class ModelSize:
 
     @property
     def read_per_token(self) -> int:
-        """Parameters read to predict a token: of the token embedding, only a row is."""
+        """Parameters read to predict a token: all, except that only one row of the token embedding is looked up."""
         return self.total - (self.embedding if self.head else 0)
 
     @property
@@ -65,29 +65,34 @@ class ModelSize:
         return 2 * self.num_layers * self.key_value
 
     def weight_flops(self, tokens: float, num_layers: int) -> float:
-        """FLOPs of multiplying tokens by the matrices of some layers, once."""
+        """Returns the FLOPs of multiplying tokens once by the matrices of `num_layers` layers."""
         return 2.0 * tokens * num_layers * self.layer_matrices
 
     def attention_flops(self, tokens: float, context: float, num_layers: int) -> float:
-        """FLOPs of q·kᵀ and of its product with v, where every token meets `context` others.
+        """Returns the FLOPs of q·kᵀ and of its product with v, where every token attends to `context` tokens.
 
-        In a packed row that is all T of it: the kernel is given a mask and computes what the mask then hides.
+        In a packed row `context` is T, all tokens of the row: the kernel also computes what the mask then hides.
         """
         return 4.0 * tokens * context * self.attention * num_layers
 
     def forward_flops(self, tokens: float, row: float, num_layers: int) -> float:
-        """FLOPs of a forward pass through some layers, in rows of `row` tokens; matrix products alone count."""
+        """Returns the FLOPs of a forward pass through some layers, in rows of `row` tokens.
+
+        Only matrix products count.
+        """
         return self.weight_flops(tokens, num_layers) + self.attention_flops(tokens, row, num_layers)
 
     def head_flops(self, tokens: float) -> float:
-        """FLOPs of the logits of some tokens."""
+        """Returns the FLOPs of the logits of `tokens` tokens."""
         return 2.0 * tokens * self.hidden * self.vocabulary
 
 
 def read_model(path: Path) -> ModelSize:
     """Measures the model of a folder's config.json, or of the file itself. No weights are read.
 
-    Raises UnknownModelError if there is none, or its layers are not what the trainer knows: alike, in `model.layers`.
+    Raises:
+        UnknownModelError: there is no such file, or the model has no layers in `model.layers`, or they are not all
+            alike, as the trainer needs them.
     """
     file = path / CONFIG_FILE if path.is_dir() else path
     if not file.is_file():
@@ -107,7 +112,7 @@ def _measure(model: nn.Module, config: Any, file: Path) -> ModelSize:
     body: Any = getattr(model, "model", None)
     layers = list(getattr(body, "layers", ()))
     if not layers or len({_count(layer) for layer in layers}) > 1:
-        raise UnknownModelError(f"{file}: the trainer wants layers that are all alike in model.layers")
+        raise UnknownModelError(f"{file}: the trainer needs layers in model.layers that are all alike")
     matrices = [each for each in layers[0].modules() if isinstance(each, nn.Linear)]
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     tied = config.tie_word_embeddings

@@ -1,9 +1,9 @@
-"""What each phase of a run costs: tokens, FLOPs, bytes read, and the seconds that the machine's roofs allow it.
+"""Predicts what each phase of a run costs: tokens, FLOPs, bytes read, and seconds on this hardware.
 
-Decoding takes max(bytes / bandwidth, FLOPs / matmul rate), and all else FLOPs / matmul rate, at the share of these
-roofs that it reaches in practice (`Hardware.efficiency`). A backward pass costs twice its forward pass; attention is
-counted without regard to its mask, as kernels compute it. What the engine takes to load weights is left out, what
-devices send each other, and Python's time.
+Decoding takes max(bytes / bandwidth, FLOPs / matmul rate), and everything else takes FLOPs / matmul rate, both divided
+by the share of these roofs that is reached in practice (`Hardware.efficiency`). A backward pass costs twice its forward
+pass. Attention is counted without regard to its mask, as kernels compute it. The engine's loading of weights,
+communication between devices, and Python's own time are left out.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from training.planning.workload import Workload
 FORWARD_BACKWARD = 3
 # The output embedding is frozen: see training.models.logprobs.
 FORWARD_SLOPE = 2
-# Per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in fp32.
+# Bytes for each parameter: AdamW reads weight, gradient and two moments, and writes all except the gradient, in fp32.
 ADAMW_BYTES = 7 * 4
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase, once: each round of PPO has those of `plan_round`, and each run those of `plan_once` besides."""
+    """The cost of one phase, done once. `plan_round` has the phases of each round, `plan_once` those of each run."""
 
     name: str
     tokens: float
-    """Tokens that are drawn, or that a pass is made over."""
+    """Tokens that are drawn, or that go through a forward pass."""
     flops: float
     bytes: float
-    """Bytes read and written, where they decide."""
+    """Bytes read and written, where the time depends on them."""
     seconds: float
 
 
 def plan_round(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
-    """The phases of one round of PPO."""
+    """Returns the phases of one round of PPO."""
     config = work.config.ppo
     phases = (
         _rollouts(work, hardware, "rollouts", config.prompts_per_round, config.rollouts_per_prompt),
@@ -45,10 +45,11 @@ def plan_round(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
 
 
 def plan_once(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
-    """What a run does once: the reward model's refresh, and held-out prompts asked before and after PPO.
+    """Returns a run's phases besides its rounds: the reward model's refresh, and answers to held-out prompts, before
+    and after PPO.
 
-    The first of several devices does it alone. Rankings are taken to be as many as a refresh may have, with completions
-    like the rollouts.
+    The first of several devices does them alone. A refresh is assumed to have as many rankings as it may, with
+    completions like the rollouts.
     """
     first, asked = replace(hardware, num_devices=1), work.config.num_evaluation_prompts
     evaluation = _rollouts(work, first, "evaluation", asked, 1)
@@ -57,9 +58,9 @@ def plan_once(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
 
 
 def layer_update_flops(work: Workload, tokens: float, row: float) -> float:
-    """FLOPs of a forward and backward pass through the policy's own layers.
+    """Returns the FLOPs of a forward and backward pass through the policy's own layers.
 
-    Adapters leave out the gradients of the weights that they stand on. Checkpointing adds a forward pass.
+    With adapters the gradients of the weights under them are not computed. Checkpointing adds a forward pass.
     """
     model, layers, config = work.model, work.policy_layers, work.config.ppo
     again = 1 if config.gradient_checkpointing else 0
@@ -72,17 +73,20 @@ def layer_update_flops(work: Workload, tokens: float, row: float) -> float:
 
 
 def sequences_at_once(work: Workload, num_rollouts: float) -> float:
-    """Rollouts that an engine draws at a time: what it may, what there is, and what its KV cache holds."""
+    """Returns how many rollouts an engine draws at a time.
+
+    The limits are `max_num_seqs`, the number of rollouts, and the room in the KV cache.
+    """
     longest = work.prompt_tokens + work.completion_tokens
     held = (work.config.kv_cache_mib << 20) / (work.cache_bytes * longest)
     return max(1.0, min(work.config.max_num_seqs, num_rollouts, held))
 
 
 def _rollouts(work: Workload, hardware: Hardware, name: str, num_prompts: int, num_each: int) -> Phase:
-    """Prefill of each prompt, which its rollouts share, and decoding.
+    """Predicts the prefill of each prompt, which its rollouts share, and decoding.
 
-    A decoding step of B sequences reads all weights and B caches. One of the rollouts is taken to be as long as may be,
-    and fewer than B run at its end.
+    Each decoding step of B sequences reads all weights and B caches. One rollout is assumed to be of the greatest
+    length, and at its end fewer than B are still being drawn.
     """
     model, ppo = work.model, work.config.ppo
     rollouts = num_prompts * num_each
@@ -107,7 +111,7 @@ def _rollouts(work: Workload, hardware: Hardware, name: str, num_prompts: int, n
 
 
 def _scoring(work: Workload, hardware: Hardware) -> Phase:
-    """The shared layers once; policy, reference, reward model and value model each their own."""
+    """Predicts a forward pass through the shared layers and through the own layers of all four models."""
     layers = work.shared_layers + 2 * work.policy_layers + 2 * work.reward_layers
     flops = work.model.forward_flops(work.round_tokens, work.row_tokens, layers)
     flops += 2 * work.model.head_flops(work.predicted_tokens)
@@ -115,7 +119,7 @@ def _scoring(work: Workload, hardware: Hardware) -> Phase:
 
 
 def _update(work: Workload, hardware: Hardware) -> Phase:
-    """Forward and backward through what is trained, and the optimizer's steps."""
+    """Predicts forward and backward passes through what is trained, and the optimizer's steps."""
     config, model = work.config.ppo, work.model
     once = layer_update_flops(work, work.round_tokens, work.row_tokens)
     once += FORWARD_BACKWARD * model.forward_flops(work.round_tokens, work.row_tokens, work.reward_layers)
@@ -132,7 +136,7 @@ def _update(work: Workload, hardware: Hardware) -> Phase:
 
 
 def _pretraining(work: Workload, hardware: Hardware) -> Phase:
-    """The same for pretraining text, all of whose tokens need logits, and whose lower layers have not been run yet."""
+    """Predicts the update's part on pretraining text: all its tokens need logits, and the lower layers must run too."""
     config, model = work.config.ppo, work.model
     tokens, row = work.pretraining_tokens, float(config.ptx.sequence_tokens)
     flops = model.forward_flops(tokens, row, work.frozen_layers) + layer_update_flops(work, tokens, row)
@@ -141,7 +145,7 @@ def _pretraining(work: Workload, hardware: Hardware) -> Phase:
 
 
 def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
-    """One epoch over what is learned from; what is held out is read by both reward models."""
+    """Predicts one epoch over the rankings that are learned from, and both reward models' scoring of held-out ones."""
     model, row, layers = work.model, work.row_tokens, work.reward_layers
     learned = work.learned_rankings * row
     held_out = 2 * work.config.reward_model.max_rankings * row - 2 * learned
@@ -154,6 +158,6 @@ def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
 def _matmuls(
     name: str, tokens: float, flops: float, hardware: Hardware, efficiency: float, num_bytes: float = 0.0
 ) -> Phase:
-    """A phase of matrix products, and of bytes that are moved after them."""
+    """Returns a phase that computes matrix products and then moves bytes."""
     seconds = (flops / hardware.flops + num_bytes / hardware.bandwidth) / efficiency
     return Phase(name, tokens, flops, num_bytes, seconds)

@@ -1,7 +1,7 @@
-"""Foretells what a training run will hold in memory and how long it will take, before anything is loaded.
+"""Predicts the memory and the time of a training run, before anything is loaded.
 
-Pure functions of a configuration, the model's config.json and the hardware's roofs; what is assumed is in
-training.planning.workload, how it is counted in training.planning.memory and training.planning.phases.
+The functions are pure functions of a configuration, the model's config.json and the hardware. Assumptions are in
+training.planning.workload, and the formulas in training.planning.memory and training.planning.phases.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from training.planning.model_size import ModelSize
 from training.planning.phases import Phase, plan_once, plan_round
 from training.planning.workload import Workload, assume
 
-# The allocator's rounding and fragments, and what libraries take for themselves.
+# The rest is for the allocator's rounding and fragments, and for memory that libraries use themselves.
 SAFE_SHARE = 0.9
 NUM_NAMED_FIELDS = 3
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """A part of the models, and how many of its parameters are trained and frozen."""
+    """A part of the models, with the numbers of its trained and its frozen parameters."""
 
     name: str
     trained: int
@@ -32,7 +32,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Memory is that of each device, phases are those of all devices together."""
+    """What a run needs. Memory is that of each device; phases are those of all devices together."""
 
     work: Workload
     hardware: Hardware
@@ -46,22 +46,22 @@ class Plan:
 
     @property
     def num_rounds(self) -> int:
-        """Rounds of PPO."""
+        """The number of PPO's rounds."""
         return self.work.config.ppo.num_rounds
 
     @property
     def round_seconds(self) -> float:
-        """Seconds of one round."""
+        """The seconds of one round."""
         return sum(phase.seconds for phase in self.round)
 
     @property
     def run_seconds(self) -> float:
-        """Seconds of the run."""
+        """The seconds of the whole run."""
         return self.num_rounds * self.round_seconds + sum(phase.seconds for phase in self.once)
 
     @property
     def run_flops(self) -> float:
-        """FLOPs of the run."""
+        """The FLOPs of the whole run."""
         return self.num_rounds * sum(each.flops for each in self.round) + sum(each.flops for each in self.once)
 
 
@@ -74,7 +74,7 @@ def make_plan(
 ) -> Plan:
     """Plans a run. Mean lengths of prompts and rollouts are assumed where they are not given.
 
-    Of the machine's devices it takes one for each of `num_processes`.
+    The run uses one of the machine's devices for each of `num_processes`.
     """
     work = assume(config, model, prompt_tokens, completion_tokens, hardware.computes_in.itemsize)
     num_devices, hardware = hardware.num_devices, replace(hardware, num_devices=config.num_processes)
@@ -82,7 +82,7 @@ def make_plan(
     return Plan(
         work=work,
         hardware=hardware,
-        parameters=count_parameters(work),
+        parameters=_count_parameters(work),
         memory=memory,
         round=plan_round(work, hardware),
         once=plan_once(work, hardware),
@@ -90,8 +90,8 @@ def make_plan(
     )
 
 
-def count_parameters(work: Workload) -> tuple[Parameters, ...]:
-    """The policy's parts from below, and then what the reward and value models have as their own."""
+def _count_parameters(work: Workload) -> tuple[Parameters, ...]:
+    """Counts the parameters of the policy's parts, the lowest first, and then of the reward and value models' own."""
     model, adapters = work.model, work.lora_parameters
     upper = work.policy_layers * model.layer
     parts = (
@@ -112,24 +112,27 @@ def _warnings(work: Workload, hardware: Hardware, memory: Memory, num_devices: i
     yield from _length_warnings(work)
     config, num_layers = work.config, work.model.num_layers
     if config.ppo.num_frozen_layers >= num_layers:
-        yield f"ppo.num_frozen_layers: the model has {num_layers} layers, so only the last is trained"
+        yield f"ppo.num_frozen_layers: the model has {num_layers} layers, so that only the last is trained"
     if config.reward_model.num_layers > num_layers:
-        yield f"reward_model.num_layers: the model has {num_layers} layers, and all are taken"
+        yield f"reward_model.num_layers: the model has {num_layers} layers, and all of them are used"
     if config.ppo.ptx.gamma is not None and not config.ppo.ptx.data:
-        yield "ppo.ptx.data: none is named, so this is plain PPO, and ppo.ptx.gamma does nothing"
+        yield "ppo.ptx.data: it is empty, so that this is plain PPO, and ppo.ptx.gamma has no effect"
     if config.num_processes > num_devices:
-        yield f"num_processes: {config.num_processes} want a device each, and this machine has {num_devices}"
+        yield (
+            f"num_processes: {config.num_processes} processes need a device each, and the number of devices here is "
+            f"{num_devices}"
+        )
 
 
 def _fit_warnings(hardware: Hardware, memory: Memory) -> Iterator[str]:
     moment, peak = memory.fullest, memory.peak / GIB
     if peak <= SAFE_SHARE * hardware.memory_gib:
         return
-    says = "does not fit" if peak > hardware.memory_gib else "leaves less than a tenth free"
+    verdict = "does not fit" if peak > hardware.memory_gib else "leaves less than a tenth free"
     fields = dict.fromkeys(part.field for part in memory.at(moment) if part.field)
     yield (
-        f"memory: {peak:.1f} GiB of {hardware.memory_gib:.1f} GiB at its fullest ({moment}) {says}; "
-        f"what would help most: {', '.join(list(fields)[:NUM_NAMED_FIELDS])}"
+        f"memory: {peak:.1f} GiB of {hardware.memory_gib:.1f} GiB at its fullest ({moment}) {verdict}; "
+        f"settings that would help most: {', '.join(list(fields)[:NUM_NAMED_FIELDS])}"
     )
 
 
@@ -138,18 +141,18 @@ def _length_warnings(work: Workload) -> Iterator[str]:
     longest = config.ppo.max_prompt_tokens + config.ppo.max_tokens
     if longest > model.max_positions:
         yield (
-            f"ppo.max_tokens: with a prompt a rollout may have {longest} tokens, "
+            f"ppo.max_tokens: a prompt and its rollout may have {longest} tokens together, "
             f"but the model was made for {model.max_positions}"
         )
     held = (config.kv_cache_mib << 20) // (work.cache_bytes * longest)
     wanted = min(config.max_num_seqs, work.rollouts)
     if held < wanted:
         yield (
-            f"kv_cache_mib: {config.kv_cache_mib} MiB hold {held} of the {wanted} rollouts drawn at once, at their "
-            f"longest; {-(-wanted * work.cache_bytes * longest >> 20)} MiB would hold all"
+            f"kv_cache_mib: {config.kv_cache_mib} MiB have room for {held} of the {wanted} rollouts drawn at once, at "
+            f"their greatest length; {-(-wanted * work.cache_bytes * longest >> 20)} MiB would have room for all"
         )
     if work.longest_row > config.ppo.micro_batch_tokens:
         yield (
-            f"ppo.micro_batch_tokens: a prompt with its rollouts may have {work.longest_row} tokens, and is then "
-            "passed as one, whatever it takes; memory is planned for that"
+            f"ppo.micro_batch_tokens: a prompt with its rollouts may have {work.longest_row} tokens, and is never "
+            "split; memory is planned for that"
         )

@@ -1,7 +1,8 @@
-"""What a configuration asks of a model: which layers run and which learn, and how many tokens pass through them.
+"""Computes the work of a configuration: which layers run and which are trained, and how many tokens they process.
 
-Means are assumed where only the data knows: prompts of a quarter of `max_prompt_tokens`, and rollouts of three quarters
-of `max_tokens`. Rows are taken to be without padding. Names: see training.data.groups and training.planning.model_size.
+Mean lengths depend on the data, and are assumed if they are not given: prompts of a quarter of `max_prompt_tokens`, and
+rollouts of three quarters of `max_tokens`. Rows are assumed to have no padding. Names: see training.data.groups and
+training.planning.model_size.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ class Workload:
 
     @property
     def frozen_layers(self) -> int:
-        """Layers below the policy's own; at least one is trained, as in training.run."""
+        """Layers below the policy's own; at least one layer is trained, as in training.ppo.run_ppo."""
         return min(self.config.ppo.num_frozen_layers, self.model.num_layers - 1)
 
     @property
     def policy_layers(self) -> int:
-        """Layers that the policy trains, whole or by adapters."""
+        """Layers of the policy that are trained, whole or by adapters."""
         return self.model.num_layers - self.frozen_layers
 
     @property
@@ -43,12 +44,12 @@ class Workload:
 
     @property
     def reward_layers(self) -> int:
-        """Layers that the reward model has as its own, and the value model a copy of."""
+        """The reward model's own layers, of which the value model has copies."""
         return min(self.config.reward_model.num_trained_layers, self.reward_level)
 
     @property
     def shared_layers(self) -> int:
-        """Lower layers that are run once for all models."""
+        """Lower layers that run once for all models."""
         return max(self.frozen_layers, self.reward_level)
 
     @property
@@ -73,7 +74,7 @@ class Workload:
 
     @property
     def features(self) -> int:
-        """What a head reads: the last state and the mean of all."""
+        """Width of what a head reads: the last hidden state and the mean of all."""
         return 2 * self.model.hidden
 
     @property
@@ -83,17 +84,17 @@ class Workload:
 
     @property
     def reward_parameters(self) -> int:
-        """Parameters that the reward model has as its own."""
+        """Parameters of the reward model's own layers and its heads."""
         return self.reward_layers * self.model.layer + self.features * self.config.reward_model.num_heads
 
     @property
     def trained_parameters(self) -> int:
-        """Parameters that PPO's optimizer moves."""
+        """Parameters that PPO's optimizer updates."""
         return self.policy_parameters + self.value_parameters
 
     @property
     def learned_rankings(self) -> int:
-        """Rankings that the reward model learns from, at most; the others measure it."""
+        """The most rankings that the reward model learns from; the others only measure."""
         return round(self.config.reward_model.max_rankings * (1 - self.config.reward_model.held_out_share))
 
     @property
@@ -108,7 +109,7 @@ class Workload:
 
     @property
     def longest_row(self) -> int:
-        """The same, for the longest that the configuration allows."""
+        """Tokens of a prompt with its rollouts, at the greatest lengths that the configuration allows."""
         ppo = self.config.ppo
         return ppo.max_prompt_tokens + ppo.rollouts_per_prompt * ppo.max_tokens
 
@@ -119,7 +120,7 @@ class Workload:
 
     @property
     def predicted_tokens(self) -> float:
-        """Tokens of a round's rollouts, which alone need logits."""
+        """Tokens of a round's rollouts; only these need logits."""
         return self.rollouts * self.completion_tokens
 
     @property
@@ -136,7 +137,7 @@ def assume(
     completion_tokens: float | None = None,
     number_bytes: int = 2,
 ) -> Workload:
-    """Puts a workload together, with assumed mean lengths where none are given."""
+    """Returns the workload, with assumed mean lengths where none are given."""
     return Workload(
         config=config,
         model=model,

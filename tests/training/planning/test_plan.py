@@ -72,13 +72,13 @@ def test_what_does_not_fit_names_the_fields_that_help_most() -> None:
     [
         ({"ppo": {"num_frozen_layers": 30}}, "ppo.num_frozen_layers: the model has 30 layers"),
         ({"reward_model": {"num_layers": 31}}, "reward_model.num_layers: the model has 30 layers"),
-        ({"ppo": {"ptx": {"gamma": 27.8}}}, "ppo.ptx.data: none is named"),
-        ({"kv_cache_mib": 64}, "kv_cache_mib: 64 MiB hold 9 of the 64 rollouts"),
+        ({"ppo": {"ptx": {"gamma": 27.8}}}, "ppo.ptx.data: it is empty"),
+        ({"kv_cache_mib": 64}, "kv_cache_mib: 64 MiB have room for 9 of the 64 rollouts"),
         (
             {"ppo": {"micro_batch_tokens": 511}},
             "ppo.micro_batch_tokens: a prompt with its rollouts may have 512",
         ),
-        ({"ppo": {"max_tokens": 8000}}, "ppo.max_tokens: with a prompt a rollout may have 8256 tokens"),
+        ({"ppo": {"max_tokens": 8000}}, "ppo.max_tokens: a prompt and its rollout may have 8256 tokens"),
     ],
 )
 def test_each_warning_names_its_field(values: dict[str, Any], says: str) -> None:
@@ -99,7 +99,7 @@ def test_a_plan_takes_as_many_devices_as_there_are_processes() -> None:
     assert several.warnings == ()
     assert several.round_seconds < plan_of(EIGHT_H100).round_seconds
     (warning,) = plan_of(num_processes=2).warnings
-    assert warning.startswith("num_processes: 2 want a device each, and this machine has 1")
+    assert warning.startswith("num_processes: 2 processes need a device each, and the number of devices here is 1")
 
 
 @pytest.mark.parametrize(
