@@ -29,14 +29,14 @@ PPO = PpoConfig(
 
 
 def worths(shared: SharedLayers) -> list[float]:
-    """The preference to learn: what each token is worth is a component of its embedding, in standard deviations."""
+    """Returns what each token is worth by the preference to learn: one component of its embedding, standardized."""
     component_V = shared.head_VD[:, 0].float()
     worth_V: list[float] = (component_V / component_V.std()).tolist()
     return worth_V
 
 
 def ranked_examples(shared: SharedLayers, count: int, seed: int) -> list[RankedExample]:
-    """Rankings of four random completions each, by what their tokens are worth in all, by four labelers."""
+    """Returns rankings, by four labelers, of four random completions each, ordered by the summed worth of tokens."""
     drawn, worth = random.Random(seed), worths(shared)
     examples = []
     for index in range(count):
@@ -48,11 +48,11 @@ def ranked_examples(shared: SharedLayers, count: int, seed: int) -> list[RankedE
 
 
 def silent(*_: Any) -> None:
-    """A log that nobody reads."""
+    """Logs nothing."""
 
 
 def fitted(shared: SharedLayers, config: RewardModelConfig = REWARD_MODEL, count: int = 240) -> RewardModel:
-    """A reward model that knows the preference."""
+    """Returns a reward model that has learned the preference."""
     model = RewardModel(shared, config)
     fit(model, ranked_examples(shared, count, seed=1), config, seed=0, warm=False, log=silent)
     return model
@@ -61,17 +61,17 @@ def fitted(shared: SharedLayers, config: RewardModelConfig = REWARD_MODEL, count
 def learner_of(
     shared: SharedLayers, folder: Path, config: PpoConfig, rewards: RewardModel, ranks: Ranks = ALONE
 ) -> Learner:
-    """A learner that starts from the policy in `folder`."""
+    """Returns a learner that starts from the policy in `folder`."""
     policy = upper_layers_of(folder, shared, config.num_frozen_layers, config.lora, ranks)
     return make_learner(policy, rewards, rewards, config, ranks)
 
 
-def world_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.PpoHooks, PlainSampler]:
-    """The tiny policy's prompts and a sampler of it."""
+def hooks_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.PpoHooks, PlainSampler]:
+    """Returns hooks with the tiny policy's prompts and a sampler of it, and the sampler."""
     sampler = PlainSampler(folder, EOS)
     return ppo.PpoHooks(PROMPTS, sampler.draw, log, **more), sampler
 
 
 def request_of(config: PpoConfig, seed: int, weights: Iterable[tuple[str, Tensor]] = ()) -> Request:
-    """Rollouts of the tiny policy's prompts."""
+    """Returns a request for rollouts of the tiny policy's prompts."""
     return Request(weights, PROMPTS, config.rollouts_per_prompt, config.max_tokens, seed)

@@ -1,4 +1,4 @@
-"""Two processes that meet over gloo as they would over NCCL, and what they do there, each with a tiny policy."""
+"""Runs work in two processes that communicate over gloo as they would over NCCL, each with a tiny policy."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from training.ppo.rollouts import Request, Rollout
 from training.rewards.fit import fit
 
 SIZE = 2
-# What all need is imported once, in the process that the others are forked from.
+# The modules that all processes need are imported once, in the process that the others are forked from.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.ranks"])
 SECONDS = 90
@@ -54,31 +54,31 @@ def on_two_ranks(work: Work, *arguments: Any) -> list[int | None]:
 
 def _start(rank: int, port: int, work: Work, arguments: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     work(join(SIZE), *arguments)
     distributed.destroy_process_group()
 
 
 class ReplayedRollouts:
-    """Rollouts that were drawn beforehand, in the place of a sampler that draws them."""
+    """Rollouts that were drawn beforehand, in place of a sampler that draws them."""
 
     def __init__(self, drawn: Mapping[ppo.Prompt, list[Rollout]]) -> None:
         self.drawn = drawn
 
     def draw(self, request: Request) -> list[list[Rollout]]:
-        """The same for all weights and seeds. Ranks merge weights together, so they are taken all the same."""
+        """Returns the same rollouts for all weights and seeds. It takes the weights, as ranks merge them together."""
         dict(request.weights)
         return [self.drawn[tuple(prompt)] for prompt in request.prompts]
 
 
 def text_for(config: PpoConfig) -> Iterator[tuple[int, ...]] | None:
-    """Stands for pretraining text, where there is any."""
+    """Returns pretraining sequences if the configuration has a pretraining mix."""
     return itertools.cycle([tuple(range(i + 3, i + 15)) for i in range(40)]) if config.ptx.data else None
 
 
 def make_learner(ranks: Ranks, folder: Path, config: PpoConfig) -> Learner:
-    """A learner whose reward model and value model have layers of their own."""
+    """Returns a learner whose reward model and value model have their own layers."""
     torch.manual_seed(0)
     shared = SharedLayers(load_model(folder))
     rewards = RewardModel(shared, OWN_LAYERS)
@@ -89,7 +89,7 @@ def make_learner(ranks: Ranks, folder: Path, config: PpoConfig) -> Learner:
 def one_update(
     ranks: Ranks, folder: Path, out: Path, config: PpoConfig, drawn: Mapping[ppo.Prompt, list[Rollout]], fp32: bool
 ) -> None:
-    """Takes the optimizer steps of one round on given rollouts, and leaves weights and figures."""
+    """Takes the optimizer steps of one round on given rollouts, and writes weights and figures."""
     if fp32:
         precision.cpu_multiplies_bf16 = lambda: False
     learner = make_learner(ranks, folder, config)
@@ -101,7 +101,7 @@ def one_update(
 
 
 def leave(ranks: Ranks, out: Path, learner: Learner, seen: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what this rank has come to, by its number."""
+    """Writes this rank's weights and figures to files with its number."""
     weights = {f"policy.{name}": whole(each) for name, each in trained_weights(learner.policy).items()}
     weights |= {f"value.{name}": whole(each) for name, each in trained_weights(learner.value).items()}
     torch.save(weights, out / f"weights-{ranks.rank}.pt")
@@ -110,12 +110,12 @@ def leave(ranks: Ranks, out: Path, learner: Learner, seen: Sequence[Mapping[str,
 
 
 def left(out: Path, rank: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """What a rank has left."""
+    """Reads the weights and figures that a rank has written."""
     return torch.load(out / f"weights-{rank}.pt"), json.loads((out / f"figures-{rank}.json").read_text())
 
 
 def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, killed_before: int | None) -> None:
-    """Trains with a sampler of its own, from the checkpoint if there is one. Killed as by kill -9 before that round."""
+    """Trains with its own sampler, from the checkpoint if there is one. It is killed before that round."""
     learner = make_learner(ranks, folder, config)
     sampler = PlainSampler(folder, EOS)
     seen: list[Mapping[str, Any]] = []
@@ -134,7 +134,7 @@ def several_rounds(ranks: Ranks, folder: Path, out: Path, config: PpoConfig, kil
 
 
 def one_dies(ranks: Ranks) -> None:
-    """The last rank ends while the first waits for what all have found."""
+    """Ends the last rank while the first waits for the items of all ranks."""
     if ranks.leads:
         gathered(ranks, ["found"])
     else:
@@ -142,12 +142,12 @@ def one_dies(ranks: Ranks) -> None:
 
 
 def first_decides(ranks: Ranks, out: Path) -> None:
-    """The first rank alone acts, twice: it finds something out, and then it fails."""
+    """Has the first rank alone act twice: first it returns a result, and then it fails."""
     said = [str(led(ranks, lambda: {"rank": ranks.rank}))]
     try:
         led(ranks, lambda: Path("/no/such/file").read_text())
     except (OSError, TrainingError) as error:
         said += [type(error).__name__, str(error)]
-    # All have left the same way, and so are still in step.
+    # All ranks have raised, so that their next collectives still match.
     said += gathered(ranks, [f"rank {ranks.rank}"])
     (out / f"said-{ranks.rank}.json").write_text(json.dumps(said))

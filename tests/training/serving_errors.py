@@ -1,10 +1,10 @@
-"""What a server answers that refuses, or does not answer at all."""
+"""The errors of a server that refuses, and of one that does not answer."""
 
 import grpc
 
 
 class Answer(grpc.RpcError):
-    """As grpc raises it, with a code and details."""
+    """An error as grpc raises it, with a code and details."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         self._code, self._details = code, details

@@ -1,4 +1,4 @@
-"""How often a run is tried: it is given up if it ends its trainer again and again, and waits for all else."""
+"""How often a run is attempted: it is given up if it kills its trainer again and again, and waits for all else."""
 
 import errno
 import json
@@ -32,8 +32,8 @@ def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     assert (line["phase"], str(MOST_ATTEMPTS) in line["reason"]) == ("stopped", True)
 
 
-def place_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> TrainerContext:
-    """A workplace where a run comes to this as soon as it begins."""
+def context_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> TrainerContext:
+    """Returns a context in which a run raises this error as soon as it begins."""
 
     def fail(run_id: str) -> None:
         raise error
@@ -51,17 +51,17 @@ STORE_AWAY = OperationalError("UPDATE trainer", {}, Exception("the database syst
     [DISK_FULL, STORE_AWAY, AWAY],
     ids=["the disk is full", "the store is away", "serving is away"],
 )
-def test_a_run_that_the_trainer_outlives_is_not_given_up(tmp_path: Path, error: Exception) -> None:
-    """However often it is tried: the run waits, and says for what."""
-    folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, error)
-    assert [run_once(place, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
+def test_a_run_whose_attempts_do_not_kill_the_trainer_is_not_given_up(tmp_path: Path, error: Exception) -> None:
+    """However often it is attempted, the run waits, and reports what it waits for."""
+    folder, context = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), context_where(tmp_path, error)
+    assert [run_once(context, folder) for _ in range(2 * MOST_ATTEMPTS)] == [False] * (2 * MOST_ATTEMPTS)
     assert folder.waits_for == ("serving is away: connection refused" if error is AWAY else str(error))
     assert folder.begin_attempt() == 1
 
 
 def test_a_run_that_serving_refuses_ends_and_says_why(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
-    assert run_once(place_where(tmp_path, REFUSAL), folder)
+    assert run_once(context_where(tmp_path, REFUSAL), folder)
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert (line["phase"], line["reason"]) == ("stopped", "serving refused: cannot read the artifact")
 
@@ -70,14 +70,14 @@ def test_a_run_with_too_little_to_learn_from_ends_at_once_and_says_so(tmp_path: 
     folder, nobody = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), cast(Any, None)
     client = cast(Any, SimpleNamespace(get=lambda version: version, newest=lambda count: []))
     with closing(Store(f"sqlite:///{tmp_path}/store.db")) as store:
-        place = TrainerContext(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
-        assert run_once(place, folder)
+        context = TrainerContext(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
+        assert run_once(context, folder)
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert line["phase"] == "stopped"
     assert line["reason"].startswith("too little to learn from: 0 rankings with a comparison, 0 prompts to train on")
 
 
-def test_what_is_done_patiently_waits_for_all_that_may_pass_and_for_nothing_else(
+def test_an_action_is_repeated_for_transient_errors_and_for_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("training.attempts.RETRY_SECONDS", 0.0)
@@ -97,21 +97,24 @@ def test_what_is_done_patiently_waits_for_all_that_may_pass_and_for_nothing_else
 def test_a_run_of_several_ranks_is_not_given_up_for_a_store_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its trainer ends, so that all ranks begin again together."""
+    """Its trainer ends, so that all ranks restart together."""
     monkeypatch.setattr("training.models.parallel.led", lambda ranks, action: action())
     folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
-    place = place_where(tmp_path, STORE_AWAY, Ranks(0, 2))
+    context = context_where(tmp_path, STORE_AWAY, Ranks(0, 2))
     for _ in range(2 * MOST_ATTEMPTS):
         with pytest.raises(OperationalError):
-            run_once(place, folder)
+            run_once(context, folder)
     assert folder.begin_attempt() == 1
 
 
-def test_a_run_is_not_given_up_for_a_trainer_that_was_told_to_end(tmp_path: Path) -> None:
-    folder, place = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)), place_where(tmp_path, SystemExit(0))
+def test_a_run_is_not_given_up_for_a_trainer_that_was_asked_to_end(tmp_path: Path) -> None:
+    folder, context = (
+        RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0)),
+        context_where(tmp_path, SystemExit(0)),
+    )
     for _ in range(2 * MOST_ATTEMPTS):
         with pytest.raises(SystemExit):
-            run_once(place, folder)
+            run_once(context, folder)
     assert folder.begin_attempt() == 1
 
 

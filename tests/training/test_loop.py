@@ -36,7 +36,7 @@ from training.runs.folder import SFT_SUFFIX, RunFolder
 CONFIG = TrainingConfig(
     min_new_rankings=12,
     poll_seconds=0.1,
-    lease_seconds=3.0,  # a trainer that was killed leaves its place for that long
+    lease_seconds=3.0,  # after a trainer was killed, the next one waits this long
     min_win_rate=0.0,
     num_evaluation_prompts=8,
     num_probes=2,
@@ -61,7 +61,7 @@ class Serving:
 
 @asynccontextmanager
 async def policy_service(folder: Path, model: Path) -> AsyncIterator[Serving]:
-    """The policy service, with the model live as version 1."""
+    """Serves the policy service, with the model live as version 1."""
     bus = open_bus(f"sqlite:///{folder}/bus.db")
     bus.create_topics(TOPICS)
     log = PolicyLog(bus)
@@ -85,9 +85,9 @@ async def serving(tmp_path: Path, tiny_folder: Path) -> AsyncIterator[Serving]:
 
 
 def write_rankings(store_url: str, count: int) -> None:
-    """Rankings of four completions each, by four users, the longer the better; and samples that nobody ranked.
+    """Writes rankings of four completions each, by four users who prefer the longer, and samples that nobody ranked.
 
-    Of these one is of a prompt that is held out, and one for a user who is.
+    One of these samples has a held-out prompt, and one is for a held-out user.
     """
     batch, prompts = [], []
     for index in range(count):
@@ -198,7 +198,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert trainer.wait(20) == 0
     assert Cursor(tmp_path / "runs" / "rankings_seen").read() == 16
 
-    # What the run left, its reward model, lets SFT choose an epoch.
+    # By the run's reward model SFT can choose an epoch.
     tuned = await tuned_after_kills(serving, tmp_path)
     assert tuned.stage == policy_service_pb2.STAGE_CANDIDATE
     assert (tuned.manifest.parent_version, tuned.manifest.reference_version) == (1, 3)
@@ -212,7 +212,7 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
     assert "Version 3 is the reference policy fine-tuned on demonstrations, epoch" in page
     assert "Where version 3 comes from" in page
 
-    # Version 3 is of the run that was killed; one that was not makes the same.
+    # The run that was killed made version 3; one that is not killed makes the same weights.
     done = await make_sft(serving, tmp_path)
     assert "made 4" in done.stdout, done.stderr
     assert verify_artifact(serving.policies_dir / "v4").weight_digest == tuned.manifest.weight_digest
@@ -220,10 +220,10 @@ async def test_rankings_become_a_live_policy_and_demonstrations_a_reference(
 
 
 async def tuned_after_kills(serving: Serving, folder: Path) -> policy_service_pb2.Policy:
-    """Version 3, by SFT that was killed before its first epoch, and again after it."""
+    """Returns version 3, made by SFT that was killed before its first epoch, and again after it."""
     write_demonstrations(f"sqlite:///{folder}/store.db", 16)
     for phase in ("sft_reference", "sft"):
-        await killed_when(partial(come_to, phase, folder / "runs"), subprocess.Popen(sft_command(serving, folder)))
+        await killed_when(partial(has_reached, phase, folder / "runs"), subprocess.Popen(sft_command(serving, folder)))
         await asyncio.sleep(CONFIG.lease_seconds)
     done = await make_sft(serving, folder)
     assert "made 3" in done.stdout, done.stderr
@@ -244,7 +244,7 @@ SFT = (
 
 
 def write_demonstrations(store_url: str, count: int) -> None:
-    """What users would have wanted of the samples that are there, and of one whose prompt no engine has room for."""
+    """Writes demonstrations of the store's samples, and of one whose prompt is too long for the engine."""
     held_out = next(index for index in range(4) if is_held_out(f"user-{index}", 0.4))
     long = events_pb2.SampleEvent(
         event_id=f"s{count}", user_id=f"user-{held_out}", prompt=types_pb2.Prompt(text="why " * 400)
@@ -266,7 +266,7 @@ def write_demonstrations(store_url: str, count: int) -> None:
 
 
 def sft_command(serving: Serving, folder: Path) -> list[str]:
-    """Runs SFT once on the store and runs of this folder."""
+    """Returns the command that runs SFT once on the store and runs of this folder."""
     config = CONFIG.model_copy(
         update={"sft": SftConfig(num_epochs=2, batch_size=4, min_demonstrations=4, validation_share=0.4)}
     )
@@ -276,18 +276,18 @@ def sft_command(serving: Serving, folder: Path) -> list[str]:
 
 
 async def make_sft(serving: Serving, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Waits until it has ended."""
+    """Runs SFT to its end."""
     command = sft_command(serving, folder)
     return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
 
 
-def come_to(phase: str, runs_dir: Path) -> bool:
+def has_reached(phase: str, runs_dir: Path) -> bool:
     """Whether a run has written a line of this phase."""
     return any(line["phase"] == phase for path in runs_dir.glob("*/metrics.jsonl") for line in lines(path))
 
 
 async def killed_when(is_time: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
-    """Kills the trainer then."""
+    """Kills the trainer as soon as it is time."""
     deadline = time.monotonic() + 90
     try:
         while not is_time():
@@ -299,7 +299,7 @@ async def killed_when(is_time: Callable[[], bool], process: "subprocess.Popen[by
 
 
 async def digest_and_lines(serving: Serving, folder: Path) -> tuple[str, list[dict[str, object]]]:
-    """The digest of the live weights, and what the run says of itself but for times."""
+    """Returns the digest of the live weights, and the run's lines of metrics.jsonl without times."""
     async with grpc.aio.insecure_channel(serving.address) as channel:
         stub = policy_service_pb2_grpc.PolicyServiceStub(channel)
         live = (await stub.GetPolicy(policy_service_pb2.GetPolicyRequest(policy="live"))).policy
@@ -320,9 +320,9 @@ async def test_a_trainer_killed_in_each_phase_makes_what_one_does_that_lives(tmp
         write_rankings(f"sqlite:///{folder}/store.db", 16)
         runs, policies = folder / "runs", folder / "policies"
         ends = [
-            *(partial(come_to, phase, runs) for phase in ("reward_model_evaluation", "ppo", "evaluate")),
+            *(partial(has_reached, phase, runs) for phase in ("reward_model_evaluation", "ppo", "evaluate")),
             (policies / "v2").exists,
-            partial(come_to, "register", runs),
+            partial(has_reached, "register", runs),
         ]
         async with policy_service(folder, tiny_folder) as service:
             for is_time in ends if name == "killed" else []:

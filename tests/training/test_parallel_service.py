@@ -1,4 +1,4 @@
-"""The trainer as two processes beside a real policy service: both make one run, and if one dies, both begin again."""
+"""The trainer as two processes beside a real policy service: both make one run, and if one dies, both restart."""
 
 import asyncio
 import signal

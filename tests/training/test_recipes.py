@@ -1,4 +1,4 @@
-"""Every recipe loads, says what InstructGPT says where it claims to, and a mistake is refused by the field's name."""
+"""Every recipe loads and has InstructGPT's values where it claims to, and a mistake is refused by the field's name."""
 
 import tomllib
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_all_recipes_load() -> None:
 
 
 def written_out(model: BaseModel) -> dict[str, Any]:
-    """All fields that are set, as TOML has them."""
+    """Returns all fields that are set, as TOML has them."""
     values = {name: getattr(model, name) for name in type(model).model_fields}
     return {
         name: written_out(value) if isinstance(value, BaseModel) else value

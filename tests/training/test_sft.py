@@ -21,7 +21,7 @@ CONFIG = SftConfig(num_epochs=3, learning_rate=5e-3, batch_size=8)
 
 
 def mean_logprob(folder: Path, weights: dict[str, Tensor], which: slice) -> float:
-    """Mean log-probability of the tokens of the demonstrations in this place, each given those before it."""
+    """Returns the mean log-probability of the demonstrations' tokens in this slice, each given the tokens before it."""
     model = load_model(folder)
     model.load_state_dict(weights, strict=False)
     tokens_NT = torch.tensor([[*each.prompt, *each.completion] for each in DEMONSTRATIONS])
@@ -32,7 +32,7 @@ def mean_logprob(folder: Path, weights: dict[str, Tensor], which: slice) -> floa
     return float(label_logprobs(hidden_MD, head_VD, tokens_NT[:, list(places)].flatten()).mean())
 
 
-def test_the_epoch_that_the_judge_likes_best_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_epoch_with_the_highest_score_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
     scores, seen = iter([0.1, 0.9, 0.3]), []
     given: list[dict[str, Tensor]] = []
 
@@ -53,29 +53,30 @@ def test_the_epoch_that_the_judge_likes_best_is_kept(tiny_folder: Path, tmp_path
     before = load_weights(tiny_folder)
     completion, prompt = slice(3, 7), slice(1, 2)
     assert mean_logprob(tiny_folder, weights, completion) > mean_logprob(tiny_folder, before, completion) + 1
-    # The second token is a prompt's alone: 24 of the vocabulary, never trained on.
+    # Only prompts have the second token, one of 24 of the vocabulary, so that it is never trained on.
     assert mean_logprob(tiny_folder, weights, prompt) < mean_logprob(tiny_folder, before, prompt) + 1
 
 
 class KilledError(Exception):
-    """Stands for the end of the process."""
+    """Stands for a kill of the process."""
 
 
 SCORES = (0.1, 0.9, 0.3)
 
 
 def tuned(
-    folder: Path, scratch: Path, first: int = 0, judging: int | None = None, logging: int | None = None
+    folder: Path, scratch: Path, first: int = 0, scoring: int | None = None, logging: int | None = None
 ) -> tuple[dict[str, Tensor], list[Epoch], list[Epoch]]:
-    """Fine-tunes from epoch `first` on, as it should find by itself, unless it dies while it scores or logs this one.
+    """Fine-tunes, and expects that `first` is the first epoch.
 
-    Returns the weights, all epochs, and those that it logged.
+    It is killed while it scores the epoch `scoring` or logs the epoch `logging`. Returns the weights, all epochs, and
+    the epochs that it logged.
     """
     left, logged = list(range(first, len(SCORES))), []
 
     def score_of(weights: dict[str, Tensor]) -> float:
         epoch = left.pop(0)
-        if epoch == judging:
+        if epoch == scoring:
             raise KilledError
         return SCORES[epoch]
 
@@ -89,16 +90,16 @@ def tuned(
     return weights, epochs, logged
 
 
-@pytest.mark.parametrize("moment", ["judging", "logging"])
+@pytest.mark.parametrize("moment", ["scoring", "logging"])
 @pytest.mark.parametrize("epoch", range(len(SCORES)))
-def test_killed_in_any_epoch_it_goes_on_to_the_same_bits(
+def test_killed_in_any_epoch_it_resumes_to_the_same_bits(
     epoch: int, moment: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     weights, epochs, _ = tuned(tiny_folder, tmp_path / "alive")
     scratch = tmp_path / "killed"
     with pytest.raises(KilledError):
         tuned(tiny_folder, scratch, **{moment: epoch})
-    # What a kill while a checkpoint is written leaves.
+    # A kill while a checkpoint is written leaves this.
     (scratch / "checkpoint-9").mkdir(parents=True, exist_ok=True)
     (scratch / "checkpoint-9" / "trainer_state.json").write_text('{"epoch"')
     resumed, found, logged = tuned(tiny_folder, scratch, first=epoch)

@@ -1,4 +1,4 @@
-"""A run of SFT whose end was disturbed: by a kill, or by a server that is away or refuses."""
+"""A run of SFT whose end was disturbed by a kill, or by a server that does not answer or refuses."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ class Registered:
 
 
 class Forgetful(Registered):
-    """A policy service that has none yet, and is away when it is to register one for the first time."""
+    """A policy service without a version, which does not answer when it is first asked to register one."""
 
     def __init__(self, run_id: str) -> None:
         super().__init__(run_id)
@@ -60,12 +60,12 @@ def test_a_version_that_was_written_is_the_one_that_is_registered_however_late(t
         manifest.training.run_id = run_id
         manifest.evaluations.add(name="score", value=1.0, count=8)
         write_artifact(policies, manifest, make_writer())
-    (policies / "v5").mkdir()  # Whatever it is, it is no version of ours.
+    (policies / "v5").mkdir()  # It is no version.
     nobody, client = cast(Any, None), Forgetful("run-sft")
-    place = TrainerContext(nobody, nobody, cast(Any, client), policies, nobody, lambda run_id: None, ALONE)
+    context = TrainerContext(nobody, nobody, cast(Any, client), policies, nobody, lambda run_id: None, ALONE)
     with pytest.raises(Answer):
-        run_sft(place, folder)
-    assert run_sft(place, folder).version == 3
+        run_sft(context, folder)
+    assert run_sft(context, folder).version == 3
     assert client.offered == [(3, policies / "v3")] * 2
     assert json.loads((folder.path / "manifest.json").read_text())["version"] == 3
 
@@ -82,10 +82,10 @@ def run_once(folder: Path, config: TrainingConfig) -> int:
 
 @pytest.fixture
 def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
-    """What `alignd sft` comes to as soon as it has begun, one after the other."""
+    """Returns a list of errors, of which `alignd sft` raises the next one each time it has begun."""
     errors: list[Exception] = []
 
-    def fail(place: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
+    def fail(context: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
         raise errors.pop(0)
 
     monkeypatch.setattr("training.context.open_context", lambda *arguments: None)
@@ -93,7 +93,7 @@ def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Exception]
     return errors
 
 
-def test_sft_goes_on_when_serving_is_back_and_ends_when_it_refuses(tmp_path: Path, refusing: list[Exception]) -> None:
+def test_sft_resumes_when_serving_is_back_and_ends_when_it_refuses(tmp_path: Path, refusing: list[Exception]) -> None:
     refusing += [AWAY, OSError(errno.ENOSPC, "No space left on device"), REFUSAL, ArtifactError("a file is missing")]
     with pytest.raises(TrainingError, match="serving is away: connection refused; `alignd sft` resumes"):
         run_once(tmp_path, TrainingConfig())
@@ -111,7 +111,7 @@ def test_sft_goes_on_when_serving_is_back_and_ends_when_it_refuses(tmp_path: Pat
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_who_holds_the_place_is_named_with_how_long(tmp_path: Path) -> None:
+def test_the_trainer_with_the_lease_is_named_and_when_it_expires(tmp_path: Path) -> None:
     engine = open_engine(f"sqlite:///{tmp_path}/store.db")
     assert TrainerLease(engine, "host/1", 3600.0).acquire()
     with pytest.raises(TrainingError, match=r"host/1 trains on this store; stop it first.*60 s after"):
@@ -121,9 +121,9 @@ def test_who_holds_the_place_is_named_with_how_long(tmp_path: Path) -> None:
 def test_killed_once_its_version_was_registered_it_makes_no_other(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run-sft", TrainingConfig(), origin=None)
     nobody, asked = cast(Any, None), []
-    place = TrainerContext(nobody, nobody, cast(Any, Registered("run-sft")), tmp_path, nobody, asked.append, ALONE)
-    for _ in range(2):  # killed once more, behind the line that says so
-        assert run_sft(place, folder).version == 3
+    context = TrainerContext(nobody, nobody, cast(Any, Registered("run-sft")), tmp_path, nobody, asked.append, ALONE)
+    for _ in range(2):  # the second time as after a kill once the line "register" was written
+        assert run_sft(context, folder).version == 3
     assert asked == ["run-sft"] * 2
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert (line["phase"], line["version"], line["promoted"]) == ("register", 3, 0.0)

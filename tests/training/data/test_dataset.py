@@ -1,4 +1,4 @@
-"""What is learned from and what only measures."""
+"""Which rankings and demonstrations are learned from, and which only measure."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def group(seq: int, user: str, text: str, *completions: RankedCompletion) -> Ran
 
 
 def dataset(tokenizer: PreTrainedTokenizerBase, *groups: RankedGroup, max_group_tokens: int = 256) -> Dataset:
-    """Of these rankings, and of the prompts as the store has them: each once, with the first who sent it."""
+    """Returns the dataset of these rankings, and of their prompts as the store lists them, with their first senders."""
     senders: dict[str, str] = {}
     for each in groups:
         senders.setdefault(each.prompt.text, each.user_id)

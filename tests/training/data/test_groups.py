@@ -1,4 +1,4 @@
-"""Packed completions get exactly what they would get alone."""
+"""Packed completions are encoded exactly as they would be alone."""
 
 import pytest
 import torch

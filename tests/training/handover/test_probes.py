@@ -1,4 +1,4 @@
-"""Probes are the saved policy's own log-probabilities, and the folder holds all that a server needs."""
+"""Probes have the saved policy's own log-probabilities, and the folder has all that a server needs."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_probes_equal_a_recomputation_from_the_saved_weights(saved: Path, tiny_f
         assert len(probe.logprobs) == len(probe.token_ids) - 1
         torch.testing.assert_close(torch.tensor(list(probe.logprobs)), expected_T, atol=0.05, rtol=0)
         assert list(probe.logprobs) != list(before.logprobs)
-    # One token alone predicts nothing.
+    # A single token predicts nothing.
     assert [len(probe.token_ids) for probe in own] == [MAX_PROBE_TOKENS, 4]
 
 

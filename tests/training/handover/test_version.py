@@ -31,7 +31,7 @@ def test_a_version_stays_a_candidate_for(low: float, kl: float, promote: bool, t
         manifest=policy_manifest_pb2.PolicyManifest(version=7, evaluations=found),
         stage=policy_service_pb2.STAGE_CANDIDATE,
     )
-    # There is nobody to ask: to promote it would be an error.
+    # There is no server to ask, so that promoting it would be an error.
     assert go_live(NOBODY, folder, policy) == 7
     (line,) = lines(folder.path / "metrics.jsonl")
     assert (line["phase"], line["version"], line["promoted"]) == ("register", 7, 0.0)

@@ -1,4 +1,4 @@
-"""In either precision of the arithmetic, weights come in and go out in bf16, and little else changes."""
+"""In either precision, weights are read and written in bf16, and results differ little."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Two processes, on the CPU over gloo, do together what one does: the same step, the same decisions, the same run."""
+"""Two processes, on the CPU over gloo, do together what one does: the same steps, the same decisions, the same run."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from policies import precision
 from tests.training import ranks as work
-from tests.training.learning import EOS, PPO, fitted, learner_of, world_of
+from tests.training.learning import EOS, PPO, fitted, hooks_of, learner_of
 from tests.training.ranks import left, on_two_ranks
 from tests.training.sampling import PlainSampler
 from training.config import LoraConfig, PtxConfig
@@ -30,15 +30,16 @@ PTX = PtxConfig(data="given by the test", sequence_tokens=12, num_calibration_st
 UPDATE = PPO.model_copy(
     update={"num_rounds": 1, "prompts_per_round": 8, "num_minibatches": 1, "num_epochs": 2, "micro_batch_tokens": 24}
 )
-# bf16 rounds a row otherwise beside a longer one, or where weights differ in their last bits: rows alone, and one step.
+# bf16 rounds a row differently beside a longer one, or where weights differ in their last bits. So each row is alone,
+# and there is one optimizer step.
 BF16 = {"micro_batch_tokens": 1, "num_epochs": 1, "ptx": PTX.model_copy(update={"gamma": 0.5})}
-# Of lengths that the first rank packs into fewer micro-batches than the second.
+# The first rank packs rows of these lengths into fewer micro-batches than the second.
 LENGTHS = (1, 2, 2, 5, 5, 5, 6, 6)
 
 
 @pytest.fixture(scope="module")
 def drawn(tiny_folder: Path) -> dict[ppo.Prompt, list[Rollout]]:
-    """Rollouts of eight prompts, of 1 to 6 tokens."""
+    """Draws rollouts of eight prompts, of 1 to 6 tokens."""
     return {
         (1, 50 + index, 90, 17): PlainSampler(tiny_folder, EOS).draw(
             Request((), [(1, 50 + index, 90, 17)], 2, length, index)
@@ -48,7 +49,7 @@ def drawn(tiny_folder: Path) -> dict[ppo.Prompt, list[Rollout]]:
 
 
 def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The largest difference of two weights of a name."""
+    """Returns the largest difference of two weights of the same name."""
     assert ours.keys() == theirs.keys()
     return max(float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items())
 
@@ -75,7 +76,7 @@ def test_two_ranks_take_the_steps_that_one_takes(
     (first, (first_saw,)), (second, (second_saw,)) = left(tmp_path, 0), left(tmp_path, 1)
     assert distance(first, second) == 0
     assert first_saw == second_saw
-    # So that what the update does to it is undone.
+    # So that the change that the update makes is undone.
     monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", precision.cpu_multiplies_bf16)
     work.one_update(ALONE, tiny_folder, tmp_path, config, drawn, fp32)
     alone, (alone_saw,) = left(tmp_path, 0)
@@ -84,14 +85,16 @@ def test_two_ranks_take_the_steps_that_one_takes(
     assert first_saw == pytest.approx(alone_saw, rel=1e-4, abs=1e-6)
 
 
-def test_the_ranks_of_the_update_would_not_have_had_equally_many_passes(drawn: dict[ppo.Prompt, list[Rollout]]) -> None:
+def test_the_ranks_of_the_update_would_not_have_had_equally_many_micro_batches(
+    drawn: dict[ppo.Prompt, list[Rollout]],
+) -> None:
     lengths = sorted(len(prompt) + sum(len(each.token_ids) for each in found) for prompt, found in drawn.items())
     first, second = (len(micro_batches(lengths[rank::2], UPDATE.micro_batch_tokens)) for rank in (0, 1))
     assert (first, second) == (3, 4)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 100))
-def test_ranks_pass_over_each_row_once_and_in_step(times: list[int], size: int, max_tokens: int) -> None:
+def test_ranks_have_each_row_once_and_equally_many_micro_batches(times: list[int], size: int, max_tokens: int) -> None:
     lengths = [length for length in times for _ in range(size)]
     dealt = [micro_batches_in_step(Ranks(rank, size), lengths, max_tokens) for rank in range(size)]
     assert len({len(batches) for batches in dealt}) == 1
@@ -134,7 +137,7 @@ def test_a_run_whose_ranks_were_killed_ends_bit_for_bit_as_one_that_was_not(tiny
         assert figures == all_figures[2:]
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(tiny_folder: Path, tmp_path: Path) -> None:
     killed = [-signal.SIGKILL, -signal.SIGKILL]
     assert on_two_ranks(work.several_rounds, tiny_folder, tmp_path, EVERYTHING, 3) == killed
     found = newest_checkpoint(tmp_path / "checkpoints")
@@ -180,6 +183,6 @@ def test_another_number_of_processes_than_configured_is_refused() -> None:
 
 def test_prompts_that_ranks_cannot_divide_end_the_run(shared: SharedLayers, tiny_folder: Path) -> None:
     learner = replace(learner_of(shared, tiny_folder, PPO, fitted(shared, count=20)), ranks=Ranks(0, 3))
-    hooks, _ = world_of(tiny_folder, PPO)
+    hooks, _ = hooks_of(tiny_folder, PPO)
     with pytest.raises(TrainingError, match=r"ppo\.prompts_per_round: 16 is not a multiple of 6"):
         ppo.train(learner, PPO, hooks, seed=0)

@@ -1,4 +1,4 @@
-"""The config.json of models that the recipes are meant for, less what does not decide their size."""
+"""The config.json of the models that the recipes are meant for, without fields that do not decide their size."""
 
 import json
 import tempfile
@@ -53,7 +53,7 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {
 
 @cache
 def size_of(name: str) -> ModelSize:
-    """What the plan knows of one of these models."""
+    """Returns the measured size of one of these models."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         path.write_text(json.dumps(CONFIGS[name]))

@@ -1,4 +1,4 @@
-"""Roofs are measured, and a machine of several devices has theirs together."""
+"""Roofs are measured, and those of several devices add up."""
 
 import os
 

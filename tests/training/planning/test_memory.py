@@ -1,4 +1,4 @@
-"""Bytes are those that torch allocates for the tiny model, and grow with what makes them grow."""
+"""Predicted bytes are those that torch allocates for the tiny model, and grow with the settings that they depend on."""
 
 import itertools
 import weakref
@@ -49,7 +49,7 @@ CONFIG = TrainingConfig.model_validate(
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of tensors that came to be inside, are there now, and were there at most."""
+    """Counts the bytes of tensors created inside: how many are alive now, and how many were at most."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.fixture(params=[2, 4], ids=["bf16", "fp32"])
 def number_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Computes in either precision, whichever this machine would take."""
+    """Makes training compute in either precision, whichever this machine would choose."""
     in_bf16 = request.param == 2
     monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: in_bf16)
     return int(request.param)

@@ -1,4 +1,4 @@
-"""Parameters are those that the files hold, and FLOPs those that torch counts."""
+"""Parameters are those that the files have, and FLOPs those that torch counts."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_parameters_of_the_tiny_model_are_those_in_its_file(tiny_folder: Path) -
     assert model.head == 0
 
 
-# As their model cards say. Qwen's attention has biases; Mistral's output embedding is its own.
+# The totals are those of the model cards. Qwen's attention has biases; Mistral has a separate output embedding.
 @pytest.mark.parametrize(
     ("name", "total"), [(SMOLLM2, 134_515_008), (QWEN, 1_543_714_304), (MISTRAL, 7_248_023_552)], ids=str
 )

@@ -1,4 +1,4 @@
-"""FLOPs are those that torch counts, and seconds those that the formulas give by hand."""
+"""FLOPs are those that torch counts, and seconds are those that the formulas give by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +43,9 @@ def phases(work: Workload, machine: Hardware = MACHINE) -> dict[str, Phase]:
     ("rank", "checkpointing", "tolerance"),
     [
         pytest.param(0, False, 0.0, id="full weights"),
-        # The lowest adapters have nothing below them that wants gradients.
+        # Nothing below the lowest adapters needs gradients.
         pytest.param(4, False, 0.07, id="adapters"),
-        # A layer's last product is not made again, since nothing wants it.
+        # A layer's last product is not computed again, because nothing needs it.
         pytest.param(0, True, 0.07, id="checkpointing"),
     ],
 )
@@ -129,7 +129,7 @@ def test_phases_take_as_long_as_their_share_of_the_roof_allows() -> None:
         assert CPU_EFFICIENCY.decode / GPU_EFFICIENCY.decode < longer < CPU_EFFICIENCY.scoring / GPU_EFFICIENCY.scoring
 
 
-def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
+def test_an_update_runs_through_what_is_trained_and_then_moves_it() -> None:
     work = work_of(ppo={"num_epochs": 2, "num_minibatches": 4}, reward_model={"num_trained_layers": 3})
     found, model, tokens = phases(work)["update"], work.model, 16 * (50 + 4 * 40)
     once = 3 * model.forward_flops(tokens, 210, 10 + 3) + 2 * model.head_flops(64 * 40)
@@ -140,7 +140,7 @@ def test_an_update_passes_over_what_is_trained_and_then_moves_it() -> None:
     assert found.seconds == pytest.approx((found.flops / 1e12 + found.bytes / 20e9) / MACHINE.efficiency.update)
 
 
-def test_held_out_prompts_are_asked_twice_once_each() -> None:
+def test_held_out_prompts_are_answered_twice_once_each() -> None:
     work = work_of(num_evaluation_prompts=32, ppo={"prompts_per_round": 32, "rollouts_per_prompt": 1})
     drawn, asked = phases(work)["rollouts"], phases(work)["evaluation"]
     once = (drawn.tokens, drawn.flops, drawn.bytes, drawn.seconds)

@@ -1,15 +1,16 @@
 """Our PPO does what TRL 1.12's PPOTrainer did in one update of tiny models that was recorded, in float32.
 
     python -m bench.peers.environment
-    var/bench/venv-trl-1.12/bin/python -I bench/peers/record_ppo.py tests/training/recordings/trl_1_12_ppo.safetensors
+    var/bench/venv-trl-1.12/bin/python -I bench/peers/record_ppo.py \\
+        tests/training/ppo/recordings/trl_1_12_ppo.safetensors
 
-made the recording, by TRL's own code on models of its own; the script says what is in it. The update has two passes
-over eight episodes in two minibatches. Three ended early, one by the last token allowed, four not at all.
+made the recording, by TRL's own code on its own models; the script says what is in it. The update has two epochs over
+eight episodes in two minibatches. Three episodes ended early, one with the last token allowed, and four did not end.
 
-Four things TRL defines otherwise, and here it is said by exactly how much:
+TRL defines four things otherwise, and the tests say by exactly how much:
 
-- Of an episode that ended early it values one more state, the one after the end, and gives the score there. For ours
-  that is one more token, or the same as a score of γ ((1 - λ) V + λ score) at the last, V being that state's value.
+- In an episode that ended early it values one more state, the one after the end, and gives the score there. In ours
+  that is one more token, or equals a score of γ ((1 - λ) V + λ score) at the last token, where V is that state's value.
 - It whitens with the unbiased variance: ours is larger by √(M / (M - 1)) for M tokens.
 - Its approximate KL is a mean over padding too.
 - It logs scores after the penalty for a missing end.
@@ -41,7 +42,7 @@ NO_LIMIT = 1e9
 
 @dataclass(frozen=True)
 class Recording:
-    """What TRL did. `batch` and `steps` have TRL's names of variables."""
+    """The recording of TRL. `batch` and `steps` have TRL's names of variables."""
 
     tensors: dict[str, Tensor]
     job: dict[str, Any]
@@ -101,7 +102,7 @@ def language_model(trl: Recording, name: str) -> LlamaForCausalLM:
 
 
 def reward_model(trl: Recording, name: str, shared: SharedLayers) -> RewardModel:
-    """The recorded one as ours: all layers its own, and a head that is blind to the mean of the states."""
+    """Returns the recorded reward model as ours: it owns all layers, and its head does not read the mean state."""
     num_layers, weights = trl.sizes["num_hidden_layers"], trl.under(f"{name}/")
     model = RewardModel(shared, RewardModelConfig(num_layers=num_layers, num_trained_layers=num_layers))
     model.layers.load_state_dict(
@@ -117,7 +118,7 @@ def reward_model(trl: Recording, name: str, shared: SharedLayers) -> RewardModel
 
 @pytest.fixture
 def learner(trl: Recording, in_fp32: None) -> Learner:
-    """Ours with the recorded weights."""
+    """Returns our learner with the recorded weights."""
     shared = SharedLayers(language_model(trl, "reference"))
     policy = UpperLayers(language_model(trl, "policy"), 0, shared.num_layers).trainable(LoraConfig())
     rewards, values = (reward_model(trl, name, shared) for name in ("reward", "value"))
@@ -128,7 +129,7 @@ def learner(trl: Recording, in_fp32: None) -> Learner:
 
 
 def encoded(learner: Learner, trl: Recording, rows: Tensor, mask_NC: Tensor) -> Experience:
-    """What we see of these episodes, of each as many tokens as the mask says."""
+    """Encodes these episodes, as many tokens of each as the mask has."""
     batch, found = trl.batch, []
     for row in rows.tolist():
         length = int(mask_NC[row].sum())
@@ -150,7 +151,7 @@ def same(ours: Any, theirs: Any, mask: Tensor | None = None) -> None:
 
 
 def trained(learner: Learner) -> dict[str, Tensor]:
-    """What is trained, by the names in the recording."""
+    """Returns the trained weights, by the names in the recording."""
     return {f"policy/{name}": each for name, each in tensors_of(learner.policy)} | {
         "value/score.weight": learner.value.head_F,
         **{f"value/model.layers.{name}": each for name, each in learner.value.layers.named_parameters()},
@@ -158,7 +159,7 @@ def trained(learner: Learner) -> dict[str, Tensor]:
 
 
 def same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Each differs by little of its norm: rounding adds up over steps. Our head has a second half, which is blind."""
+    """Asserts that weights differ by little of their norm: rounding adds up over steps. Half of our head is 0."""
     assert ours.keys() == theirs.keys()
     for name, their in theirs.items():
         our = ours[name].detach()
@@ -181,7 +182,7 @@ def test_the_same_tokens_have_the_same_logprobs_values_and_scores(trl: Recording
     same(seen["objective/score"] - float(penalty_N.mean()), trl.logged["objective/scores"])
 
 
-def test_rewards_are_the_same_but_for_the_place_of_the_score_of_an_early_end(trl: Recording) -> None:
+def test_rewards_are_the_same_except_for_where_the_score_of_an_early_end_is(trl: Recording) -> None:
     batch, kl_coef = trl.batch, trl.job["kl_coef"]
     inputs = batch["scores"], batch["logprobs"], batch["ref_logprobs"]
     same(ppo_math.rewards(*inputs, trl.states_NC, kl_coef), batch["rewards"])

@@ -1,4 +1,4 @@
-"""PPO, the whole of it, on a bandit whose best policy is known."""
+"""The whole of PPO on a bandit whose best policy is known."""
 
 from collections.abc import Iterable
 from pathlib import Path

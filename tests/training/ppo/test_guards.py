@@ -16,7 +16,7 @@ def seen(**changed: float) -> dict[str, float]:
     return metrics | {"rollout/sampler_gap": changed.pop("sampler_gap", 0.05)}
 
 
-def test_goes_on_while_all_is_well() -> None:
+def test_continues_while_all_is_well() -> None:
     assert stop_reason([seen(), seen(score=0.9, held_out_score=0.7)], CONFIG) is None
 
 
@@ -36,12 +36,12 @@ def test_stops_and_says_why(changed: dict[str, float], named: str) -> None:
     assert named in reason
 
 
-def test_the_judge_alone_going_down_is_no_reward_hacking() -> None:
+def test_a_held_out_score_that_falls_with_the_score_is_no_reward_hacking() -> None:
     # Both go down: that is noise, or a policy that unlearns, and PPO will turn it.
     assert held_out_drop([seen(), seen(score=0.1, held_out_score=-0.5)]) == 0.0
 
 
-def test_what_the_judge_holds_for_worse_is_not_kept_whatever_the_reward_model_says() -> None:
+def test_a_policy_with_a_lower_held_out_score_is_not_kept_whatever_the_reward_model_says() -> None:
     best = seen(score=1.0, held_out_score=1.0)
     assert is_good([seen()])
     assert is_good([seen(), best])

@@ -1,4 +1,4 @@
-"""The pretraining mix: one step on the sum of both gradients, and a γ that is what it says."""
+"""The pretraining mix: one step on the sum of both gradients, and a γ that is calibrated as defined."""
 
 import gzip
 import itertools
@@ -113,7 +113,7 @@ def test_texts_come_from_each_kind_of_file_again_and_again(tmp_path: Path, tiny_
     assert tokenizer.eos_token in joined
 
 
-def test_a_data_set_of_several_parts_is_read_by_its_name_and_that_of_a_part(tmp_path: Path) -> None:
+def test_a_dataset_of_several_parts_is_read_by_its_name_and_that_of_a_part(tmp_path: Path) -> None:
     for part in "ab":
         (tmp_path / f"{part}.jsonl").write_text(json.dumps({"text": f"of {part}"}) + "\n")
     parts = "".join(f"- config_name: {part}\n  data_files: {part}.jsonl\n" for part in "ab")
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
         next(ptx.pretraining_texts(PtxConfig(data=str(tmp_path / "missing.txt")), seed=0))
 
 
-def test_a_data_set_of_the_hub_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(TrainingError, match=r"nobody/nothing cannot be loaded.*HF_HUB_OFFLINE"):
         next(ptx.pretraining_texts(PtxConfig(data="hf:nobody/nothing"), seed=0))

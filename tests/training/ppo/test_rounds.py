@@ -14,11 +14,11 @@ from tests.training.learning import (
     PPO,
     PROMPTS,
     fitted,
+    hooks_of,
     learner_of,
     ranked_examples,
     request_of,
     silent,
-    world_of,
     worths,
 )
 from training.config import LoraConfig, PtxConfig
@@ -60,7 +60,7 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     seen: list[dict[str, Any]] = []
     rate = {"learning_rate": 1e-2} if lora.rank else {}
     config = PPO.model_copy(update={"lora": lora, **rate})
-    hooks, sampler = world_of(tiny_folder, config, kept(seen))
+    hooks, sampler = hooks_of(tiny_folder, config, kept(seen))
     before = sampler.draw(request_of(config, 7))
     references = [Group(p, tuple(r.token_ids for r in drawn)) for p, drawn in zip(PROMPTS, before, strict=True)]
     normalise(rewards, torch.cat(score_groups(rewards, references)))
@@ -85,7 +85,7 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
     rounds: list[Weights] = []
     config = PPO.model_copy(update={"max_kl": 0.5})
     learner = learner_of(shared, tiny_folder, config, fitted(shared))
-    hooks, _ = world_of(tiny_folder, config, kept(seen))
+    hooks, _ = hooks_of(tiny_folder, config, kept(seen))
     hooks = replace(hooks, between_rounds=lambda: rounds.append(trained_weights(learner.policy)))
     reason = ppo.train(learner, config, hooks, seed=0)
     assert reason is not None
@@ -98,9 +98,9 @@ def test_ppo_stops_at_the_kl_budget_and_keeps_the_last_good_policy(shared: Share
 
 
 def test_ppo_that_makes_nothing_within_bounds_keeps_nothing(shared: SharedLayers, tiny_folder: Path) -> None:
-    """Else what it began from would be registered as something new."""
+    """Otherwise the policy that it began from would be registered as a new one."""
     config = PPO.model_copy(update={"max_kl": 1e-4, "learning_rate": 1e-2})
-    hooks, _ = world_of(tiny_folder, config)
+    hooks, _ = hooks_of(tiny_folder, config)
     with pytest.raises(TrainingError, match=r"stopped in round 2 with nothing better to keep: .*ppo.max_kl"):
         ppo.train(learner_of(shared, tiny_folder, config, fitted(shared)), config, hooks, seed=0)
 
@@ -110,7 +110,7 @@ def test_what_is_not_finite_stops_the_run_and_changes_nothing(shared: SharedLaye
     with torch.no_grad():
         rewards.heads_FE[0] = torch.nan
     learner = learner_of(shared, tiny_folder, PPO, rewards)
-    hooks, _ = world_of(tiny_folder, PPO)
+    hooks, _ = hooks_of(tiny_folder, PPO)
     before = trained_weights(learner.policy)
     with pytest.raises(TrainingError, match="not finite: objective/score, objective/held_out_score"):
         ppo.train(learner, PPO, hooks, seed=0)
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_is_an_error(shared: SharedLayers, tiny_folder
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared))
     with torch.no_grad():
         learner.value.head_F[0] = torch.nan
-    hooks, _ = world_of(tiny_folder, PPO)
+    hooks, _ = hooks_of(tiny_folder, PPO)
     with pytest.raises(TrainingError, match="must be finite"):
         ppo.train(learner, PPO, hooks, seed=0)
 
@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_later_leaves_the_last_good_policy(shared: Sha
             with torch.no_grad():
                 learner.value.head_F[0] = torch.nan
 
-    hooks, _ = world_of(tiny_folder, PPO, kept(seen))
+    hooks, _ = hooks_of(tiny_folder, PPO, kept(seen))
     reason = ppo.train(learner, PPO, replace(hooks, between_rounds=poison), seed=0)
     assert reason is not None
     assert "must be finite" in reason
@@ -154,7 +154,7 @@ def test_rates_warm_up_and_the_result_is_the_average_of_weights(shared: SharedLa
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     weights = [trained_weights(learner.policy)]
-    hooks, _ = world_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
+    hooks, _ = hooks_of(tiny_folder, config, lambda *_: weights.append(trained_weights(learner.policy)))
     assert ppo.train(learner, config, hooks, seed=0) is None
     peaks = [config.learning_rate, config.value_learning_rate]
     assert rates == [pytest.approx([peak * factor for peak in peaks]) for factor in (0.5, 0.5, 1, 1, 1, 1)]
@@ -173,7 +173,7 @@ def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
     config = PPO.model_copy(update={"num_rounds": 2, "learning_rate": 1e-6})
     learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
     seen: list[dict[str, Any]] = []
-    hooks, _ = world_of(tiny_folder, config, kept(seen))
+    hooks, _ = hooks_of(tiny_folder, config, kept(seen))
     assert ppo.train(learner, config, hooks, seed=0) is None
     assert seen[1]["rollout/sampler_gap"] < 1e-5
     tensors = merged_tensors(shared, learner.policy, torch.float32)
@@ -183,7 +183,7 @@ def test_rollouts_follow_steps_too_small_for_bf16_where_fp32_is_computed(
 
 def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=60))
-    _, sampler = world_of(tiny_folder, PPO)
+    _, sampler = hooks_of(tiny_folder, PPO)
     rows = list(zip(PROMPTS, sampler.draw(request_of(PPO, 1)), strict=True))
     free, clipped = (
         torch.cat([
@@ -198,7 +198,7 @@ def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:
 
 
 def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: Iterator[tuple[int, ...]]) -> Gradients:
-    """The policy's gradients at each optimizer step of one round."""
+    """Returns the policy's gradients at each optimizer step of one round."""
     config = PPO.model_copy(update={"num_rounds": 1, "max_grad_norm": 1e9, "ptx": mix})
     learner = learner_of(shared, folder, config, fitted(shared, count=20))
     found: Gradients = []
@@ -207,7 +207,7 @@ def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: 
         found.append([p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None])
 
     learner.optimizer.register_step_pre_hook(keep)
-    hooks, _ = world_of(folder, config, pretraining=text if mix.data else None)
+    hooks, _ = hooks_of(folder, config, pretraining=text if mix.data else None)
     assert ppo.train(learner, config, hooks, seed=0) is None
     return found
 
@@ -258,7 +258,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(
 
         for attempt in range(kills + 1):
             learner = learner_of(shared, tiny_folder, EVERYTHING, rewards)
-            hooks, _ = world_of(tiny_folder, EVERYTHING, kept(seen), pretraining=endless_text())
+            hooks, _ = hooks_of(tiny_folder, EVERYTHING, kept(seen), pretraining=endless_text())
             hooks = replace(hooks, checkpoints=tmp_path / str(kills), between_rounds=between)
             if attempt < kills:
                 with pytest.raises(KilledError):
@@ -274,7 +274,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_killed(
 def gradients(shared: SharedLayers, folder: Path, micro_batch_tokens: int, *, checkpointing: bool) -> list[Tensor]:
     config = PPO.model_copy(update={"micro_batch_tokens": micro_batch_tokens, "gradient_checkpointing": checkpointing})
     learner = learner_of(shared, folder, config, fitted(shared, count=20))
-    _, sampler = world_of(folder, config)
+    _, sampler = hooks_of(folder, config)
     drawn = sampler.draw(request_of(PPO, 1))
     (minibatch, _) = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
     assert len(minibatch) == (1 if micro_batch_tokens > 1000 else 8)
@@ -298,7 +298,7 @@ def test_between_rounds_may_end_the_run(shared: SharedLayers, tiny_folder: Path)
     def abort() -> None:
         raise TrainingError("aborted")
 
-    hooks, sampler = world_of(tiny_folder, PPO)
+    hooks, sampler = hooks_of(tiny_folder, PPO)
     learner = learner_of(shared, tiny_folder, PPO, fitted(shared, count=20))
     with pytest.raises(TrainingError, match="aborted"):
         ppo.train(learner, PPO, replace(hooks, log=silent, between_rounds=abort), seed=0)

@@ -1,4 +1,4 @@
-"""A made-up run's folder that reads like a real one, for what tells of runs."""
+"""Makes the folder of a run that reads like a real one, for tests of what reports runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ EVALUATION = {
 
 
 def ppo_step(i: int, num_rounds: int) -> dict[str, float | str]:
-    """A made-up round that reads like a real one: both rewards rise, and then they part."""
+    """Makes up the figures of a round: the scores of both reward models rise, and then they part."""
     wave, part = math.sin(2.3 * i), i / max(1, num_rounds)
     return {
         "objective/kl": 0.01 + 6.5 * part**1.4 + 0.15 * abs(wave),
@@ -80,7 +80,7 @@ def ppo_step(i: int, num_rounds: int) -> dict[str, float | str]:
 
 
 def make_lines(num_rounds: int = 40) -> list[dict[str, Any]]:
-    """All lines of a run that went through."""
+    """Returns all lines of a run that came to its end."""
     lines: list[dict[str, Any]] = []
 
     def log(phase: str, step: int, count: int, metrics: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ def make_manifest() -> PolicyManifest:
 def make_folder(
     root: Path, lines: Sequence[Mapping[str, Any]], *, samples: Sequence[SamplePair] = SAMPLES, manifest: bool = True
 ) -> Path:
-    """A run's folder, written as a run writes it."""
+    """Writes a run's folder as a run writes it."""
     run = RunFolder(root / RUN_ID)
     run.path.mkdir(parents=True)
     recipe = TrainingConfig(seed=7, ppo=PpoConfig(num_rounds=40, target_kl=6.0))

@@ -1,4 +1,4 @@
-"""A run is read back as it was written, and a change is told from noise."""
+"""A run is read back as it was written, and a change is distinguished from noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_line_that_is_still_being_written_is_no_line(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=16), max_size=40))
-def test_change_is_what_the_ends_come_to(values: list[float]) -> None:
+def test_change_is_that_of_the_means_at_both_ends(values: list[float]) -> None:
     change = Change.of(series([{"x": value} for value in values], "x"))
     finite = [value for value in values if math.isfinite(value)]
     size = max(1, len(finite) // 5)

@@ -1,4 +1,4 @@
-"""The report tells what a run came to, as far as it came, and is one file that shows the same anywhere."""
+"""The report has a run's figures, also of a run that stopped early, and is one file that looks the same anywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_PLOTS = 8
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page: its tags, its text and where it would reach for something else."""
+    """A page as a browser would read it: its tags, its text, and the links that it would load."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
 
 def ended(lines: Sequence[Mapping[str, Any]], reason: str) -> list[Mapping[str, Any]]:
-    """The lines, and one that says why there are no more."""
+    """Returns the lines, with one more that says why there are no others."""
     return [*lines, {"time": START + 999, "phase": "stopped", "index": 0, "count": 1, "reason": reason}]
 
 
@@ -52,7 +52,7 @@ def report_of(root: Path, lines: Sequence[Mapping[str, Any]], **folder: Any) -> 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    """The report of a run that went through."""
+    """Writes the report of a run that came to its end."""
     return report_of(tmp_path_factory.mktemp("whole"), make_lines())
 
 
@@ -87,7 +87,7 @@ def test_page_has_every_plot_in_the_colours_of_the_page(page: Page) -> None:
     assert drawn_in["--reward-model"] == [True, False, False, False, False, True, True, True]
 
 
-def test_page_tells_the_figures(page: Page) -> None:
+def test_page_has_the_figures(page: Page) -> None:
     for figure in (
         "71.1%", "59.0% to 80.6%; 45 won, 1 tied, 18 lost", "68.4%", "64.2% to 72.6%; 912", "67.1%", "64% to 71%",
         "gsm8k/accuracy", "0.03 to 0.055; n = 1319", "nats a completion; 95% interval 5.4 to 6.4; n = 64",
@@ -132,7 +132,9 @@ def test_any_phase_may_be_missing(tmp_path: Path, kept: tuple[str, ...], num_plo
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_the_judge_is_said_to_know_other_labelers_only_where_some_are_held_out(tmp_path: Path, held_out: bool) -> None:
+def test_the_held_out_model_is_said_to_have_other_labelers_only_where_some_are_held_out(
+    tmp_path: Path, held_out: bool
+) -> None:
     lines = [line for line in make_lines(4) if held_out or line["phase"] != "reward_model_evaluation"]
     text = report_of(tmp_path, lines).text
     assert "score, by the held-out reward model" in text
@@ -206,7 +208,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert "The folder has no recipe" in text
 
 
-def test_ppo_that_stopped_itself_is_told_with_its_reason(tmp_path: Path) -> None:
+def test_ppo_that_stopped_itself_is_reported_with_its_reason(tmp_path: Path) -> None:
     lines = make_lines(5)
     lines[7] |= {"stopped/reason": "KL 8.3 nats passed max_kl, 8.0"}
     page = report_of(tmp_path, lines)

@@ -32,7 +32,7 @@ def test_finding_follows_the_interval(tmp_path: Path, low: float, high: float, b
     assert finding_of(tmp_path, lines).startswith(beginning)
 
 
-def test_finding_tells_where_judge_and_reward_model_part(tmp_path: Path) -> None:
+def test_finding_reports_where_the_two_reward_models_part(tmp_path: Path) -> None:
     lines = make_lines(200)
     assert "below its best, a sign of over-optimisation; it was promoted" in finding_of(tmp_path / "parted", lines)
     for line in phase(lines, "ppo"):

@@ -68,7 +68,7 @@ def loss_of_trl(scored: PreTrainedModel, group: Group, tokenizer: Any, folder: P
 
 
 def ours(scored: PreTrainedModel, tiny_folder: Path) -> RewardModel:
-    """The same model as ours: all layers its own, and a head that is blind to the mean of the states."""
+    """Returns the same model as ours: it owns all layers, and its head does not read the mean state."""
     body: Any = scored.get_submodule("model")
     language_model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).requires_grad_(False).eval()
     shared = SharedLayers(language_model)

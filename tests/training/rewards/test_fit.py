@@ -1,4 +1,4 @@
-"""The reward model's fit: a convex minimum, weights, warm starts, layers of its own, and what it is unsure of."""
+"""The reward model's fit: a convex minimum, weights, warm starts, own layers, and uncertainty."""
 
 import itertools
 import math

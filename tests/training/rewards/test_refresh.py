@@ -1,4 +1,4 @@
-"""A refresh: a worse reward model is refused, old rankings come again, the held-out model is apart."""
+"""A refresh refuses a worse reward model, mixes in old rankings, and fits the held-out model to other rankings."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def dataset(training: list[RankedExample], held_out: list[RankedExample]) -> Dat
 
 
 def reversed_ranks(examples: list[RankedExample]) -> list[RankedExample]:
-    """What labelers say who like the worst best."""
+    """Returns the rankings of labelers who like the worst best."""
     return [
         RankedExample(each.group, tuple(len(each.ranks) - 1 - rank for rank in each.ranks), each.labeler, each.seq)
         for each in examples
@@ -41,7 +41,7 @@ def later(examples: list[RankedExample], by: int) -> list[RankedExample]:
 def refreshed(
     shared: SharedLayers, data: Dataset, run: Path, config: RewardModelConfig = REWARD_MODEL
 ) -> tuple[RewardModel, Fitted, Lines]:
-    """A refresh in this run's folder, accepted as a run does, and the lines that it logs."""
+    """Refreshes in this run's folder, accepts the result as a run does, and returns it with the lines that it logs."""
     run.mkdir()
     logged: Lines = []
     model, fitted = refresh(
@@ -79,7 +79,7 @@ def test_with_nobody_held_out_nothing_is_said_of_accuracy(shared: SharedLayers, 
         assert fitted.run_id == name
 
 
-def test_what_an_earlier_version_accepted_is_still_gone_on_from(shared: SharedLayers, tmp_path: Path) -> None:
+def test_a_model_accepted_by_an_earlier_release_is_trained_further(shared: SharedLayers, tmp_path: Path) -> None:
     _, fitted, _ = refreshed(shared, dataset(ranked_examples(shared, 12, seed=3), []), tmp_path / "1")
     pointer = tmp_path / POINTER_FILE
     written = json.loads(pointer.read_text())
@@ -101,7 +101,7 @@ def test_a_better_one_replaces_it(shared: SharedLayers, tmp_path: Path) -> None:
     assert current(tmp_path) == fitted
 
 
-def test_layers_go_on_from_the_one_before_on_new_rankings_and_as_many_old(shared: SharedLayers, tmp_path: Path) -> None:
+def test_layers_are_trained_further_on_new_rankings_and_as_many_old(shared: SharedLayers, tmp_path: Path) -> None:
     config = LAYERED.model_copy(update={"max_accuracy_drop": 1.0})
     examples, held_out = ranked_examples(shared, 120, seed=1), ranked_examples(shared, 40, seed=2)
     # The sample of the one left out comes late: by then there are rankings after it.
@@ -126,7 +126,7 @@ def test_old_rankings_are_the_share_that_is_asked_for(shared: SharedLayers, shar
     assert all(example.seq < 40 for example in found[10:])
 
 
-def test_the_judge_knows_what_its_labelers_like_and_has_no_layers(shared: SharedLayers) -> None:
+def test_the_held_out_model_knows_what_its_labelers_like_and_has_no_layers(shared: SharedLayers) -> None:
     theirs = reversed_ranks(ranked_examples(shared, 200, seed=1))
     held_out_model = fit_held_out_model(LAYERED, shared, tuple(theirs), seed=0)
     evaluated = evaluate_rewards(held_out_model, reversed_ranks(ranked_examples(shared, 60, seed=2)))

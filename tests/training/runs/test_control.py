@@ -1,4 +1,4 @@
-"""The trainer does what operators ask between two steps, and ends when its place was taken."""
+"""The trainer does what operators ask between two rounds, and ends when another has taken its lease."""
 
 import threading
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def control(engine: Engine) -> OperatorControl:
     return OperatorControl(CONFIG, engine, lease)
 
 
-def test_a_paused_trainer_waits_until_it_may_go_on(control: OperatorControl, engine: Engine) -> None:
+def test_a_paused_trainer_waits_until_it_is_resumed(control: OperatorControl, engine: Engine) -> None:
     set_paused(engine, True)
     step = threading.Thread(target=control.between_rounds, args=("run",), daemon=True)
     step.start()
@@ -51,7 +51,7 @@ def test_a_run_ends_that_was_asked_to_and_no_other(control: OperatorControl, eng
         control.between_rounds("run")
 
 
-def test_a_trainer_ends_whose_place_was_taken(engine: Engine) -> None:
+def test_a_trainer_that_lost_its_lease_ends(engine: Engine) -> None:
     late = TrainerLease(engine, "host/1", 60.0, clock=lambda: 1_700_000_000.0)
     assert late.acquire()
     assert TrainerLease(engine, "host/2", 60.0).acquire()  # by now it has expired

@@ -1,4 +1,4 @@
-"""What a run's folder promises, whatever it was killed in."""
+"""A run's folder keeps its promises whenever the run was killed."""
 
 import errno
 import json
@@ -58,7 +58,7 @@ def test_it_says_what_it_waits_for_until_the_next_attempt(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("training.runs.folder.replace_file", full)
-    folder.wait("no space left")  # There is none for this either.
+    folder.wait("no space left")  # There is no space for this line either.
     assert folder.waits_for == ""
 
 

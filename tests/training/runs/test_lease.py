@@ -1,4 +1,4 @@
-"""One trainer at a time, whoever crashes, hangs or comes back; and what operators ask of it."""
+"""One trainer at a time has the lease, whichever crashes, hangs or comes back; and operators' requests reach it."""
 
 import signal
 import subprocess
@@ -29,7 +29,7 @@ SECONDS = 60.0
 NUM_THREADS = 6
 PATIENCE_SECONDS = 60.0
 
-# Holds the lease until its stdin ends, and says when it has it, whether it lost it, and whether it can renew it.
+# Keeps the lease until its stdin ends, and prints when it has it, whether it lost it, and whether it can renew it.
 HOLDER = """
 import sys
 from feedback.store.engine import open_engine
@@ -270,7 +270,7 @@ def test_after_kill_9_another_acquires_it_once_it_has_expired(
     assert heir.acquire()
 
 
-def test_a_process_that_was_stopped_for_too_long_finds_out_when_it_goes_on(
+def test_a_process_that_was_suspended_for_too_long_finds_out_when_it_continues(
     engine: Engine, elsewhere: Callable[[float], subprocess.Popen[str]]
 ) -> None:
     process = elsewhere(3.0)
@@ -283,7 +283,7 @@ def test_a_process_that_was_stopped_for_too_long_finds_out_when_it_goes_on(
     assert heir.renew()
 
 
-def test_pausing_and_going_on(engine: Engine) -> None:
+def test_pausing_and_resuming(engine: Engine) -> None:
     set_paused(engine, True)
     assert read_control(engine) == Control(paused=True, abort_run="", holder="", expires_at=0.0)
     set_paused(engine, True)

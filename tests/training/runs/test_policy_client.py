@@ -1,4 +1,4 @@
-"""How the trainer takes what serving answers when it hands a version over."""
+"""How the trainer reacts to serving's answers when it asks for a version to go live."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +10,8 @@ from tests.training.serving_errors import Answer
 from training.runs.policy_client import PolicyClient
 
 
-def client_that_hears(monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode) -> PolicyClient:
-    """A client whose promotions are answered so; it says what it asked for in `asked`."""
+def client_answered_with(monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode) -> PolicyClient:
+    """Returns a client whose promotions are answered with this code; `asked` has what it asked for."""
 
     def promote(request: Any, **options: Any) -> None:
         assert (request.version, request.expected_live_version) == (3, 2)
@@ -26,11 +26,11 @@ def client_that_hears(monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode) ->
 def test_a_version_that_another_overtook_stays_a_candidate(
     monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode
 ) -> None:
-    """Somebody promoted another since the run began, or this one is no candidate any more: that is no error."""
-    with client_that_hears(monkeypatch, code) as client:
+    """It is no error if somebody has promoted another since the run began, or this one is no candidate any more."""
+    with client_answered_with(monkeypatch, code) as client:
         assert client.promote(3, 2, "a run") is False
 
 
 def test_a_server_that_is_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with client_that_hears(monkeypatch, grpc.StatusCode.UNAVAILABLE) as client, pytest.raises(Answer):
+    with client_answered_with(monkeypatch, grpc.StatusCode.UNAVAILABLE) as client, pytest.raises(Answer):
         client.promote(3, 2, "a run")

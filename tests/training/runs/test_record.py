@@ -1,4 +1,4 @@
-"""metrics.jsonl has one schema: what it does not name is neither written nor read."""
+"""metrics.jsonl has one schema: a name that is not in it is neither written nor read."""
 
 import ast
 import json
@@ -37,7 +37,7 @@ def test_what_has_no_name_is_not_written(tmp_path: Path, phase: str, metrics: di
     assert not path.exists()
 
 
-def test_lines_are_read_as_they_were_written_and_taken_back_from_an_index_on(tmp_path: Path) -> None:
+def test_lines_are_read_as_they_were_written_and_removed_from_an_index_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for index in range(3):
         append(path, "ppo", index, 3, {"objective/score": float(index)})
