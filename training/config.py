@@ -158,7 +158,7 @@ class PpoConfig(BaseModel):
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     importance_cap: float = Field(
-        2.0, ge=1, description="Greatest weight of a token that the trainer holds likelier than the sampler did."
+        2.0, ge=1, description="Greatest weight of a token that is likelier by the trainer than by the sampler."
     )
     max_kl: float = Field(8.0, gt=0, description="KL from the reference, in nats a completion, above which PPO stops.")
     max_sampler_gap: float = Field(

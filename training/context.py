@@ -1,4 +1,4 @@
-"""What a training run works with: what it shares with other runs, the versions it starts from, its data and rewards."""
+"""The context of a training run: what all runs share, the versions it starts from, its data and its rewards."""
 
 from __future__ import annotations
 

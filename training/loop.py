@@ -1,4 +1,4 @@
-"""The training service: waits for enough new rankings, trains, and waits again, for ever. A lease keeps it to one.
+"""The training service: waits for enough new rankings, trains, and waits again. A lease ensures that only one trains.
 
 A run that was killed is resumed before another begins. Between two rounds, and between two phases of a run, the trainer
 looks whether an operator has paused it or ended the run.

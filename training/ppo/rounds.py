@@ -96,10 +96,10 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
     Raises:
         TrainingError: PPO stopped before it made a good policy, or ranks cannot divide an optimizer step's prompts.
     """
-    steps = config.num_minibatches * learner.ranks.size
-    if config.prompts_per_round % steps:
+    divisor = config.num_minibatches * learner.ranks.size
+    if config.prompts_per_round % divisor:
         raise TrainingError(
-            f"ppo.prompts_per_round: {config.prompts_per_round} is not a multiple of {steps}, "
+            f"ppo.prompts_per_round: {config.prompts_per_round} is not a multiple of {divisor}, "
             f"num_minibatches times {learner.ranks.size} processes"
         )
     progress = _begin(learner, config, hooks)

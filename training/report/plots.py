@@ -119,7 +119,7 @@ def _completions(rounds: Sequence[Record]) -> Plot | None:
     tokens, share = Change.of(length), Change.of(ended)
     title = _sentence(
         f"completions go from {tokens.before:.0f} to {tokens.after:.0f} tokens" if drawn[0] else "",
-        f"{share.before:.0f}% end by themselves at first, {share.after:.0f}% at last" if drawn[1] else "",
+        f"{share.before:.0f}% end by themselves in early rounds, {share.after:.0f}% in late ones" if drawn[1] else "",
     )
     caption = (
         f"n = {len(rounds)} PPO rounds; means over each round’s rollouts. Completions that do not end by themselves "

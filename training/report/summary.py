@@ -23,12 +23,12 @@ COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
 ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
 # Each metric with its name in the report, its format and its unit.
 POLICY_FIGURES = (
-    ("objective/score", "score, by the reward model", "{:z.2f}", "deviations of the reference policy’s scores"),
+    ("objective/score", "score, by the reward model", "{:z.2f}", "standard deviations of the reference’s scores"),
     (
         "objective/held_out_score",
         "score, by the held-out reward model",
         "{:z.2f}",
-        "deviations of the reference policy’s scores",
+        "standard deviations of the reference’s scores",
     ),
     ("objective/kl", "KL from the reference policy", "{:z.2f}", "nats a completion"),
     ("objective/entropy", "entropy", "{:.2f}", "nats a token"),
