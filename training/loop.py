@@ -1,7 +1,7 @@
 """The training service: waits for enough new rankings, trains, and waits again. A lease ensures that only one trains.
 
 A run that was killed is resumed before another begins. Between two rounds, and between two phases of a run, the trainer
-looks whether an operator has paused it or ended the run.
+checks whether an operator has paused it or ended the run.
 
 Where there are several ranks (training.models.parallel), the first one does all this, and the others follow it through
 its runs.

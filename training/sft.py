@@ -182,7 +182,7 @@ class _Scored(TrainerCallback):
         self.log_epoch(epoch)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Removes all weights except the best: called once a checkpoint is written, so that no resume needs them."""
+        """Removes the weights of all epochs except the best, once the checkpoint after them is written."""
         best = best_of(_epochs(state))
         for path in self.scratch.glob(WEIGHTS.format("*")):
             if best is None or path != _weights_file(self.scratch, best):

@@ -118,7 +118,7 @@ def _held_out_texts(
 
 
 def is_held_out(user_id: str, share: float) -> bool:
-    """Whether this user is held out. About `share` of all users are, and the answer for a user never changes."""
+    """Whether this user is held out. About `share` of all users are; for the same share the answer never changes."""
     digest = hashlib.sha256(b"alignd held-out users\n" + user_id.encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
 

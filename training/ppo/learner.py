@@ -117,7 +117,7 @@ def learner_state(learner: Learner) -> Weights:
 
 
 def restore_learner(learner: Learner, state: Mapping[str, Tensor]) -> None:
-    """Restores all that `learner_state` returned, once it was saved."""
+    """Restores the whole state that `learner_state` returned."""
     for prefix, module in (("policy.", learner.policy), ("value.", learner.value)):
         weights = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         set_weights(module, placed_weights(module, weights))

@@ -79,7 +79,7 @@ class _Progress:
     kl_coef: float
     gamma: ptx.Gamma
     good: Weights
-    """Weights of the last policy that the guards held good, as they were before the round `good_round`."""
+    """Weights of the last policy that the guards found good, as they were before the round `good_round`."""
     averaged: Weights
     good_round: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)

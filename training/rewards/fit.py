@@ -50,8 +50,8 @@ def fit(
 ) -> None:
     """Fits the model to all rankings. With `warm` the model has an earlier fit, and training continues from it.
 
-    `features` are what `group_features` returns for the rankings, if the caller has them already. Only heads alone use
-    them, and then need nothing else.
+    `features` are what `group_features` returns for the rankings, if the caller has them already. They are used
+    where heads alone are fitted, which then need nothing else.
 
     Raises:
         TrainingError: the loss is not finite.

@@ -171,7 +171,7 @@ class RunFolder:
         replace_file(self.path / LABEL_NEXT, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
 
     def end(self) -> None:
-        """Removes `state/`, beginning with the file that makes the run an unfinished one."""
+        """Removes `state/`, beginning with the file by which the run counts as unfinished."""
         for kind in (ORIGIN, SFT):
             (self.state / kind).unlink(missing_ok=True)
         shutil.rmtree(self.state, ignore_errors=True)
