@@ -127,5 +127,7 @@ def test_a_disk_that_is_full_of_its_own_last_line_makes_a_run_wait_too(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    # rewind, which takes back the part of a line, and wait write by these.
+    monkeypatch.setattr("training.runs.record.replace_file", full)
     monkeypatch.setattr("training.runs.folder.replace_file", full)
     assert not run_once(cast(TrainerContext, None), folder)
