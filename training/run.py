@@ -16,9 +16,9 @@ from training.errors import TrainingError
 from training.handover.verdict import draw_answers, evaluate, load_answers
 from training.handover.version import go_live, hand_over, is_made, reason_of, write_version
 from training.models.policy import SharedLayers, load_model
-from training.phases import Phase, perform
-from training.ppo.run_ppo import optimise
-from training.rewards.run_rewards import load_rewards, make_rewards
+from training.phases.policy import optimise
+from training.phases.rewards import load_rewards, make_rewards
+from training.phases.runner import Phase, perform
 from training.runs.folder import RunFolder
 
 LEAST_HELD_OUT = 2  # a single score has no standard deviation

@@ -29,7 +29,7 @@ class Workload:
 
     @property
     def frozen_layers(self) -> int:
-        """Layers below the policy's own; at least one layer is trained, as in training.ppo.run_ppo."""
+        """Layers below the policy's own; at least one layer is trained, as in training.phases.policy."""
         return min(self.config.ppo.num_frozen_layers, self.model.num_layers - 1)
 
     @property
