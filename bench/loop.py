@@ -40,7 +40,7 @@ _NUM_COMPLETIONS = 4
 _MAX_TOKENS = 64
 _CONCURRENCY = 8
 _START_TIMEOUT_SECONDS = 300.0
-POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 # Requests served while training and swapping may not fail; a swap may hold new ones up for this long.
 _SWAP_GOAL_SECONDS = 2.0
 _OVERHEAD_GOAL = 0.03
@@ -192,15 +192,19 @@ def _start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes
 
 
 async def _until_serving(channel: grpc.aio.Channel, server: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits for the server's health. Raises RuntimeError at once if the server ends instead."""
+    """Waits until the server's health is SERVING.
+
+    Raises:
+        RuntimeError: the server ended instead; the text has the cause.
+    """
     health: Any = health_pb2_grpc.HealthStub(channel)
     async with asyncio.timeout(_START_TIMEOUT_SECONDS):
         while server.poll() is None:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=POLL_SECONDS)
+                response = await health.Check(health_pb2.HealthCheckRequest(), timeout=_POLL_SECONDS)
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
     raise RuntimeError(f"`alignd serve` ended with {server.returncode}: {cause(log)}")
 
 

@@ -1,4 +1,4 @@
-"""Decides what vLLM is told on a CPU, once for the server and the trainer, which both start engines there.
+"""Decides vLLM's settings on a CPU, once for the server and the trainer, which both start engines there.
 
 Nothing here imports vLLM or torch: vLLM reads the environment when it is imported.
 """
@@ -22,21 +22,21 @@ CPU_ENVIRONMENT: Mapping[str, str] = {
 }
 # Completions of a prompt share its whole blocks of the KV cache. vLLM's 128 tokens are more than most prompts have; 32
 # is the least it takes on a CPU.
-CPU_BLOCK_SIZE = 32
-LEAST_BATCHED_TOKENS = 4096
+_CPU_BLOCK_SIZE = 32
+_LEAST_BATCHED_TOKENS = 4096
 NUMA_LIBRARY = "libnuma.so.1"
 
 
 class MissingError(Exception):
-    """Something that vLLM needs of the machine is not there; the message says what to install."""
+    """Something that vLLM needs of the machine is missing; the message says what to install."""
 
 
 def prepare_cpu() -> None:
-    """Sets what vLLM reads from the environment on a CPU; to be called before an engine is started.
+    """Sets what vLLM reads from the environment on a CPU. To be called before an engine is started.
 
     Raises:
-        MissingError: a library is not there that vLLM's extension is linked against. vLLM would go on without the
-            extension, and fail later at whatever it needs of it first.
+        MissingError: a library that vLLM's extension is linked against is missing. vLLM would continue without the
+            extension, and fail later, when it first needs it.
     """
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -57,22 +57,22 @@ def prepare_cpu() -> None:
 
 def cpu_options(max_model_len: int) -> dict[str, Any]:
     """Returns the arguments of an engine that are the same wherever it runs on a CPU."""
-    return {"block_size": CPU_BLOCK_SIZE, **whole_prefill(max_model_len)}
+    return {"block_size": _CPU_BLOCK_SIZE, **whole_prefill(max_model_len)}
 
 
 def whole_prefill(max_model_len: int) -> dict[str, Any]:
-    """Returns the arguments that have an engine read every prompt at once.
+    """Returns the arguments that make an engine read every prompt at once.
 
     vLLM 0.32 dies on a CPU when the prompt of a request with a seed is prefilled in chunks.
     """
-    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(LEAST_BATCHED_TOKENS, max_model_len)}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(_LEAST_BATCHED_TOKENS, max_model_len)}
 
 
 def check_compiler() -> None:
-    """Looks for what compiling a model at run time takes: a C compiler and Python's headers.
+    """Checks that the machine has what compiling a model at run time needs: a C compiler and Python's headers.
 
     Raises:
-        MissingError: one of them is not there.
+        MissingError: one of them is missing.
     """
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), None)
     header = Path(sysconfig.get_path("include"), "Python.h")

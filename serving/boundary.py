@@ -55,12 +55,12 @@ def _unary_boundary(method: Callable[..., Awaitable[Message]], message_class: ty
         try:
             return await method(parse(raw, message_class), context)
         except Refusal as refusal:
-            await refuse(context, refusal)
+            await _refuse(context, refusal)
         except Exception as error:
             if _is_abort(error):
                 raise
             logger.exception("%s failed", message_class.__name__)
-            await refuse(context, _internal())
+            await _refuse(context, _internal())
         raise AssertionError("refuse raises")
 
     return handle
@@ -76,18 +76,18 @@ def _stream_boundary(
             async for response in method(parse(raw, message_class), context):
                 yield response
         except Refusal as refusal:
-            await refuse(context, refusal)
+            await _refuse(context, refusal)
         except Exception as error:
             if _is_abort(error):
                 raise
             logger.exception("%s failed", message_class.__name__)
-            await refuse(context, _internal())
+            await _refuse(context, _internal())
 
     return handle
 
 
-async def refuse(context: Any, refusal: Refusal) -> None:
-    """Answers a call with a refusal; always raises, as gRPC's abort does."""
+async def _refuse(context: Any, refusal: Refusal) -> None:
+    """Answers a call with a refusal. It always raises, as gRPC's abort does."""
     await context.abort(refusal.code, refusal.message, trailing_metadata(refusal, context.time_remaining()))
 
 

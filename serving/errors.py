@@ -18,8 +18,8 @@ DOMAIN = "alignd"
 # more, the caller learns nothing but that it was too large.
 _MOST_CHARACTERS, _LONGEST = 1_800, 400
 DETAILS_KEY = "grpc-status-details-bin"
-PUSHBACK = "grpc-retry-pushback-ms"
-DO_NOT_RETRY = "-1"
+_PUSHBACK = "grpc-retry-pushback-ms"
+_DO_NOT_RETRY = "-1"
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,16 @@ def trailing_metadata(refusal: Refusal, time_left_seconds: float | None) -> tupl
     """Returns the refusal's details as gRPC sends them.
 
     Args:
-        refusal: what is refused, and why.
-        time_left_seconds: until the caller's deadline; None if there is none. A caller whose deadline comes first is
-            told not to try again: it would wait for nothing, and then hear of the deadline alone.
+        refusal: the refusal of the call.
+        time_left_seconds: seconds until the caller's deadline; None if it has none. If the deadline comes before the
+            retry delay has passed, the caller is asked not to retry: it would only wait, and then learn of the deadline
+            alone.
     """
     details = (DETAILS_KEY, to_status(refusal).SerializeToString())
     if refusal.retry_after_seconds is None:
         return (details,)
     in_time = time_left_seconds is None or refusal.retry_after_seconds < time_left_seconds
-    return (details, (PUSHBACK, str(round(refusal.retry_after_seconds * 1000)) if in_time else DO_NOT_RETRY))
+    return (details, (_PUSHBACK, str(round(refusal.retry_after_seconds * 1000)) if in_time else _DO_NOT_RETRY))
 
 
 def to_status(refusal: Refusal) -> status_pb2.Status:

@@ -26,7 +26,7 @@ _POLL_SECONDS = 1.0
 
 
 class PolicyLogError(Exception):
-    """The topic is no longer followed, for a reason that nobody foresaw; the process has to start afresh."""
+    """The topic is no longer followed, because of an unexpected error; the process must be started again."""
 
 
 class PolicyLog:

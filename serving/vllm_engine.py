@@ -10,13 +10,13 @@ from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH
 from policies.vllm_settings import check_compiler, cpu_options, prepare_cpu
 from serving.config import ServingConfig
 
-FINISH_REASONS: dict[str | None, FinishReason] = {
+_FINISH_REASONS: dict[str | None, FinishReason] = {
     None: FINISH_REASON_UNSPECIFIED,
     "stop": FINISH_REASON_STOP,
     "length": FINISH_REASON_LENGTH,
 }
 # vLLM gives each of a request's completions the seed after the last one's, and on a GPU keeps them in 63 bits.
-SEEDS = 2**62
+_SEEDS = 2**62
 
 
 class EngineError(Exception):
@@ -74,14 +74,14 @@ class Engine:
             top_p=draw.top_p,
             max_tokens=draw.max_tokens,
             stop=list(draw.stop) or None,
-            seed=None if draw.seed is None else draw.seed % SEEDS,
+            seed=None if draw.seed is None else draw.seed % _SEEDS,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
         prompt = {"prompt_token_ids": list(prompt_token_ids), "cache_salt": cache_salt}
         try:
             async for output in self._llm.generate(prompt, params, request_id):
                 yield [
-                    Delta(each.index + copy, each.text, len(each.token_ids), FINISH_REASONS[each.finish_reason])
+                    Delta(each.index + copy, each.text, len(each.token_ids), _FINISH_REASONS[each.finish_reason])
                     for each in output.outputs
                     for copy in range(copies)
                 ]
@@ -99,7 +99,7 @@ class Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        # A salt of its own: log-probabilities are computed afresh, never read from a cache.
+        # A salt of its own, so that log-probabilities are computed and never read from a cache.
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": request_id}
         rows: Any = None
         try:
@@ -188,17 +188,17 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
     try:
         return Engine(AsyncLLM.from_engine_args(arguments), config.max_model_len)
     except Exception as error:
-        # vLLM has no one kind of error for it, and spreads some over several lines.
+        # vLLM raises errors of many kinds here, some with several lines.
         raise EngineError(f"vLLM did not start: {' '.join(str(error).split())}") from error
 
 
 def try_model(folder: Path, config: ServingConfig) -> bool:
-    """Loads all of a model but its weights, as an engine would; returns whether its tokenizer has a chat template.
+    """Loads a model as an engine would, except for its weights; returns whether its tokenizer has a chat template.
 
-    Leaves vLLM in the process that calls it, which had better end.
+    It leaves vLLM in the calling process, which should end soon after.
 
     Raises:
-        EngineError: no completions can be drawn from it; says why.
+        EngineError: no completions can be drawn from the model; the text says why.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -214,13 +214,13 @@ def try_model(folder: Path, config: ServingConfig) -> bool:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        # Anything, since what is in somebody's files decides what transformers stumbles over.
+        # Any error: it depends on the contents of the user's files which one transformers raises.
         raise EngineError(f"its tokenizer does not load: {_first_sentence(str(error))}") from error
     return bool(tokenizer.chat_template)
 
 
 def _first_sentence(text: str) -> str:
-    """What went wrong, without pydantic's words before it and the advice after it."""
+    """Returns the first sentence of an error, without pydantic's words before it and the advice after it."""
     said = text.partition("Value error, ")[2] or text
     return said.strip().split(". ")[0].splitlines()[0]
 
@@ -237,7 +237,12 @@ def _dtype(config: ServingConfig, on_cpu: bool) -> Literal["bfloat16", "float16"
 
 
 def _prepare(config: ServingConfig, on_cpu: bool) -> None:
-    """Sets what the engine's process reads from the environment, and looks for what it needs of the machine."""
+    """Sets what the engine's process reads from the environment, and checks that the machine has what it needs.
+
+    Raises:
+        EngineError: compiling is set on a CPU.
+        MissingError: something that vLLM needs of the machine is missing.
+    """
     if not on_cpu:
         if config.compile:
             check_compiler()

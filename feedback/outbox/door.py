@@ -76,7 +76,7 @@ class Outbox:
             except OutboxError as error:
                 outcomes = [error] * len(group)
             except Exception as error:
-                # Not foreseen; but without this thread all who append would wait for ever.
+                # Unexpected. This thread must continue all the same, or every caller of append() would wait for ever.
                 logger.exception("the outbox could not write %d events", len(group))
                 outcomes = [OutboxError(f"an event could not be written: {error}")] * len(group)
             for waiting, outcome in zip(group, outcomes, strict=True):
