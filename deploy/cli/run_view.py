@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.runs.record import COUNTED
+
 if TYPE_CHECKING:
     from training.runs.lease import Control
 
 RECIPE = "recipe.json"
 ENDS = ("done", "stopped")
 NO_FIGURES = ("time", "phase", "index", "count", "reason")
-# What a phase counts; those that are not named are done at once.
-UNITS = {"reward_model": "steps", "ppo": "rounds", "sft": "epochs"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def _state(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str
 
 def progress(view: RunView) -> str:
     """Returns how much of its phase a run has done, such as `3 of 128 rounds`."""
-    return f"{view.num_done} of {view.count} {UNITS.get(view.phase, '')}".rstrip()
+    unit = f" {COUNTED[view.phase]}s" if view.phase in COUNTED else ""
+    return f"{view.num_done} of {view.count}{unit}"
 
 
 def is_sft(name: str) -> bool:

@@ -108,7 +108,7 @@ def test_runs_are_listed_newest_first(folder: Path, trainer: TrainerLease) -> No
     finished_run(folder, OLD)
     (folder / "data" / "runs" / "rankings_seen").write_text("10")
     first, second = (line.split("│") for line in said("list").splitlines() if "│" in line)
-    assert [cell.strip() for cell in first[1:-1]] == [NEW, "running", "reward_model", "8 of 37 steps", "-", "-", ""]
+    assert [cell.strip() for cell in first[1:-1]] == [NEW, "running", "reward_model", "8 of 37 rankings", "-", "-", ""]
     assert [cell.strip() for cell in second[1:-1]] == [OLD, "done", "register", "1 of 1", "0.50", "1.00", "made v2"]
 
 
