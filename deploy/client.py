@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 60.0
 
 
 class CallError(Exception):
-    """A call that failed; the message says why, field by field, and what to do."""
+    """A call failed; the message says why, with each field at fault, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def connect(address: str) -> Iterator[Operator]:
         try:
             yield Operator(policy_service_pb2_grpc.PolicyServiceStub(channel), health_pb2_grpc.HealthStub(channel))
         except grpc.RpcError as error:
-            raise CallError(explain(error, address)) from error
+            raise CallError(_explain(error, address)) from error
 
 
-def explain(error: Any, address: str) -> str:
-    """Returns what a failed call says, with the fields that it names."""
+def _explain(error: Any, address: str) -> str:
+    """Returns the message of a failed call, with the fields that it names."""
     failed = read_error(error)
     if failed.code is grpc.StatusCode.UNAVAILABLE and "connect" in failed.message.lower():
         return f"nothing answers at {address}; start it with `alignd up`, or set ALIGND_ADDRESS to where it runs"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 MOST_BYTES_READ = 1 << 18
 MOST_CHARACTERS = 400
-# As sysexits.h has it: what ended the process, such as a bus that is away, may be over by the next start.
+# From sysexits.h: the cause, such as a bus that does not answer, may be gone by the next start.
 PASSING_CODE = os.EX_TEMPFAIL
 ASKED_TO_END = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
 # `some.module.SomeError: what was wrong`, also in a group, and where a logger has put its time and place before it.
@@ -16,14 +16,15 @@ POINTS_ABOVE = "See root cause above"
 
 
 def can_recur(code: int) -> bool:
-    """Returns whether a process that ended with this code may end just so each time: nobody asked it to."""
+    """Returns whether a process that ended with this code may end so each time: nobody asked it to end."""
     return code not in ASKED_TO_END and code != PASSING_CODE
 
 
 def cause(log: Path, begin: int = 0) -> str:
-    """Returns in one line why the process ended that wrote to `log` from byte `begin` on.
+    """Returns in one line why a process ended, from what it wrote to `log` from byte `begin` on.
 
-    That is the last exception in it, or the first where the last one points there; else the last words.
+    This is the last exception in the log, or the first one if the last one points to it; without exceptions, it is the
+    last line that has words.
     """
     try:
         with log.open("rb") as file:
@@ -39,7 +40,7 @@ def cause(log: Path, begin: int = 0) -> str:
 
 
 def place(code: int, why: str) -> str:
-    """Returns what is the same for two processes that ended at the same place: all but figures, such as times."""
+    """Returns a text that is equal for two processes that died at the same place: it leaves out all figures."""
     return f"{code} {re.sub(r'[0-9][0-9.]*', '#', why)}"
 
 

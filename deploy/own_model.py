@@ -45,14 +45,14 @@ NO_TEMPLATE = (
 
 
 def use_model(name: str, dry_run: bool) -> None:
-    """Has this process and its children begin with a model; on a dry run nothing is loaded for it.
+    """Makes this process and its children begin with a model. A dry run loads nothing.
 
     Args:
-        name: a folder of Hugging Face's form, or a model's name on the hub.
-        dry_run: whether nothing may be done.
+        name: a Hugging Face model folder, or a model's name on the hub.
+        dry_run: whether to load and check nothing but the names of files.
 
     Raises:
-        ConfigError: it cannot be served, or another policy is; says why and what to do.
+        ConfigError: the model cannot be served, or another policy is served already; the message says what to do.
     """
     config = load_config()
     try:
@@ -63,7 +63,11 @@ def use_model(name: str, dry_run: bool) -> None:
 
 
 def _folder_of(name: str, config: AligndConfig, dry_run: bool) -> Path:
-    """Returns the folder of a model that can be served; on a dry run, where it would be."""
+    """Returns the folder of a model that can be served; on a dry run, the folder that it would have.
+
+    Raises:
+        ModelError: the model cannot be served.
+    """
     folder = Path(name).expanduser().absolute()
     hub = None if folder.exists() else HUB_NAME.fullmatch(name)
     if hub:
@@ -71,21 +75,21 @@ def _folder_of(name: str, config: AligndConfig, dry_run: bool) -> Path:
     elif not folder.is_dir():
         raise ModelError("it is a file; name its folder" if folder.exists() else "there is no such folder")
     else:
-        check_files({path.name for path in folder.iterdir()})
+        _check_files({path.name for path in folder.iterdir()})
     if not dry_run and not is_served_already(folder, config):
         if hub:
             download(hub[1], hub[2], folder)
-        check_config(folder)
-        if not has_chat_template(folder, config):
+        _check_config(folder)
+        if not _has_chat_template(folder, config):
             typer.echo(f"--model {name}: {NO_TEMPLATE}", err=True)
     return folder
 
 
-def check_files(names: Collection[str]) -> None:
-    """Refuses what alignd cannot serve by the names of a model's files.
+def _check_files(names: Collection[str]) -> None:
+    """Checks by the names of a model's files that alignd can serve it.
 
     Raises:
-        ModelError: there are no weights that can be served, or something that belongs to them is missing.
+        ModelError: there are no weights that can be served, or a file that they need is missing.
     """
     if "adapter_config.json" in names:
         raise ModelError("it is an adapter (LoRA); merge it into its base model, and name the folder of the result")
@@ -106,11 +110,11 @@ def check_files(names: Collection[str]) -> None:
         raise ModelError("there is no tokenizer, such as tokenizer.json")
 
 
-def check_config(folder: Path) -> None:
-    """Refuses a model whose config.json names nothing that can be served, or whose weights are not all there.
+def _check_config(folder: Path) -> None:
+    """Checks that config.json names a model that can be served, and that all files of weights are there.
 
     Raises:
-        ModelError: says what is wrong.
+        ModelError: config.json or a file of weights is missing or cannot be used.
     """
     config = _read_json(folder / "config.json")
     if not config.get("architectures"):
@@ -118,9 +122,7 @@ def check_config(folder: Path) -> None:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"its weights are quantised ({method}), and cannot be learned on; name the model in bf16 or fp32"
-        )
+        raise ModelError(f"its weights are quantised ({method}), and cannot be trained; name the model in bf16 or fp32")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = _read_json(index).get("weight_map")
@@ -140,11 +142,11 @@ def _read_json(path: Path) -> dict[str, object]:
     return read
 
 
-def has_chat_template(folder: Path, config: AligndConfig) -> bool:
-    """Tries all of a model but its weights on vLLM, in a process that ends; returns whether it can be chatted with.
+def _has_chat_template(folder: Path, config: AligndConfig) -> bool:
+    """Tries a model on vLLM, without its weights and in a process of its own; returns whether it has a chat template.
 
     Raises:
-        ModelError: vLLM does not take it, or its tokenizer does not load.
+        ModelError: vLLM does not support the model, or its tokenizer does not load.
     """
     from serving.vllm_engine import EngineError, try_model
 
@@ -155,22 +157,22 @@ def has_chat_template(folder: Path, config: AligndConfig) -> bool:
     except EngineError as error:
         raise ModelError(str(error)) from error
     except BrokenProcessPool as error:
-        raise ModelError("vLLM died of looking at it; what it said is above") from error
+        raise ModelError("vLLM died when it tried the model; its messages are above") from error
 
 
 def download(repository: str, revision: str | None, link: Path) -> None:
-    """Loads a model of the hub into Hugging Face's cache, or takes what is there already, and links `link` to it.
+    """Downloads a model of the hub to Hugging Face's cache, unless it is there already, and links `link` to it.
 
     Raises:
-        ModelError: there is none that may be had or served, or the hub cannot be reached.
+        ModelError: there is no such model, it cannot be served, or the hub cannot be reached.
     """
     from huggingface_hub import errors, snapshot_download
 
     try:
-        # Without a network there may be a copy here all the same; what else is wrong comes to light after it.
+        # Without a network there may still be a copy in the cache; the download below reports all other errors.
         with suppress(errors.DryRunError):
             there = snapshot_download(repository, revision=revision, ignore_patterns="*/*", dry_run=True)
-            check_files({file.filename for file in there})
+            _check_files({file.filename for file in there})
         found = snapshot_download(
             repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
         )
@@ -185,23 +187,23 @@ def download(repository: str, revision: str | None, link: Path) -> None:
             "there is no such folder here, nor such a model on the hub; for a private one set HF_TOKEN"
         ) from error
     except Exception as error:
-        # Those of the hub's library, of the one that it asks the network by, and of the disk.
+        # Errors of the hub's library, of its HTTP library, and of the disk.
         why = str(error.__cause__ or error).splitlines()[0]
         raise ModelError(
             f"there is no such folder here, and the hub's cannot be loaded ({why}); load it where there is a network, "
             "and name its folder"
         ) from error
-    check_files({path.name for path in Path(found).iterdir()})
+    _check_files({path.name for path in Path(found).iterdir()})
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(found, target_is_directory=True)
 
 
 def is_served_already(folder: Path, config: AligndConfig) -> bool:
-    """Whether the policies here began with this very model, so that there is nothing to import.
+    """Returns whether the policies here began with this model, so that there is nothing to import.
 
     Raises:
-        ModelError: they began with another, so the model would be ignored; or the bus does not answer.
+        ModelError: they began with another model, so this one would be ignored; or the bus does not answer.
     """
     elsewhere = "another ALIGND_DATA_DIR"
     if config.bus or config.store:
@@ -217,7 +219,7 @@ def is_served_already(folder: Path, config: AligndConfig) -> bool:
         )
     left = config.policies_dir / "v1"
     if left.exists():
-        # A start that was interrupted left it, or a bus that is gone. The server would take it for the model's import.
+        # An interrupted start left it, or its bus is gone. The server would take it for the import of this model.
         try:
             same = _holds(folder, read_manifest(left))
         except ArtifactError:
@@ -230,7 +232,11 @@ def is_served_already(folder: Path, config: AligndConfig) -> bool:
 
 
 async def _policies(config: AligndConfig) -> PolicyState:
-    """Returns what the bus says of policies."""
+    """Returns the state of all policies, from the bus.
+
+    Raises:
+        ModelError: the bus does not answer.
+    """
     if not config.bus and not (config.data_dir / "bus.db").exists():
         return PolicyState()
     try:
@@ -244,11 +250,11 @@ async def _policies(config: AligndConfig) -> PolicyState:
             return policies.state
     except (BusError, TimeoutError) as error:
         why = str(error) or "timed out"
-        raise ModelError(f"the bus does not answer, so it is not known what is served already: {why}") from error
+        raise ModelError(f"the bus does not answer, so nobody knows which policy is served already: {why}") from error
 
 
 def _holds(folder: Path, manifest: PolicyManifest) -> bool:
-    """Whether the weights in a folder are those of a version, byte by byte."""
+    """Returns whether the weights in a folder are those of a version, byte by byte."""
     weights = {file.path: file for file in weight_files(manifest.files)}
     found = {path.name: path for path in folder.glob("*.safetensors")}
     if weights.keys() != found.keys():

@@ -1,6 +1,7 @@
-"""`alignd up`: all processes of one machine, each with a log file, started again when it dies.
+"""`alignd up`: runs all processes of one machine, each with a log file, and starts one again when it dies.
 
-One that dies at the same place three times in a row would die there for ever: then all of them end, with its cause.
+A process that dies three times in a row at the same place would always die there: then all processes are stopped, and
+the cause is printed.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ from deploy.endings import can_recur, cause, place
 from feedback.durable import write_json
 from training.runs.folder import RunFolder
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 VERBS = ("serve", "relay", "ingest", "train")
 FIRST_RESTART_SECONDS = 0.5
@@ -35,7 +36,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class ServiceError(Exception):
-    """A process dies at the same place each time it is started; the message says of what, and where its log is."""
+    """A process died at the same place each time it was started; the message gives the cause and the log."""
 
 
 @dataclass
@@ -48,14 +49,16 @@ class Service:
     restart_at: float = 0.0
     failures: int = 0
     log_begins: int = 0
-    """Where in its log this process's own words begin, in bytes."""
+    """Where in its log the lines of this process begin, in bytes."""
     place: str = ""
+    """Where it died last; see endings.place."""
     same_ends: int = 0
+    """How often in a row it died there."""
 
 
 @dataclass
 class Supervisor:
-    """Starts the verbs as processes of their own, and keeps them running until it is asked to stop."""
+    """Runs each verb as a process, and starts again those that die, until it is asked to stop."""
 
     folder: Path
     environment: Mapping[str, str]
@@ -66,7 +69,7 @@ class Supervisor:
         """Runs until SIGTERM or SIGINT, and then stops every process.
 
         Raises:
-            ServiceError: one of them dies at the same place again and again; the others have been stopped.
+            ServiceError: a process keeps dying at the same place; the others have been stopped.
         """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._stop)
@@ -94,18 +97,22 @@ class Supervisor:
             service.process = None
             why = cause(self._log_of(service), service.log_begins)
             self._note_end(service, process.returncode, why)
-            log.warning("%s ended with %s; starting it again. %s", service.verb, process.returncode, why)
+            logger.warning("%s ended with %s; starting it again. %s", service.verb, process.returncode, why)
         if now >= service.restart_at:
             self._start(service)
 
     def _note_end(self, service: Service, code: int, why: str) -> None:
-        """Counts how often in a row it died here. Raises ServiceError if that is once too often."""
+        """Counts how often in a row the process has died at this place.
+
+        Raises:
+            ServiceError: it has died there MOST_SAME_ENDS times.
+        """
         if not can_recur(code):
             service.place, service.same_ends = "", 0
             return
         ended_at = place(code, why)
         if service.verb == "train":
-            # A run that takes the trainer down with it is given up by the trainer itself, which counts its attempts.
+            # The trainer itself counts the attempts of a run that kills it, and gives that run up.
             ended_at += RunFolder.attempts(self.folder / "runs")
         again = service.failures > 1 and ended_at == service.place
         service.place, service.same_ends = ended_at, service.same_ends + 1 if again else 1
@@ -123,25 +130,25 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=die_with_parent,
+                preexec_fn=_die_with_parent,
             )
         service.started_at = time.monotonic()
-        log.info("%s runs as process %d, and logs to %s", service.verb, service.process.pid, path)
+        logger.info("%s runs as process %d, and logs to %s", service.verb, service.process.pid, path)
         self._write_state()
 
     def _log_of(self, service: Service) -> Path:
         return self.folder / "logs" / f"{service.verb}.log"
 
     def _write_state(self) -> None:
-        """Leaves the process ids for `alignd status`; a full disk is no reason to end what they do."""
+        """Writes the process ids for `alignd status`. If the disk is full, the processes run on without that."""
         running = {service.verb: service.process.pid for service in self.services if service.process}
         try:
             write_json(self.folder / "up.json", {"supervisor": os.getpid(), **running})
         except OSError as error:
-            log.warning("`alignd status` will not know the processes: %s", error)
+            logger.warning("`alignd status` will not know the processes: %s", error)
 
     def _end_all(self) -> None:
-        """Asks every process to end, the server last so that what the others still say is heard; then insists."""
+        """Asks every process to end, the server last, as the others may still call it; kills those that do not."""
         (self.folder / "up.json").unlink(missing_ok=True)
         for service in reversed(self.services):
             if service.process and service.process.poll() is None:
@@ -153,7 +160,7 @@ class Supervisor:
             try:
                 service.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                log.warning("%s did not end in time; killing it", service.verb)
+                logger.warning("%s did not end in time; killing it", service.verb)
                 service.process.kill()
                 service.process.wait()
 
@@ -163,7 +170,7 @@ def restart_wait_seconds(failures: int) -> float:
     return min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** min(failures - 1, MOST_DOUBLINGS))
 
 
-def die_with_parent() -> None:
+def _die_with_parent() -> None:
     """Makes the kernel end this process when its parent dies, even by kill -9. Does nothing outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -175,7 +182,7 @@ def run_in_ranks(verb: str, num_processes: int) -> None:
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # A torchrun that is killed by kill -9 cannot end the processes that it has started.
-        die_with_parent()
+        _die_with_parent()
         return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     os.execv(sys.executable, [*torchrun, "-m", "deploy.cli", verb])

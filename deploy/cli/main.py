@@ -56,24 +56,24 @@ def up(
     unknown = sorted(set(without) - set(VERBS))
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: takes one of {', '.join(VERBS)}", param_hint="--without")
-    use_recipe(recipe)
+    _use_recipe(recipe)
     if model:
         from deploy.own_model import use_model
 
         use_model(model, dry_run)
-    config = start(dry_run)
+    config = _start(dry_run)
     if config:
         services = [Service(verb) for verb in VERBS if verb not in without]
         try:
             Supervisor(config.data_dir, child_environment(config), services).run()
         except ServiceError as error:
-            raise fail(str(error)) from error
+            raise _fail(str(error)) from error
 
 
 @app.command()
 def serve(dry_run: DryRun = False) -> None:
     """Run the gRPC server with its engine."""
-    config = start(dry_run)
+    config = _start(dry_run)
     if config:
         import asyncio
 
@@ -86,29 +86,29 @@ def serve(dry_run: DryRun = False) -> None:
         try:
             asyncio.run(serve(config.serving, config.feedback, places))
         except NoPolicyError as error:
-            raise fail(str(error)) from error
+            raise _fail(str(error)) from error
         except (BusError, OutboxError) as error:
-            raise fail(str(error), PASSING_CODE) from error
+            raise _fail(str(error), PASSING_CODE) from error
 
 
 @app.command()
 def relay(dry_run: DryRun = False) -> None:
     """Carry events from the outbox to the bus."""
-    config = start(dry_run)
+    config = _start(dry_run)
     if config:
         from feedback.outbox.relay import run_relay
 
-        run_relay(config.outbox_path, config.bus_url, stop_on_signal(), config.feedback)
+        run_relay(config.outbox_path, config.bus_url, _stop_on_signal(), config.feedback)
 
 
 @app.command()
 def ingest(dry_run: DryRun = False) -> None:
     """Carry events from the bus to the store."""
-    config = start(dry_run)
+    config = _start(dry_run)
     if config:
         from feedback.store.ingest import run_ingest
 
-        run_ingest(config.bus_url, config.store_url, stop_on_signal(), config.feedback)
+        run_ingest(config.bus_url, config.store_url, _stop_on_signal(), config.feedback)
 
 
 @app.command()
@@ -119,8 +119,8 @@ def train(
     recipe: Recipe = "",
 ) -> None:
     """Train on new rankings, and register each new policy. `alignd runs` operates it."""
-    use_recipe(recipe)
-    config = start(dry_run)
+    _use_recipe(recipe)
+    config = _start(dry_run)
     if config:
         from sqlalchemy.exc import OperationalError
 
@@ -137,7 +137,7 @@ def train(
                 serving_address=config.server_address,
             )
         except OperationalError as error:
-            raise fail(f"the store is away: {error.orig}", PASSING_CODE) from error
+            raise _fail(f"the store is away: {error.orig}", PASSING_CODE) from error
     else:
         from deploy.cli.train_plan import print_plan
 
@@ -148,7 +148,7 @@ def train(
 @app.command()
 def sft(dry_run: DryRun = False) -> None:
     """Fine-tune on demonstrations, and register the result: promoted, it is the new reference policy."""
-    config = start(dry_run)
+    config = _start(dry_run)
     if config:
         from training.errors import TrainingError
         from training.loop import run_sft_once
@@ -162,11 +162,11 @@ def sft(dry_run: DryRun = False) -> None:
                 serving_address=config.server_address,
             )
         except TrainingError as error:
-            raise fail(str(error)) from error
+            raise _fail(str(error)) from error
         typer.echo(f"v{version} is registered. `alignd policies promote {version}` makes it live, and the reference.")
 
 
-def use_recipe(name_or_path: str) -> None:
+def _use_recipe(name_or_path: str) -> None:
     """Makes this process and its children use a recipe, if one is named.
 
     Raises:
@@ -183,7 +183,7 @@ def use_recipe(name_or_path: str) -> None:
         raise ConfigError(f"recipe {name_or_path}: {error}") from error
 
 
-def fail(message: str, code: int = EXIT_FAILED) -> typer.Exit:
+def _fail(message: str, code: int = EXIT_FAILED) -> typer.Exit:
     """Prints an error that operators can fix, and returns the exception that ends the command."""
     Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(code)
@@ -214,7 +214,7 @@ def demo(
     set_up(quick, load_config())
     os.environ.update(child_environment(load_config()))
     simulated = load_simulation()
-    config = start(dry_run)
+    config = _start(dry_run)
     if config is None:
         typer.echo(resolved(simulated), nl=False)
         return
@@ -230,7 +230,7 @@ def show_config() -> None:
     typer.echo(resolved(load_config()), nl=False)
 
 
-def start(dry_run: bool) -> AligndConfig | None:
+def _start(dry_run: bool) -> AligndConfig | None:
     """Returns the configuration and begins to log; on a dry run, prints the configuration and returns None."""
     config = load_config()
     if dry_run:
@@ -241,7 +241,7 @@ def start(dry_run: bool) -> AligndConfig | None:
     return config
 
 
-def stop_on_signal() -> threading.Event:
+def _stop_on_signal() -> threading.Event:
     """Returns an event that SIGTERM and SIGINT set."""
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):

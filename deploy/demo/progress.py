@@ -18,7 +18,7 @@ LINE_EVERY_SECONDS = 15.0
 
 @contextmanager
 def only_ours(log: Path) -> Iterator[None]:
-    """Keeps the terminal for the demo: what libraries say on standard error meanwhile goes to `log`."""
+    """Keeps the terminal for the demo: sends what libraries write to standard error to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stderr.flush()
     terminal = os.dup(2)

@@ -68,7 +68,7 @@ def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, beg
         start_new_session=True,
     )
     try:
-        observed = asyncio.run(tell_while_it_runs(config, simulation, stages, tally, supervisor, began_at))
+        observed = asyncio.run(_run_stages_while_up(config, simulation, stages, tally, supervisor, began_at))
     except (DemoError, RunError, AligndError, grpc.aio.AioRpcError) as error:
         console.print(
             f"[red]The demo failed:[/] {escape(str(error))}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True
@@ -97,7 +97,7 @@ def _earlier_data(config: AligndConfig) -> str:
     )
 
 
-async def tell_while_it_runs(
+async def _run_stages_while_up(
     config: AligndConfig,
     simulation: SimulationConfig,
     stages: Stages,
@@ -105,23 +105,28 @@ async def tell_while_it_runs(
     supervisor: subprocess.Popen[bytes],
     began_at: float | None,
 ) -> Observed:
-    """Tells the story, and no longer than `alignd up` runs. Raises what `tell` does, and DemoError if it ends."""
+    """Runs the stages while `alignd up` runs.
+
+    Raises:
+        DemoError: `alignd up` has ended; and all that _run_stages raises.
+    """
     ended = asyncio.create_task(until_ended(supervisor, config.data_dir / "up.log"))
-    return await beside(ended, tell(config, simulation, stages, tally, began_at))
+    return await beside(ended, _run_stages(config, simulation, stages, tally, began_at))
 
 
-async def tell(
+async def _run_stages(
     config: AligndConfig,
     simulation: SimulationConfig,
     stages: Stages,
     tally: Tally,
     began_at: float | None,
 ) -> Observed:
-    """Runs the story, stage by stage.
+    """Runs the demo, stage by stage.
 
     Raises:
-        DemoError, RunError: what should have come did not, or the training run gave up.
-        AligndError, grpc.aio.AioRpcError: a call that the story cannot do without failed.
+        DemoError: a stage took too long, or its result cannot be used.
+        RunError: the training run stopped, or a replica could not swap.
+        AligndError, grpc.aio.AioRpcError: a call that the demo needs failed.
     """
     address = config.server_address
     held_out = load_prompts("held_out")[: simulation.held_out_prompts]
@@ -130,7 +135,8 @@ async def tell(
         await until_serving(address, config.data_dir / "logs" / "serve.log", bar)
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
-        # Not the prompts that will be ranked: those go to the side of the split that their first sender is on.
+        # Calibration takes other prompts than ranking: a prompt belongs to the side of the split of the first user who
+        # sent it, who should be a labeler.
         labelers = await calibrated_labelers(address, prompts[::-1], simulation)
         tally.samples += min(len(prompts), simulation.calibration_prompts)
     with stages.stage("users sample and rank") as bar:
@@ -139,7 +145,7 @@ async def tell(
     traffic = Traffic(address, prompts, labelers, simulation, tally)
     asking = asyncio.create_task(traffic.run())
     with stages.stage("learn, register, swap") as bar:
-        both = asyncio.gather(until_swapped(config, traffic, bar), _ask_reference(config, simulation, held_out, tally))
+        both = asyncio.gather(_until_swapped(config, traffic, bar), _ask_reference(config, simulation, held_out, tally))
         (run, replica, policy), before = await beside(asking, both)
         await asyncio.sleep(AFTER_SWAP_SECONDS)
         traffic.stop()
@@ -199,7 +205,7 @@ async def _rank(
     return first[0]
 
 
-async def until_swapped(
+async def _until_swapped(
     config: AligndConfig, traffic: Traffic, bar: Bar
 ) -> tuple[RunView, policy_pb.ReplicaStatus, policy_pb.Policy]:
     """Follows the trainer until the server serves what it made."""

@@ -1,4 +1,4 @@
-"""Waits for what comes of the processes, and no longer than they live."""
+"""Waits for the processes of the demo, but no longer than they live."""
 
 import asyncio
 import contextlib
@@ -20,18 +20,22 @@ T = TypeVar("T")
 
 
 class DemoError(Exception):
-    """The demo cannot go on; the message says what to look at."""
+    """The demo failed; the message says why."""
 
 
 async def until_ended(supervisor: subprocess.Popen[bytes], log: Path) -> None:
-    """Raises DemoError, with its last words, once `alignd up` has ended."""
+    """Waits until `alignd up` has ended.
+
+    Raises:
+        DemoError: always, with the cause from its log.
+    """
     while supervisor.poll() is None:
         await asyncio.sleep(POLL_SECONDS)
     raise DemoError(cause(log))
 
 
 async def beside(other: asyncio.Task[None], work: Awaitable[T]) -> T:
-    """Returns what `work` does. Raises at once, and does not wait for what will never come, if `other` fails first."""
+    """Returns the result of `work`. If `other` fails first, cancels `work` and raises what `other` raised."""
     working = asyncio.ensure_future(work)
     await asyncio.wait({working, other}, return_when=asyncio.FIRST_COMPLETED)
     if other.done() and not working.done():
@@ -44,7 +48,7 @@ async def until_serving(address: str, log: Path, bar: Bar) -> None:
     """Waits for the health of the server that writes to `log`.
 
     Raises:
-        DemoError: that takes longer than anything that still makes progress.
+        DemoError: the server was not ready in START_TIMEOUT_SECONDS.
     """
     started = time.monotonic()
     async with grpc.aio.insecure_channel(address) as channel:
@@ -56,4 +60,4 @@ async def until_serving(address: str, log: Path, bar: Bar) -> None:
                     return
             bar.update(time.monotonic() - started, None, "loading vLLM")
             await asyncio.sleep(POLL_SECONDS)
-    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s; last it said: {cause(log)}")
+    raise DemoError(f"the server was not ready in {START_TIMEOUT_SECONDS:.0f} s; the end of its log: {cause(log)}")

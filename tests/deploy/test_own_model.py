@@ -208,5 +208,5 @@ def test_an_import_that_the_bus_knows_nothing_of_is_not_taken_for_another_model(
 
 def test_a_bus_that_does_not_answer_is_said(tiny: Path, tmp_path: Path) -> None:
     config = AligndConfig(data_dir=tmp_path, bus=f"kafka://127.0.0.1:{free_port()}")
-    with pytest.raises(ModelError, match="the bus does not answer, so it is not known what is served already"):
+    with pytest.raises(ModelError, match="the bus does not answer, so nobody knows which policy is served already"):
         is_served_already(tiny, config)
