@@ -184,7 +184,7 @@ def alignd(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
 def test_an_engine_that_cannot_start_ends_alignd_up_with_its_cause(tmp_path: Path) -> None:
     """It asks for more than any machine's memory, which is found out in vLLM's own process."""
     model = make_tiny_llama(tmp_path / "tiny")
-    settings = {"KV_CACHE_GIB": "1000000", "MAX_MODEL_LEN": "512", "INITIAL_MODEL": str(model)}
+    settings = {"KV_CACHE_MIB": "1000000000", "MAX_MODEL_LEN": "512", "INITIAL_MODEL": str(model)}
     without = [argument for verb in VERBS if verb != "serve" for argument in ("--without", verb)]
     done = alignd(tmp_path, "up", *without, **{f"ALIGND_SERVING__{name}": value for name, value in settings.items()})
     assert done.returncode == 1
@@ -200,7 +200,7 @@ def test_a_server_that_cannot_start_ends_the_demo_with_its_cause(tmp_path: Path)
     opening, *waiting, failed, logs = done.stdout.splitlines()
     assert opening.startswith("alignd demo: a tiny random Llama.")
     assert all(line.strip().startswith("start the server on vLLM") for line in waiting)
-    assert f"serve died 3 times at the same place: serving.initial_model: {tmp_path} holds no config.json" in failed
+    assert f"serve died 3 times at the same place: serving.initial_model: {tmp_path} has no config.json" in failed
     assert failed.endswith(f"({tmp_path / 'logs' / 'serve.log'})")
     assert logs == f"The logs are in {tmp_path / 'logs'}"
     up = (tmp_path / "up.log").read_text()
