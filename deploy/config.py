@@ -39,6 +39,7 @@ RENAMED = {
     "serving": serving.config.RENAMED,
     "feedback": feedback.config.RENAMED,
     "training": training.config.RENAMED,
+    "simulation": {"deadline_s": "deadline_seconds"},
 }
 
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from feedback.durable import fsync, fsync_tree
+from feedback.durable import rename_folder
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
@@ -91,9 +91,7 @@ def _make_once(target: Path, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         write(partial)
-        fsync_tree(partial)
-        partial.rename(target)
-        fsync(target.parent)
+        rename_folder(partial, target)
     return target
 
 

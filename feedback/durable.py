@@ -43,6 +43,17 @@ def replace_file_by(path: Path, write: Callable[[Path], object]) -> None:
     fsync(path.parent)
 
 
+def rename_folder(draft: Path, target: Path) -> None:
+    """Gives a folder that was written under another name its own, once everything in it is durable.
+
+    Raises:
+        OSError: the target exists and is not empty, or the disk fails.
+    """
+    fsync_tree(draft)
+    draft.rename(target)
+    fsync(target.parent)
+
+
 def fsync_tree(folder: Path) -> None:
     """Makes a folder and everything in it durable.
 

@@ -13,7 +13,7 @@ import protovalidate
 from google.protobuf import json_format
 
 from alignd.v1.policy_manifest_pb2 import ArtifactFile, PolicyManifest
-from feedback.durable import fsync, fsync_tree
+from feedback.durable import rename_folder
 from policies.weights import TensorSpec, WeightsError, check_finite, tensor_specs
 
 MANIFEST = "manifest.json"
@@ -59,14 +59,12 @@ def write_artifact(
         complete.weight_digest = weight_digest(complete.files)
         _validate(complete)
         (draft / MANIFEST).write_text(json_format.MessageToJson(complete, preserving_proto_field_name=True))
-        fsync_tree(draft)
         try:
-            draft.rename(target)
+            rename_folder(draft, target)
         except OSError as error:
             if target.exists():
                 raise ArtifactError(f"version {manifest.version} exists") from error
             raise
-    fsync(root)
     return target, complete
 
 

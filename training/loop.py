@@ -29,7 +29,7 @@ from training.attempts import RETRY_SECONDS, describe, end, is_transient, retry_
 from training.config import TrainingConfig
 from training.errors import TrainingError
 from training.runs.control import OperatorControl
-from training.runs.folder import SFT, SFT_SUFFIX, Origin, RunFolder
+from training.runs.folder import RECIPE_FILE, SFT, SFT_SUFFIX, Origin, RunFolder
 from training.runs.policy_client import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
@@ -239,5 +239,5 @@ def _new_run_id() -> str:
 
 def last_began(runs_dir: Path) -> float | None:
     """Returns when the last run that learned from rankings began, in Unix seconds; None if there was none."""
-    found = (path for path in runs_dir.glob("*/recipe.json") if not path.parent.name.endswith(SFT_SUFFIX))
+    found = (path for path in runs_dir.glob(f"*/{RECIPE_FILE}") if not path.parent.name.endswith(SFT_SUFFIX))
     return max((path.stat().st_mtime for path in found), default=None)

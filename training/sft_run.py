@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ from training.errors import TrainingError
 from training.handover.version import hand_over, is_made, next_version, write_files
 from training.models.policy import SharedLayers, load_model, load_weights
 from training.models.reward import RewardModel, load, score_groups
+from training.phases.runner import Phase, perform
 from training.ppo.rollouts import Request
 from training.rewards.refresh import REWARD_MODEL_FILE, current
 from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
@@ -64,6 +66,16 @@ class _Beginning:
     """The validation prompts."""
 
 
+@dataclass(frozen=True)
+class _Tuned:
+    """What fine-tuning made, from which policy."""
+
+    reference: policy_service_pb2.Policy
+    weights: dict[str, Tensor]
+    score: float
+    """Of the epoch that was kept, by the reward model."""
+
+
 FORM = TypeAdapter(_Beginning)
 
 
@@ -73,10 +85,16 @@ def run_sft(context: TrainerContext, folder: RunFolder) -> policy_service_pb2.Po
     Raises:
         TrainingError: there are too few demonstrations, or there is no reward model yet to choose the epoch by.
     """
-    context.between_rounds(folder.path.name)
-    if not is_made(context, folder.path.name):
-        _make(context, folder)
-    registered = hand_over(context, folder, _reason_of)
+    run_id = folder.path.name
+    if not perform(context, run_id, Phase("look for its version", lambda: is_made(context, run_id))):
+        beginning = perform(
+            context,
+            run_id,
+            Phase("beginning", lambda: _begin(context, folder), load=lambda: _load_beginning(folder)),
+        )
+        tuned = perform(context, run_id, Phase("fine-tuning", lambda: _fine_tune(context, folder, beginning)))
+        perform(context, run_id, Phase("version", lambda: _write(context, folder, beginning, tuned)))
+    registered = perform(context, run_id, Phase("registration", lambda: hand_over(context, folder, _reason_of)))
     folder.rewind("register", 0)
     folder.log("register", 0, 1, {"version": registered.version, "promoted": 0.0})
     return registered
@@ -87,12 +105,9 @@ def _reason_of(manifest: PolicyManifest) -> str:
     return f"SFT, score {score.value:.2f} by the reward model"
 
 
-def _make(context: TrainerContext, folder: RunFolder) -> None:
-    """Fine-tunes and writes the version."""
-    config, kept, checkpoints = folder.config(), folder.state / BEGINNING, folder.state / "trl"
-    if not kept.exists():
-        replace_file(kept, FORM.dump_json(_begin(context, folder)).decode())
-    beginning = FORM.validate_json(kept.read_bytes())
+def _fine_tune(context: TrainerContext, folder: RunFolder, beginning: _Beginning) -> _Tuned:
+    """Fine-tunes, or resumes that after its last whole epoch, and writes samples of before and after."""
+    config, checkpoints = folder.config(), folder.state / "trl"
     reference = context.client.get(f"v{beginning.reference_version}", START_SECONDS)
     base = artifact_folder(reference.artifact_uri)
     score_of = _scorer(context, folder, beginning, reference)
@@ -121,12 +136,11 @@ def _make(context: TrainerContext, folder: RunFolder) -> None:
     best = best_of(epochs)
     assert best, "fine_tune raises where there is none"
     _write_samples(context, folder, beginning, load_weights(base), weights)
-    context.between_rounds(folder.path.name)
-    _write(context, folder, reference, weights, best.score, [tokens for tokens, _ in beginning.asked])
+    return _Tuned(reference, weights, best.score)
 
 
 def _begin(context: TrainerContext, folder: RunFolder) -> _Beginning:
-    """Chooses what the run works with."""
+    """Chooses what the run works with, and keeps it."""
     config, fitted = folder.config(), current(folder.path.parent)
     if fitted is None:
         raise TrainingError(NO_REWARDS)
@@ -136,12 +150,20 @@ def _begin(context: TrainerContext, folder: RunFolder) -> _Beginning:
         held_out_share=config.reward_model.held_out_share,
         validation_share=config.sft.validation_share,
     )
-    return _Beginning(
+    beginning = _Beginning(
         find_parents(context.client, START_SECONDS).reference.version,
         fitted.run_id,
         [_tokens(context, each) for each in learned],
         sorted(_validation_prompts(context, config, validating).items()),
     )
+    replace_file(folder.state / BEGINNING, FORM.dump_json(beginning).decode())
+    return beginning
+
+
+def _load_beginning(folder: RunFolder) -> _Beginning | None:
+    """Reads back what `_begin` kept; None if it has not come so far."""
+    kept = folder.state / BEGINNING
+    return FORM.validate_json(kept.read_bytes()) if kept.exists() else None
 
 
 def _scorer(
@@ -217,23 +239,19 @@ def _tokens(context: TrainerContext, each: StoredDemonstration) -> Demonstration
     return Demonstration(_prompt(context, each), completion_token_ids_of(context.tokenizer, each.text, ended=True))
 
 
-def _write(
-    context: TrainerContext,
-    folder: RunFolder,
-    reference: policy_service_pb2.Policy,
-    weights: dict[str, Tensor],
-    score: float,
-    prompts: Sequence[tuple[int, ...]],
-) -> None:
+def _write(context: TrainerContext, folder: RunFolder, beginning: _Beginning, tuned: _Tuned) -> Path:
+    """Writes the version, and returns its folder."""
     config, version = folder.config(), next_version(context)
+    prompts = [tokens for tokens, _ in beginning.asked]
     manifest = new_manifest(
         version,
-        parent_version=reference.version,
+        parent_version=tuned.reference.version,
         # It starts its own lineage.
         reference_version=version,
         training=TrainingLineage(
             run_id=folder.path.name, algorithm="sft", recipe_json=config.model_dump_json(), seed=config.seed
         ),
-        evaluations=[Evaluation(name=SCORE, value=score, count=len(prompts))],
+        evaluations=[Evaluation(name=SCORE, value=tuned.score, count=len(prompts))],
     )
-    write_files(context, manifest, weights, artifact_folder(reference.artifact_uri), prompts, config.num_probes)
+    settings_from = artifact_folder(tuned.reference.artifact_uri)
+    return write_files(context, manifest, tuned.weights, settings_from, prompts, config.num_probes)

@@ -125,6 +125,7 @@ def train(
         from sqlalchemy.exc import OperationalError
 
         from deploy.up import run_in_ranks
+        from policies.artifact import ArtifactError
         from training.loop import run_trainer
 
         run_in_ranks("train", config.training.num_processes)
@@ -138,6 +139,8 @@ def train(
             )
         except OperationalError as error:
             raise _fail(f"the store is away: {error.orig}", PASSING_CODE) from error
+        except ArtifactError as error:
+            raise _fail(str(error)) from error
     else:
         from deploy.cli.train_plan import print_plan
 
@@ -150,6 +153,7 @@ def sft(dry_run: DryRun = False) -> None:
     """Fine-tune on demonstrations, and register the result: promoted, it is the new reference policy."""
     config = _start(dry_run)
     if config:
+        from policies.artifact import ArtifactError
         from training.errors import TrainingError
         from training.loop import run_sft_once
 
@@ -161,7 +165,7 @@ def sft(dry_run: DryRun = False) -> None:
                 runs_dir=config.runs_dir,
                 serving_address=config.server_address,
             )
-        except TrainingError as error:
+        except (TrainingError, ArtifactError) as error:
             raise _fail(str(error)) from error
         typer.echo(f"v{version} is registered. `alignd policies promote {version}` makes it live, and the reference.")
 

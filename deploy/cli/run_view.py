@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.runs.record import COUNTED
+from training.runs.folder import RECIPE_FILE
+from training.runs.record import COUNTED, ENDS, RECORD_KEYS
 
 if TYPE_CHECKING:
     from training.runs.lease import Control
 
-RECIPE = "recipe.json"
-ENDS = ("done", "stopped")
-NO_FIGURES = ("time", "phase", "index", "count", "reason")
+_NO_FIGURES = {*RECORD_KEYS, "reason"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class RunView:
     phase: str
     """Its last phase, `done` and `stopped` aside."""
     num_done: int
-    """How many steps, rounds or epochs of this phase have ended."""
+    """How many rankings, rounds or epochs of this phase have ended."""
     count: int
     """How many the phase has."""
     score: float | None
@@ -44,7 +43,7 @@ class RunView:
 
 def run_folders(runs_dir: Path) -> list[Path]:
     """Returns the folders of all runs, newest first. Their names begin with the time at which they began."""
-    return sorted((path.parent for path in runs_dir.glob(f"*/{RECIPE}")), reverse=True)
+    return sorted((path.parent for path in runs_dir.glob(f"*/{RECIPE_FILE}")), reverse=True)
 
 
 def read_records(folder: Path) -> Sequence[Mapping[str, Any]]:
@@ -135,7 +134,7 @@ def last_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
         found[record["phase"]] = {
             key: value if isinstance(value, str) else _finite(value)
             for key, value in record.items()
-            if key not in NO_FIGURES and isinstance(value, int | float | str)
+            if key not in _NO_FIGURES and isinstance(value, int | float | str)
         }
     return {phase: figures for phase, figures in found.items() if figures}
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from deploy.cli.run_view import (
-    RECIPE,
     is_sft,
     is_worked_on,
     last_metrics,
@@ -27,6 +26,7 @@ from deploy.cli.run_view import (
     with_control,
 )
 from deploy.config import load_config
+from training.runs.folder import RECIPE_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -40,7 +40,6 @@ errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as `alignd runs list` prints it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-REPORT = "REPORT.html"
 EXIT_FAILED = 1
 
 
@@ -73,8 +72,8 @@ def show(run: RunId, as_json: Json = False) -> None:
     if view.state == "running":
         with _store_engine() as engine:
             (view,) = with_control([view], _control_of(engine))
-    report = str(folder / REPORT) if (folder / REPORT).exists() else None
-    whole = asdict(view) | {"recipe": str(folder / RECIPE), "report": report}
+    report = str(folder / REPORT_FILE) if (folder / REPORT_FILE).exists() else None
+    whole = asdict(view) | {"recipe": str(folder / RECIPE_FILE), "report": report}
     metrics = last_metrics(read_records(folder))
     if as_json:
         typer.echo(json.dumps(whole | {"metrics": metrics}, indent=2))

@@ -14,6 +14,7 @@ from rich.text import Text
 from alignd.v1 import policy_service_pb2 as pb
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
+from policies.artifact import ArtifactError
 from policies.location import artifact_folder
 from policies.precision import short_name
 from training.planning.hardware import GIB, Hardware, this_machine
@@ -88,9 +89,9 @@ def _live(address: str) -> FoundModel | None:
     try:
         with connect(address) as operator:
             policy = operator.policies.GetPolicy(pb.GetPolicyRequest(policy="live"), timeout=TIMEOUT_SECONDS).policy
-    except CallError:
+        folder = artifact_folder(policy.artifact_uri)
+    except (CallError, ArtifactError):
         return None
-    folder = artifact_folder(policy.artifact_uri)
     return FoundModel(folder, f"v{policy.version}, which is live") if (folder / CONFIG_FILE).is_file() else None
 
 

@@ -1,22 +1,12 @@
 """Follows a training run from outside: by its metrics.jsonl, and by which version the replicas serve."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from alignd.v1 import policy_service_pb2 as pb
-from training.runs.record import METRICS_FILE, read_lines
-
-# The name of each phase of metrics.jsonl among the stages of the demo.
-PHASE_NAMES = {
-    "reward_model": "refresh the reward model",
-    "reward_model_evaluation": "refresh the reward model",
-    "normalise": "sample the reference",
-    "ppo": "PPO",
-    "evaluate": "evaluate the new policy",
-    "register": "write and register the version",
-}
+from training.runs.folder import RunFolder
+from training.runs.record import ENDS, METRICS_FILE, PHASES, Record, of_phase, read_lines
 
 
 class RunError(Exception):
@@ -24,23 +14,26 @@ class RunError(Exception):
 
 
 @dataclass(frozen=True)
-class RunView:
+class RunSoFar:
     """What a run has written so far, oldest first."""
 
     folder: Path | None
-    records: Sequence[Mapping[str, Any]]
+    records: Sequence[Record]
 
-    def of(self, phase: str) -> list[Mapping[str, Any]]:
+    def of(self, phase: str) -> list[Record]:
         """Returns the records of one phase."""
-        return [record for record in self.records if record["phase"] == phase]
+        return of_phase(self.records, phase)
 
     @property
-    def last(self) -> Mapping[str, Any]:
+    def last(self) -> Record:
         """The newest record."""
         return self.records[-1] if self.records else {"phase": "waiting", "index": 0, "count": 1}
 
     def detail(self) -> str:
-        """Returns the newest metrics, in a few words."""
+        """Returns what the run waits for, or else its newest metrics, in a few words."""
+        waits_for = RunFolder(self.folder).waits_for if self.folder else ""
+        if waits_for:
+            return f"waits: {waits_for}"
         record = self.last
         shown = (
             ("objective/score", "score {:z.2f}"),
@@ -53,7 +46,7 @@ class RunView:
         return "  ".join(text.format(record[key]) for key, text in shown if key in record)
 
 
-def read_run(runs_dir: Path) -> RunView:
+def read_run(runs_dir: Path) -> RunSoFar:
     """Returns the newest run under `runs_dir`.
 
     Raises:
@@ -61,20 +54,20 @@ def read_run(runs_dir: Path) -> RunView:
     """
     files = sorted(runs_dir.glob(f"*/{METRICS_FILE}"), key=lambda path: path.stat().st_mtime)
     if not files:
-        return RunView(None, ())
-    view = RunView(files[-1].parent, read_lines(files[-1]).found)
+        return RunSoFar(None, ())
+    view = RunSoFar(files[-1].parent, read_lines(files[-1]).found)
     if view.last["phase"] == "stopped":
         raise RunError(f"the trainer stopped its run: {view.last['reason']}")
     return view
 
 
-def phase_seconds(view: RunView, started: float) -> list[tuple[str, float]]:
+def phase_seconds(view: RunSoFar, started: float) -> list[tuple[str, float]]:
     """Returns the seconds that each phase took, in order. The first phase counts from `started`, in Unix time."""
     spans: dict[str, float] = {}
     before = started
     for record in view.records:
-        name = PHASE_NAMES.get(record["phase"])
-        if name:
+        if record["phase"] not in ENDS:
+            name = PHASES[record["phase"]]
             spans[name] = spans.get(name, 0.0) + record["time"] - before
         before = record["time"]
     return list(spans.items())

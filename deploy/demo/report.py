@@ -16,7 +16,8 @@ from deploy.demo.plots import draw_plots
 from deploy.demo.result import DemoResult
 from feedback.durable import replace_file, write_json
 from training.data.intervals import WinRate
-from training.report.page import REPORT, write_report
+from training.report.page import write_report
+from training.runs.folder import REPORT_FILE
 
 TEMPLATE = "report.html.jinja"
 NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
@@ -24,7 +25,7 @@ NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
 
 def finish(result: DemoResult, folder: Path, console: Console) -> None:
     """Writes the report to `folder` as a page and as JSON, and prints it with the paths of both reports."""
-    page, run_page = folder / REPORT, folder / result.run.report
+    page, run_page = folder / REPORT_FILE, folder / result.run.report
     if not run_page.exists():
         # The trainer was ended after its policy went live, but before it wrote this page.
         write_report(run_page.parent)

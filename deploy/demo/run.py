@@ -23,7 +23,7 @@ from alignd.v1 import policy_service_pb2 as policy_pb
 from alignd.v1 import policy_service_pb2_grpc
 from alignd.v1.inference_service_pb2 import SampleResponse
 from deploy.config import AligndConfig
-from deploy.demo.follow import RunError, RunView, phase_seconds, read_run, swapped
+from deploy.demo.follow import RunError, RunSoFar, phase_seconds, read_run, swapped
 from deploy.demo.progress import Bar, Stages
 from deploy.demo.report import finish
 from deploy.demo.summary import Observed, summarize
@@ -207,7 +207,7 @@ async def _rank(
 
 async def _until_swapped(
     config: AligndConfig, traffic: Traffic, bar: Bar
-) -> tuple[RunView, policy_pb.ReplicaStatus, policy_pb.Policy]:
+) -> tuple[RunSoFar, policy_pb.ReplicaStatus, policy_pb.Policy]:
     """Follows the trainer until the server serves what it made."""
     started = time.monotonic()
     async with grpc.aio.insecure_channel(config.server_address) as channel:

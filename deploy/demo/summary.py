@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from alignd.v1 import policy_service_pb2 as pb
 from alignd.v1.inference_service_pb2 import SampleResponse
 from deploy.config import AligndConfig
-from deploy.demo.follow import RunView
+from deploy.demo.follow import RunSoFar
 from deploy.demo.result import DemoResult, Example, Stage, Swap, Traffic, TrainingRun, Users
 from deploy.demo.users import Tally
 from deploy.machine import machine, versions
@@ -17,8 +17,8 @@ from deploy.simulation.prompts import load_prompts
 from deploy.simulation.utility import Utility, load_utility
 from training.data.intervals import WinRate, win_rate
 from training.report.history import read_run
-from training.report.page import REPORT
 from training.report.summary import WIN_RATE, finding
+from training.runs.folder import REPORT_FILE
 
 NUM_EXAMPLES = 3
 
@@ -29,7 +29,7 @@ class Observed:
 
     before: Sequence[SampleResponse]
     after: Sequence[SampleResponse]
-    run: RunView
+    run: RunSoFar
     replica: pb.ReplicaStatus
     policy: pb.Policy
     seconds_to_first_ranking: float | None
@@ -71,7 +71,7 @@ def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[Sam
     return [utility(prompt, response.completions[0].text) for prompt, response in pairs]
 
 
-def _reward_model_win_rate(run: RunView) -> WinRate:
+def _reward_model_win_rate(run: RunSoFar) -> WinRate:
     """Returns the win rate that the trainer measured by its reward model, on prompts that it held out itself."""
     record = run.of("evaluate")[-1]
     return WinRate(
@@ -102,7 +102,7 @@ def training_run(config: AligndConfig, policy: pb.Policy) -> TrainingRun:
         reference=policy.manifest.reference_version,
         num_rankings=policy.manifest.training.num_rankings,
         finding=finding(read_run(folder)),
-        report=(folder / REPORT).relative_to(config.data_dir.resolve()).as_posix(),
+        report=(folder / REPORT_FILE).relative_to(config.data_dir.resolve()).as_posix(),
     )
 
 

@@ -86,6 +86,7 @@ def test_what_is_for_the_tests_is_no_setting(monkeypatch: pytest.MonkeyPatch) ->
         ("ALIGND_SERVING__KV_CACHE_GIB", "serving.kv_cache_mib"),
         ("ALIGND_FEEDBACK__TOKEN_TTL_S", "feedback.token_ttl_seconds"),
         ("ALIGND_TRAINING__PPO__NUM_STEPS", "training.ppo.num_rounds"),
+        ("ALIGND_SIMULATION__DEADLINE_S", "simulation.deadline_seconds"),
     ],
 )
 def test_a_setting_that_was_renamed_is_refused_with_its_new_name(
@@ -93,11 +94,11 @@ def test_a_setting_that_was_renamed_is_refused_with_its_new_name(
 ) -> None:
     monkeypatch.setenv(variable, "1")
     with pytest.raises(ConfigError, match=f"is called {new_name} now"):
-        load_config()
+        load_config() and load_simulation()
 
 
 def test_every_new_name_is_a_setting_and_no_old_one_is() -> None:
-    names = set(dotted_names(AligndConfig()))
+    names = {*dotted_names(AligndConfig()), *dotted_names(SimulationSettings())}
     for section, renamed in RENAMED.items():
         assert {f"{section}.{new}" for new in renamed.values()} <= names
         assert not {f"{section}.{old}" for old in renamed} & names

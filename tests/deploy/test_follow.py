@@ -42,7 +42,7 @@ def test_a_stopped_run_says_why(tmp_path: Path) -> None:
 def test_time_is_accounted_to_the_phase_that_it_ended_in(tmp_path: Path) -> None:
     records = [record("reward_model", 12.0), record("reward_model", 15.0), record("ppo", 20.0), record("done", 30.0)]
     write(tmp_path / "run" / "metrics.jsonl", *records)
-    assert phase_seconds(read_run(tmp_path), started=10.0) == [("refresh the reward model", 5.0), ("PPO", 5.0)]
+    assert phase_seconds(read_run(tmp_path), started=10.0) == [("fitting the reward model", 5.0), ("PPO", 5.0)]
 
 
 def test_the_swap_is_seen_once_a_replica_reports_the_version() -> None:

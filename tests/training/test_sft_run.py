@@ -124,6 +124,6 @@ def test_killed_once_its_version_was_registered_it_makes_no_other(tmp_path: Path
     context = TrainerContext(nobody, nobody, cast(Any, Registered("run-sft")), tmp_path, nobody, asked.append, ALONE)
     for _ in range(2):  # the second time as after a kill once the line "register" was written
         assert run_sft(context, folder).version == 3
-    assert asked == ["run-sft"] * 2
+    assert asked == ["run-sft"] * 4  # before each of its two phases
     (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
     assert (line["phase"], line["version"], line["promoted"]) == ("register", 3, 0.0)

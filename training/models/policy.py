@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from policies.artifact import MANIFEST
 from policies.precision import compute_dtype
 from training.config import LoraConfig
 from training.data.groups import Group, PackedGroups, micro_batches, pack
@@ -263,7 +264,7 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], source: Path) -> N
 def _copy_settings(source: Path, folder: Path) -> None:
     """Copies a version's tokenizer and configuration: all its files except weights and manifest."""
     for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != "manifest.json":
+        if file.is_file() and file.suffix != ".safetensors" and file.name != MANIFEST:
             (folder / file.name).write_bytes(file.read_bytes())
 
 

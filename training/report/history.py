@@ -14,7 +14,8 @@ from google.protobuf.json_format import ParseDict, ParseError
 from numpy.typing import NDArray
 
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
-from training.runs.folder import LABEL_NEXT, SamplePair, Unranked
+from policies.artifact import MANIFEST
+from training.runs.folder import LABEL_NEXT, RECIPE_FILE, SAMPLES_FILE, SamplePair, Unranked
 from training.runs.record import METRICS_FILE, Record, of_phase, read_lines
 
 
@@ -40,20 +41,20 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Reads a run's folder. Parts that are missing, or cannot be read, are left empty."""
     metrics = read_lines(folder / METRICS_FILE)
-    samples = read_lines(folder / "samples.jsonl", {"prompt", "before", "after"})
+    samples = read_lines(folder / SAMPLES_FILE, {"prompt", "before", "after"})
     unranked = read_lines(folder / LABEL_NEXT, {"sample_id", "uncertainty", "prompt", "completions"})
     notes = [
         f"{lines.num_unreadable} of the lines of {name} could not be read."
-        for name, lines in ((METRICS_FILE, metrics), ("samples.jsonl", samples), (LABEL_NEXT, unranked))
+        for name, lines in ((METRICS_FILE, metrics), (SAMPLES_FILE, samples), (LABEL_NEXT, unranked))
         if lines.num_unreadable
     ]
-    recipe = _read_json(folder / "recipe.json", notes)
+    recipe = _read_json(folder / RECIPE_FILE, notes)
     manifest = None
-    if found := _read_json(folder / "manifest.json", notes):
+    if found := _read_json(folder / MANIFEST, notes):
         try:
             manifest = ParseDict(found, PolicyManifest(), ignore_unknown_fields=True)
         except ParseError as error:
-            notes.append(f"manifest.json is no policy manifest: {error}")
+            notes.append(f"{MANIFEST} is no policy manifest: {error}")
     pairs = [SamplePair(str(s["prompt"]), str(s["before"]), str(s["after"])) for s in samples.found]
     least_sure = [
         Unranked(str(u["sample_id"]), float(u["uncertainty"]), str(u["prompt"]), tuple(map(str, u["completions"])))

@@ -10,9 +10,10 @@ from feedback.durable import replace_file
 from training.report.history import Run, read_run
 from training.report.plots import draw_plots
 from training.report.summary import figures, finding, fitting_figures, settings, stops
+from training.runs.folder import REPORT_FILE
 from training.runs.record import last_of
 
-REPORT, TEMPLATE = "REPORT.html", "report.html.jinja"
+TEMPLATE = "report.html.jinja"
 NUM_OPEN_SAMPLES = 5
 
 
@@ -21,7 +22,7 @@ def write_report(folder: Path) -> Path:
 
     If the run stopped early, or has not ended, the report shows what there is.
     """
-    path = folder / REPORT
+    path = folder / REPORT_FILE
     # A policy may write half a surrogate pair, which UTF-8 cannot encode.
     html = render(read_run(folder)).encode("utf-8", errors="backslashreplace").decode("utf-8")
     replace_file(path, html)

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from feedback.durable import fsync, replace_file
+from feedback.durable import rename_folder, replace_file
 from training.models.tensor_file import save_tensors
 
 PREFIX = "round-"
@@ -43,11 +43,9 @@ def save_checkpoint(folder: Path, round_index: int, tensors: Mapping[str, Tensor
     draft.mkdir(parents=True)
     save_tensors(draft / TENSORS, tensors, {})
     replace_file(draft / FACTS, json.dumps(facts))
-    fsync(draft)
     target = folder / f"{PREFIX}{round_index}"
     shutil.rmtree(target, ignore_errors=True)
-    draft.rename(target)
-    fsync(folder)
+    rename_folder(draft, target)
     for old in _rounds(folder):
         if old < round_index:
             shutil.rmtree(folder / f"{PREFIX}{old}")

@@ -18,7 +18,8 @@ from training.config import RENAMED, TrainingConfig
 from training.runs.record import METRICS_FILE, append, rewind
 
 NUM_SAMPLE_PAIRS = 20
-LABEL_NEXT = "label_next.jsonl"
+RECIPE_FILE, SAMPLES_FILE, LABEL_NEXT = "recipe.json", "samples.jsonl", "label_next.jsonl"
+REPORT_FILE = "REPORT.html"
 WAITS = "waits"
 ORIGIN, SFT = "origin.json", "sft.json"
 """An unfinished run has one of these in `state/`: the first if it learns from rankings, the second if it is SFT."""
@@ -77,7 +78,7 @@ class RunFolder:
         folder = cls(runs_dir / run_id)
         try:
             folder.state.mkdir(parents=True)
-            replace_file(folder.path / "recipe.json", config.model_dump_json(indent=2) + "\n")
+            replace_file(folder.path / RECIPE_FILE, config.model_dump_json(indent=2) + "\n")
             write_json(folder.state / (ORIGIN if origin else SFT), asdict(origin) if origin else {})
         except OSError:
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -104,7 +105,7 @@ class RunFolder:
 
     def config(self) -> TrainingConfig:
         """Reads the recipe that the run began with, also if an earlier release wrote it."""
-        recipe = json.loads((self.path / "recipe.json").read_text())
+        recipe = json.loads((self.path / RECIPE_FILE).read_text())
         for old, new in RENAMED.items():
             section, old_name = old.split(".")
             if old_name in recipe.get(section, {}):
@@ -164,7 +165,7 @@ class RunFolder:
 
     def write_samples(self, pairs: Sequence[SamplePair]) -> None:
         """Writes samples.jsonl."""
-        replace_file(self.path / "samples.jsonl", "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
+        replace_file(self.path / SAMPLES_FILE, "".join(json.dumps(asdict(pair)) + "\n" for pair in pairs))
 
     def write_label_next(self, samples: Sequence[Unranked]) -> None:
         """Writes label_next.jsonl."""

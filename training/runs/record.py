@@ -38,6 +38,7 @@ PHASES: Mapping[str, str] = {
     "done": "the end of a run that made a version",
     "stopped": "the end of a run that made none",
 }
+ENDS = ("done", "stopped")
 COUNTED: Mapping[str, str] = {"reward_model": "ranking", "ppo": "round", "sft": "epoch"}
 """What `index` and `count` of a phase count; the other phases have a single line."""
 METRICS: Mapping[str, str] = {

@@ -223,7 +223,8 @@ def test_it_is_released_when_the_block_raises(engine: Engine) -> None:
 def test_it_counts_as_lost_when_the_database_is_out_of_reach_for_too_long(
     engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lease = TrainerLease(engine, "first", 0.5)
+    # Long enough that a busy machine comes to try a renewal before the lease has run out.
+    lease = TrainerLease(engine, "first", 2.0)
     assert lease.acquire()
 
     def fail(connection: object, cursor: object, statement: str, *_: object) -> None:
