@@ -28,12 +28,12 @@ from serving.config import ServingConfig
 from training.config import TrainingConfig
 
 PREFIX = "ALIGND_"
-DEFAULT_FILE = Path("alignd.toml")
+_DEFAULT_FILE = Path("alignd.toml")
 # Variables with our prefix that are not settings: where the settings are, and what the tests look for.
-OTHER_VARIABLES = ("ALIGND_CONFIG", "ALIGND_TEST_")
+_OTHER_VARIABLES = ("ALIGND_CONFIG", "ALIGND_TEST_")
 # The settings of the demo's simulated users, which deploy.simulation.config loads and checks. They are no setting of
 # the operators', but `alignd demo` starts `alignd up` with its own file and environment: there they are ignored.
-SIMULATION = "simulation"
+_SIMULATION = "simulation"
 Settings = TypeVar("Settings", bound=BaseSettings)
 RENAMED = {
     "serving": serving.config.RENAMED,
@@ -115,7 +115,7 @@ class AligndConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Puts the environment before the file."""
-        found = {name: value for name, value in read_file().items() if name != SIMULATION}
+        found = {name: value for name, value in read_file().items() if name != _SIMULATION}
         return init_settings, env_settings, InitSettingsSource(settings_cls, found)
 
 
@@ -137,7 +137,7 @@ def _configured_file() -> Path | None:
         if not Path(named).is_file():
             raise ConfigError(f"ALIGND_CONFIG: there is no file {named}")
         return Path(named)
-    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
+    return _DEFAULT_FILE if _DEFAULT_FILE.is_file() else None
 
 
 def load_config() -> AligndConfig:
@@ -173,15 +173,19 @@ def _line(error: Mapping[str, Any]) -> str:
 
 
 def _refuse_unknown_variables() -> None:
-    """Raises ConfigError for a variable that looks like ours, in whatever case, but sets nothing."""
+    """Refuses a variable that looks like ours, in whatever case, but sets nothing.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
     for variable in os.environ:
-        if not variable.upper().startswith(PREFIX) or variable.upper().startswith(OTHER_VARIABLES):
+        if not variable.upper().startswith(PREFIX) or variable.upper().startswith(_OTHER_VARIABLES):
             continue
         name, separator, _ = variable.upper().removeprefix(PREFIX).lower().partition("__")
         field = AligndConfig.model_fields.get(name)
         # What is unknown inside a section is refused with the section.
         is_known = field is not None and (not separator or isinstance(field.default, BaseModel))
-        if not is_known and name != SIMULATION:
+        if not is_known and name != _SIMULATION:
             raise ConfigError(f"{variable}: there is no such setting; `alignd config` lists all")
 
 

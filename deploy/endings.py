@@ -5,19 +5,19 @@ import re
 import signal
 from pathlib import Path
 
-MOST_BYTES_READ = 1 << 18
+_MOST_BYTES_READ = 1 << 18
 MOST_CHARACTERS = 400
 # From sysexits.h: the cause, such as a bus that does not answer, may be gone by the next start.
 PASSING_CODE = os.EX_TEMPFAIL
-ASKED_TO_END = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
+_ASKED_TO_END = (0, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL)
 # `some.module.SomeError: what was wrong`, also in a group, and where a logger has put its time and place before it.
-EXCEPTION = re.compile(r"^(?:.*\] | *\| )?(?P<kind>(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<said>\S.*)$")
-POINTS_ABOVE = "See root cause above"
+_EXCEPTION = re.compile(r"^(?:.*\] | *\| )?(?P<kind>(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)): (?P<said>\S.*)$")
+_POINTS_ABOVE = "See root cause above"
 
 
 def can_recur(code: int) -> bool:
-    """Returns whether a process that ended with this code may end so each time: nobody asked it to end."""
-    return code not in ASKED_TO_END and code != PASSING_CODE
+    """Whether a process that ended with this code may end so each time: nobody asked it to end."""
+    return code not in _ASKED_TO_END and code != PASSING_CODE
 
 
 def cause(log: Path, begin: int = 0) -> str:
@@ -28,13 +28,13 @@ def cause(log: Path, begin: int = 0) -> str:
     """
     try:
         with log.open("rb") as file:
-            file.seek(max(begin, log.stat().st_size - MOST_BYTES_READ))
+            file.seek(max(begin, log.stat().st_size - _MOST_BYTES_READ))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError as error:
         return str(error)
-    exceptions = [_without_module(found) for found in map(EXCEPTION.match, lines) if found]
+    exceptions = [_without_module(found) for found in map(_EXCEPTION.match, lines) if found]
     if exceptions:
-        return exceptions[0 if POINTS_ABOVE in exceptions[-1] else -1][:MOST_CHARACTERS]
+        return exceptions[0 if _POINTS_ABOVE in exceptions[-1] else -1][:MOST_CHARACTERS]
     words = (line.strip() for line in reversed(lines) if any(map(str.isalpha, line)))
     return next(words, "It said nothing")[:MOST_CHARACTERS]
 

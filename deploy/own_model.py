@@ -28,17 +28,17 @@ from policies.artifact import ArtifactError, read_manifest, weight_files
 from policies.state import PolicyState
 from serving.policy_log import PolicyLog
 
-VARIABLE = "ALIGND_SERVING__INITIAL_MODEL"
+_VARIABLE = "ALIGND_SERVING__INITIAL_MODEL"
 # A name on the hub, with a branch, tag or commit if one is wanted: org/name@revision.
-HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 # What a policy version is made of: nothing that could hold code or would have to be unpickled. What lies in folders of
 # a repository, or is called consolidated, are the same weights in another form.
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
-UNWANTED = ("*/*", "consolidated*")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TOKENIZERS = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"}
-BUS_TIMEOUT_SECONDS = 15.0
-NO_TEMPLATE = (
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+_UNWANTED = ("*/*", "consolidated*")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZERS = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"}
+_BUS_TIMEOUT_SECONDS = 15.0
+_NO_TEMPLATE = (
     "it has no chat template, so it serves plain text alone (Prompt.text): a request with messages is refused until "
     "chat_template.jinja lies beside its tokenizer"
 )
@@ -59,7 +59,7 @@ def use_model(name: str, dry_run: bool) -> None:
         folder = _folder_of(name, config, dry_run)
     except ModelError as error:
         raise ConfigError(f"--model {name}: {error}") from error
-    os.environ[VARIABLE] = str(folder)
+    os.environ[_VARIABLE] = str(folder)
 
 
 def _folder_of(name: str, config: AligndConfig, dry_run: bool) -> Path:
@@ -69,7 +69,7 @@ def _folder_of(name: str, config: AligndConfig, dry_run: bool) -> Path:
         ModelError: the model cannot be served.
     """
     folder = Path(name).expanduser().absolute()
-    hub = None if folder.exists() else HUB_NAME.fullmatch(name)
+    hub = None if folder.exists() else _HUB_NAME.fullmatch(name)
     if hub:
         folder = (config.data_dir / "models" / name.replace("/", "--")).absolute()
     elif not folder.is_dir():
@@ -81,7 +81,7 @@ def _folder_of(name: str, config: AligndConfig, dry_run: bool) -> Path:
             download(hub[1], hub[2], folder)
         _check_config(folder)
         if not _has_chat_template(folder, config):
-            typer.echo(f"--model {name}: {NO_TEMPLATE}", err=True)
+            typer.echo(f"--model {name}: {_NO_TEMPLATE}", err=True)
     return folder
 
 
@@ -97,7 +97,7 @@ def _check_files(names: Collection[str]) -> None:
     if ".safetensors" not in suffixes:
         if ".gguf" in suffixes:
             raise ModelError("its weights are GGUF alone; name the safetensors model that they were made from")
-        pickled = sorted(name for name in names if Path(name).suffix in PICKLES)
+        pickled = sorted(name for name in names if Path(name).suffix in _PICKLES)
         if pickled:
             raise ModelError(
                 f"its weights are pickled alone ({pickled[0]}), and to unpickle them could run anybody's code; "
@@ -106,7 +106,7 @@ def _check_files(names: Collection[str]) -> None:
         raise ModelError("there are no weights (*.safetensors)")
     if "config.json" not in names:
         raise ModelError("there is no config.json")
-    if not TOKENIZERS & set(names):
+    if not _TOKENIZERS & set(names):
         raise ModelError("there is no tokenizer, such as tokenizer.json")
 
 
@@ -174,7 +174,7 @@ def download(repository: str, revision: str | None, link: Path) -> None:
             there = snapshot_download(repository, revision=revision, ignore_patterns="*/*", dry_run=True)
             _check_files({file.filename for file in there})
         found = snapshot_download(
-            repository, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            repository, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
         )
     except ModelError:
         raise
@@ -200,7 +200,7 @@ def download(repository: str, revision: str | None, link: Path) -> None:
 
 
 def is_served_already(folder: Path, config: AligndConfig) -> bool:
-    """Returns whether the policies here began with this model, so that there is nothing to import.
+    """Whether the policies here began with this model, so that there is nothing to import.
 
     Raises:
         ModelError: they began with another model, so this one would be ignored; or the bus does not answer.
@@ -244,7 +244,7 @@ async def _policies(config: AligndConfig) -> PolicyState:
             await asyncio.to_thread(bus.create_topics, TOPICS)
             policies = PolicyLog(bus)
             try:
-                await asyncio.wait_for(policies.start(), BUS_TIMEOUT_SECONDS)
+                await asyncio.wait_for(policies.start(), _BUS_TIMEOUT_SECONDS)
             finally:
                 await policies.stop()
             return policies.state
@@ -254,7 +254,7 @@ async def _policies(config: AligndConfig) -> PolicyState:
 
 
 def _holds(folder: Path, manifest: PolicyManifest) -> bool:
-    """Returns whether the weights in a folder are those of a version, byte by byte."""
+    """Whether the weights in a folder are those of a version, byte by byte."""
     weights = {file.path: file for file in weight_files(manifest.files)}
     found = {path.name: path for path in folder.glob("*.safetensors")}
     if weights.keys() != found.keys():

@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 VERBS = ("serve", "relay", "ingest", "train")
 FIRST_RESTART_SECONDS = 0.5
 LONGEST_RESTART_SECONDS = 30.0
-MOST_DOUBLINGS = 10
-HEALTHY_AFTER_SECONDS = 300.0
-MOST_SAME_ENDS = 3
-STOP_SECONDS = 45.0
+_MOST_DOUBLINGS = 10
+_HEALTHY_AFTER_SECONDS = 300.0
+_MOST_SAME_ENDS = 3
+_STOP_SECONDS = 45.0
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1
 
 
 class ServiceError(Exception):
@@ -92,7 +92,7 @@ class Supervisor:
             return
         if process is not None:
             lived = now - service.started_at
-            service.failures = 1 if lived > HEALTHY_AFTER_SECONDS else service.failures + 1
+            service.failures = 1 if lived > _HEALTHY_AFTER_SECONDS else service.failures + 1
             service.restart_at = now + restart_wait_seconds(service.failures)
             service.process = None
             why = cause(self._log_of(service), service.log_begins)
@@ -105,7 +105,7 @@ class Supervisor:
         """Counts how often in a row the process has died at this place.
 
         Raises:
-            ServiceError: it has died there MOST_SAME_ENDS times.
+            ServiceError: it has died there _MOST_SAME_ENDS times.
         """
         if not can_recur(code):
             service.place, service.same_ends = "", 0
@@ -116,9 +116,9 @@ class Supervisor:
             ended_at += RunFolder.attempts(self.folder / "runs")
         again = service.failures > 1 and ended_at == service.place
         service.place, service.same_ends = ended_at, service.same_ends + 1 if again else 1
-        if service.same_ends == MOST_SAME_ENDS:
+        if service.same_ends == _MOST_SAME_ENDS:
             log_path = self._log_of(service)
-            raise ServiceError(f"{service.verb} died {MOST_SAME_ENDS} times at the same place: {why} ({log_path})")
+            raise ServiceError(f"{service.verb} died {_MOST_SAME_ENDS} times at the same place: {why} ({log_path})")
 
     def _start(self, service: Service) -> None:
         path = self._log_of(service)
@@ -153,7 +153,7 @@ class Supervisor:
         for service in reversed(self.services):
             if service.process and service.process.poll() is None:
                 service.process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + _STOP_SECONDS
         for service in self.services:
             if service.process is None:
                 continue
@@ -167,13 +167,13 @@ class Supervisor:
 
 def restart_wait_seconds(failures: int) -> float:
     """Returns how long to wait after so many early ends in a row, at least 1: twice as long after each of them."""
-    return min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** min(failures - 1, MOST_DOUBLINGS))
+    return min(LONGEST_RESTART_SECONDS, FIRST_RESTART_SECONDS * 2.0 ** min(failures - 1, _MOST_DOUBLINGS))
 
 
 def _die_with_parent() -> None:
     """Makes the kernel end this process when its parent dies, even by kill -9. Does nothing outside Linux."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_in_ranks(verb: str, num_processes: int) -> None:

@@ -49,12 +49,12 @@ def rename_folder(draft: Path, target: Path) -> None:
     Raises:
         OSError: the target exists and is not empty, or the disk fails.
     """
-    fsync_tree(draft)
+    _fsync_tree(draft)
     draft.rename(target)
     fsync(target.parent)
 
 
-def fsync_tree(folder: Path) -> None:
+def _fsync_tree(folder: Path) -> None:
     """Makes a folder and everything in it durable.
 
     Raises:

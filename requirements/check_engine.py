@@ -1,4 +1,4 @@
-"""Loads the compiled half of vLLM, which `import vllm` goes on without, and fails with the reason if that cannot be.
+"""Loads the compiled half of vLLM, which `import vllm` does without, and fails with the reason if that is not possible.
 
 .venv/bin/python requirements/check_engine.py cpu|gpu
 """

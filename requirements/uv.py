@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 # pip separates several values by white space; uv does so for indexes, and takes commas for find-links.
-FROM_PIP = {
+_FROM_PIP = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
     "find-links": ("UV_FIND_LINKS", ","),
@@ -23,7 +23,7 @@ FROM_PIP = {
 }
 
 
-def pip_settings() -> dict[str, str]:
+def _pip_settings() -> dict[str, str]:
     """What pip would use, by option name: the lines of `pip config list`, the most general first."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -40,9 +40,9 @@ def main() -> None:
     environment = dict(os.environ)
     # As pip does: the best version of all indexes together. uv alone would stop at the first index that knows the name.
     environment.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
-    for option, value in pip_settings().items():
-        if option in FROM_PIP:
-            name, separator = FROM_PIP[option]
+    for option, value in _pip_settings().items():
+        if option in _FROM_PIP:
+            name, separator = _FROM_PIP[option]
             environment.setdefault(name, separator.join(value.split()))
     uv = Path(sysconfig.get_path("scripts"), "uv")
     sys.exit(subprocess.run([uv, *sys.argv[1:]], env=environment, check=False).returncode)

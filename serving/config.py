@@ -34,7 +34,7 @@ class ServingConfig(BaseModel):
         0.1,
         gt=0,
         description="Largest mean difference of served and trained log-probabilities, in nats, that proves a swap. "
-        "Two ways of computing in bf16 differ by 0.05 on CPUs without AMX; versions some steps of PPO apart by 0.2.",
+        "Two ways of computing in bf16 differ by 0.05 on CPUs without AMX; versions some rounds of PPO apart by 0.2.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",

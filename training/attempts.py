@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0
 MOST_ATTEMPTS = 5
-PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 T = TypeVar("T")
 AWAY = (OSError, OperationalError, grpc.RpcError)
 """Errors for a full disk, for a store or a server that does not answer, and for a server that refuses."""
@@ -32,7 +32,7 @@ AWAY = (OSError, OperationalError, grpc.RpcError)
 
 def is_transient(error: Exception) -> bool:
     """Whether this error, one of AWAY, may pass by itself. All may, except a refusal, which the server would repeat."""
-    return not isinstance(error, grpc.RpcError) or error.code() in PASSING
+    return not isinstance(error, grpc.RpcError) or error.code() in _PASSING
 
 
 def describe(error: Exception) -> str:

@@ -21,7 +21,7 @@ from training.phases.rewards import load_rewards, make_rewards
 from training.phases.runner import Phase, perform
 from training.runs.folder import RunFolder
 
-LEAST_HELD_OUT = 2  # a single score has no standard deviation
+_LEAST_HELD_OUT = 2  # a single score has no standard deviation
 
 
 def run(context: TrainerContext, folder: RunFolder) -> int:
@@ -76,10 +76,10 @@ def _open(context: TrainerContext, folder: RunFolder) -> Run:
         max_prompt_tokens=config.ppo.max_prompt_tokens,
         max_group_tokens=config.reward_model.micro_batch_tokens,
     )
-    if not (data.training and data.training_prompts and len(data.held_out_prompts) >= LEAST_HELD_OUT):
+    if not (data.training and data.training_prompts and len(data.held_out_prompts) >= _LEAST_HELD_OUT):
         raise TrainingError(
             f"too little to learn from: {len(data.training)} rankings with a comparison, "
             f"{len(data.training_prompts)} prompts to train on, {len(data.held_out_prompts)} held-out prompts "
-            f"(at least {LEAST_HELD_OUT} are needed)"
+            f"(at least {_LEAST_HELD_OUT} are needed)"
         )
     return Run(context, folder, config, parents, SharedLayers(load_model(parents.reference_folder)), data)

@@ -40,7 +40,7 @@ from training.models.device import training_device
 from training.models.tensor_file import save_tensors
 
 SCORE = "score"
-STATE, WEIGHTS = "trainer_state.json", "epoch-{}.safetensors"
+_STATE, _WEIGHTS = "trainer_state.json", "epoch-{}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class _Scored(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Removes the weights of all epochs except the best, once the checkpoint after them is written."""
         best = best_of(_epochs(state))
-        for path in self.scratch.glob(WEIGHTS.format("*")):
+        for path in self.scratch.glob(_WEIGHTS.format("*")):
             if best is None or path != _weights_file(self.scratch, best):
                 path.unlink()
 
@@ -195,12 +195,12 @@ def _epochs(state: TrainerState) -> list[Epoch]:
 
 
 def _weights_file(scratch: Path, epoch: Epoch) -> Path:
-    return scratch / WEIGHTS.format(epoch.index)
+    return scratch / _WEIGHTS.format(epoch.index)
 
 
 def _newest_checkpoint(scratch: Path) -> str | None:
     """Returns the checkpoint to resume from; None if there is none."""
-    whole = [path.parent for path in scratch.glob(f"checkpoint-*/{STATE}") if _is_whole(path)]
+    whole = [path.parent for path in scratch.glob(f"checkpoint-*/{_STATE}") if _is_whole(path)]
     newest = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
     return str(newest) if newest else None
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORE = "reward_model/mean_score_on_validation_prompts"
-BEGINNING = "beginning.json"
-NO_REWARDS = (
+_BEGINNING = "beginning.json"
+_NO_REWARDS = (
     "SFT chooses its epoch by the reward model, and there is none for this reference policy yet: "
     "the first run of `alignd train` makes it"
 )
@@ -76,7 +76,7 @@ class _Tuned:
     """Of the epoch that was kept, by the reward model."""
 
 
-FORM = TypeAdapter(_Beginning)
+_FORM = TypeAdapter(_Beginning)
 
 
 def run_sft(context: TrainerContext, folder: RunFolder) -> policy_service_pb2.Policy:
@@ -143,7 +143,7 @@ def _begin(context: TrainerContext, folder: RunFolder) -> _Beginning:
     """Chooses what the run works with, and keeps it."""
     config, fitted = folder.config(), current(folder.path.parent)
     if fitted is None:
-        raise TrainingError(NO_REWARDS)
+        raise TrainingError(_NO_REWARDS)
     learned, validating = split_demonstrations(
         context.store.demonstrations(),
         context.store.prompts(MAX_STORED_PROMPTS),
@@ -156,14 +156,14 @@ def _begin(context: TrainerContext, folder: RunFolder) -> _Beginning:
         [_tokens(context, each) for each in learned],
         sorted(_validation_prompts(context, config, validating).items()),
     )
-    replace_file(folder.state / BEGINNING, FORM.dump_json(beginning).decode())
+    replace_file(folder.state / _BEGINNING, _FORM.dump_json(beginning).decode())
     return beginning
 
 
 def _load_beginning(folder: RunFolder) -> _Beginning | None:
     """Reads back what `_begin` kept; None if it has not come so far."""
-    kept = folder.state / BEGINNING
-    return FORM.validate_json(kept.read_bytes()) if kept.exists() else None
+    kept = folder.state / _BEGINNING
+    return _FORM.validate_json(kept.read_bytes()) if kept.exists() else None
 
 
 def _scorer(
@@ -174,7 +174,7 @@ def _scorer(
     shared = SharedLayers(load_model(artifact_folder(reference.artifact_uri)))
     rewards = RewardModel(shared, config.reward_model)
     if not load(rewards, runs_dir / beginning.reward_run_id / REWARD_MODEL_FILE, reference.manifest.weight_digest):
-        raise TrainingError(NO_REWARDS)
+        raise TrainingError(_NO_REWARDS)
 
     def score_of(weights: Mapping[str, Tensor]) -> float:
         context.between_rounds(folder.path.name)

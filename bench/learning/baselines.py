@@ -52,7 +52,6 @@ class BagOfWordsBaseline:
     l2_weight: float
     validation: dict[float, float]
     """Accuracy on the validation part of the training data, by L2 weight."""
-    num_features: int
 
 
 def length_baseline(train: Sequence[Comparison], held_out: Sequence[Comparison]) -> LengthBaseline:
@@ -90,7 +89,7 @@ def bag_of_words_baseline(train: Sequence[Comparison], held_out: Sequence[Compar
     # Among equals, the one that keeps weights smaller.
     best = max(L2_WEIGHTS, key=lambda weight: (validation[weight], weight))
     model = fit(train, [best])[best]
-    return BagOfWordsBaseline(credits_of(model, held_out), best, validation, len(model.vocabulary))
+    return BagOfWordsBaseline(credits_of(model, held_out), best, validation)
 
 
 def fit(comparisons: Sequence[Comparison], l2_weights: Sequence[float]) -> dict[float, BagOfWords]:

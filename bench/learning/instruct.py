@@ -80,9 +80,9 @@ SFT = SftConfig(num_epochs=2, min_demonstrations=8)
 
 
 def _ppo_config(size: Size, num_rounds: int, text: Path | None) -> PpoConfig:
-    """Returns the recipe as shipped, except for its size and its passes; with `text`, with the pretraining mix.
+    """Returns the recipe as shipped, except for its size and its epochs; with `text`, with the pretraining mix.
 
-    It makes two passes over a round's rollouts, since a dozen rounds are few, and drawing rollouts is most of what a
+    It makes two epochs over a round's rollouts, since a dozen rounds are few, and drawing rollouts is most of what a
     round costs on a CPU.
     """
     mix = PtxConfig(data=str(text)) if text else PtxConfig()

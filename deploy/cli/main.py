@@ -32,7 +32,7 @@ Recipe = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")]
 
-EXIT_CONFIG = 2
+_EXIT_CONFIG = 2
 EXIT_FAILED = 1
 
 
@@ -259,7 +259,7 @@ def main(run: Callable[[], None] = app) -> None:
         run()
     except ConfigError as error:
         Console(stderr=True).print(f"[red]configuration[/]\n{escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(EXIT_CONFIG)
+        sys.exit(_EXIT_CONFIG)
     except (CallError, ModelError) as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)

@@ -96,14 +96,14 @@ def progress(view: RunView) -> str:
 
 
 def is_sft(name: str) -> bool:
-    """Returns whether this is the id of a run of SFT, or of a lease's holder that works on one."""
+    """Whether this is the id of a run of SFT, or of a lease's holder that works on one."""
     from training.runs.folder import SFT_SUFFIX
 
     return name.endswith(SFT_SUFFIX)
 
 
 def is_worked_on(run: str, control: Control) -> bool:
-    """Returns whether the lease's holder works on this unfinished run: it works on SFT alone, or on all other runs."""
+    """Whether the lease's holder works on this unfinished run: it works on SFT alone, or on all other runs."""
     return trainer_lives(control) and is_sft(control.holder) == is_sft(run)
 
 
@@ -145,5 +145,5 @@ def _finite(value: object) -> float | None:
 
 
 def trainer_lives(control: Control) -> bool:
-    """Returns whether a trainer is at work: it holds the lease, which has not expired."""
+    """Whether a trainer is at work: it holds the lease, which has not expired."""
     return bool(control.holder) and control.expires_at > time.time()

@@ -24,10 +24,10 @@ from training.planning.phases import Phase
 from training.planning.plan import Plan, make_plan
 
 TIMEOUT_SECONDS = 5.0
-BAR_WIDTH = 24
+_BAR_WIDTH = 24
 # Parts below this share of the fullest moment are shown as one.
-SMALL_SHARE = 0.01
-INDENT = (0, 0, 0, 2)
+_SMALL_SHARE = 0.01
+_INDENT = (0, 0, 0, 2)
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ def _page(plan: Plan, found: FoundModel) -> list[RenderableType]:
     return [
         *_facts(plan, found),
         _heading("Parameters"),
-        Padding(_parameters(plan), INDENT, expand=False),
+        Padding(_parameters(plan), _INDENT, expand=False),
         _heading(f"Memory at its fullest ({memory.fullest}): {peak:.1f} of {hardware.memory_gib:.1f} GiB{each}"),
-        Padding(_memory(plan), INDENT, expand=False),
+        Padding(_memory(plan), _INDENT, expand=False),
         _heading(f"Time: about {duration(plan.run_seconds)} for the run"),
-        Padding(_times(plan), INDENT, expand=False),
+        Padding(_times(plan), _INDENT, expand=False),
         *(Text(f"! {warning}", style="yellow") for warning in plan.warnings),
     ]
 
@@ -162,7 +162,7 @@ def _memory(plan: Plan) -> RenderableType:
     table.add_column(justify="right")
     peak, small = memory.peak, 0.0
     for part in memory.at(memory.fullest):
-        if part.bytes < SMALL_SHARE * peak:
+        if part.bytes < _SMALL_SHARE * peak:
             small += part.bytes
         else:
             table.add_row(part.name, size(part.bytes), bar(part.bytes / peak))
@@ -204,7 +204,7 @@ def _heading(text: str) -> Text:
 
 def bar(share: float) -> str:
     """Returns a bar that is full for a share of 1."""
-    return "█" * max(1, round(BAR_WIDTH * share))
+    return "█" * max(1, round(_BAR_WIDTH * share))
 
 
 def size(num_bytes: float) -> str:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from deploy.demo.result import Stage
 
-LINE_EVERY_SECONDS = 15.0
+_LINE_EVERY_SECONDS = 15.0
 
 
 @contextmanager
@@ -47,7 +47,7 @@ class Bar:
         """Shows how far the stage is. `total` is None while it is not known."""
         if self.progress and self.task is not None:
             self.progress.update(self.task, completed=done, total=total, detail=detail)
-        elif time.monotonic() - self.spoke_at >= LINE_EVERY_SECONDS:
+        elif time.monotonic() - self.spoke_at >= _LINE_EVERY_SECONDS:
             self.spoke_at = time.monotonic()
             share = f"{done:.0f} of {total:.0f}" if total else f"{self.spoke_at - self.started_at:.0f} s"
             self.console.print(f"  {self.name}: {share}  {detail}".rstrip(), highlight=False, markup=False)

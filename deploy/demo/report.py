@@ -20,7 +20,7 @@ from training.report.page import write_report
 from training.runs.folder import REPORT_FILE
 
 TEMPLATE = "report.html.jinja"
-NEW, OLD, QUIET = "bold blue", "bright_black", "bright_black"
+NEW, OLD, _QUIET = "bold blue", "bright_black", "bright_black"
 
 
 def finish(result: DemoResult, folder: Path, console: Console) -> None:
@@ -56,22 +56,22 @@ def render_html(result: DemoResult) -> str:
 def print_report(result: DemoResult, console: Console) -> None:
     """Prints the report to `console`."""
     for part in (
-        Rule(style=QUIET),
+        Rule(style=_QUIET),
         Text(result.verdict, style="bold"),
         _figures(result),
         Text(f"The training run learned from {result.run.num_rankings} rankings. {result.run.finding}"),
         _examples(result),
         _stages(result),
-        Text(f"{result.machine} · {_versions(result)}", style=QUIET),
+        Text(f"{result.machine} · {_versions(result)}", style=_QUIET),
     ):
         console.print(Padding(part, (0, 0, 1, 2)))
 
 
 def _figures(result: DemoResult) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style=QUIET)
+    table.add_column(style=_QUIET)
     table.add_column(justify="right", style=NEW)
-    table.add_column(style=QUIET)
+    table.add_column(style=_QUIET)
     table.add_row("win rate by hidden utility", *_win_rate(result.by_utility))
     table.add_row("win rate by reward model", *_win_rate(result.by_reward_model))
     swap = (
@@ -98,7 +98,7 @@ def _examples(result: DemoResult) -> RenderableType:
     blocks: list[RenderableType] = []
     for example in result.examples:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-        table.add_column(style=QUIET, no_wrap=True)
+        table.add_column(style=_QUIET, no_wrap=True)
         table.add_column(overflow="fold")
         # As Text, so that brackets in what a policy wrote are not taken for markup.
         table.add_row("before", Text(example.before, style=OLD))
@@ -109,7 +109,7 @@ def _examples(result: DemoResult) -> RenderableType:
 
 def _stages(result: DemoResult) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style=QUIET)
+    table.add_column(style=_QUIET)
     table.add_column(justify="right")
     table.add_column(style="blue")
     longest = max(stage.seconds for stage in result.stages)

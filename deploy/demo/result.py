@@ -83,7 +83,7 @@ class DemoResult:
     by_utility: WinRate
     """Of the new policy over the reference policy on held-out prompts, by what the users want."""
     by_reward_model: WinRate
-    """The same by the trainer's own judgement, on prompts that the trainer held out."""
+    """The same by the reward model, on prompts that the trainer held out."""
     run: TrainingRun
     users: Users
     examples: Sequence[Example]

@@ -36,9 +36,9 @@ from deploy.simulation.user import calibrated_labelers, run_users
 from deploy.up import child_environment
 from training.runs.record import METRICS_FILE
 
-TRAINING_TIMEOUT_SECONDS = 3600.0
-AFTER_SWAP_SECONDS = 3.0
-CALL_TIMEOUT_SECONDS = 30.0
+_TRAINING_TIMEOUT_SECONDS = 3600.0
+_AFTER_SWAP_SECONDS = 3.0
+_CALL_TIMEOUT_SECONDS = 30.0
 
 
 def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, began_at: float | None) -> bool:
@@ -108,7 +108,8 @@ async def _run_stages_while_up(
     """Runs the stages while `alignd up` runs.
 
     Raises:
-        DemoError: `alignd up` has ended; and all that _run_stages raises.
+        DemoError, RunError: `alignd up` has ended, or a stage failed.
+        AligndError, grpc.aio.AioRpcError: a call that a stage cannot do without failed.
     """
     ended = asyncio.create_task(until_ended(supervisor, config.data_dir / "up.log"))
     return await beside(ended, _run_stages(config, simulation, stages, tally, began_at))
@@ -147,7 +148,7 @@ async def _run_stages(
     with stages.stage("learn, register, swap") as bar:
         both = asyncio.gather(_until_swapped(config, traffic, bar), _ask_reference(config, simulation, held_out, tally))
         (run, replica, policy), before = await beside(asking, both)
-        await asyncio.sleep(AFTER_SWAP_SECONDS)
+        await asyncio.sleep(_AFTER_SWAP_SECONDS)
         traffic.stop()
         await asking
     stages.split(phase_seconds(run, began_training))
@@ -212,7 +213,7 @@ async def _until_swapped(
     started = time.monotonic()
     async with grpc.aio.insecure_channel(config.server_address) as channel:
         policies = policy_service_pb2_grpc.PolicyServiceStub(channel)
-        while time.monotonic() - started < TRAINING_TIMEOUT_SECONDS:
+        while time.monotonic() - started < _TRAINING_TIMEOUT_SECONDS:
             run = read_run(config.runs_dir)
             last = run.last
             traffic.busy = last["phase"] in ("evaluate", "register", "done")
@@ -220,16 +221,16 @@ async def _until_swapped(
             for record in run.of("register"):
                 if not record["promoted"]:
                     raise RunError(f"the new policy did not pass: {run.of('evaluate')}")
-                response = await policies.ListPolicies(policy_pb.ListPoliciesRequest(), timeout=CALL_TIMEOUT_SECONDS)
+                response = await policies.ListPolicies(policy_pb.ListPoliciesRequest(), timeout=_CALL_TIMEOUT_SECONDS)
                 replica = swapped(response, record["version"])
                 if replica:
                     name = f"v{record['version']}"
                     found = await policies.GetPolicy(
-                        policy_pb.GetPolicyRequest(policy=name), timeout=CALL_TIMEOUT_SECONDS
+                        policy_pb.GetPolicyRequest(policy=name), timeout=_CALL_TIMEOUT_SECONDS
                     )
                     return run, replica, found.policy
             await asyncio.sleep(POLL_SECONDS)
-    raise DemoError(f"no new policy in {TRAINING_TIMEOUT_SECONDS:.0f} s")
+    raise DemoError(f"no new policy in {_TRAINING_TIMEOUT_SECONDS:.0f} s")
 
 
 def make_model(quick: bool, root: Path) -> str:
@@ -274,7 +275,7 @@ def set_up(quick: bool, config: AligndConfig) -> None:
         os.environ["ALIGND_BUS"] = f"{config.bus}/{folder.name}"
 
 
-# The same path in two minutes, with fewer of everything. A random model has nothing to learn from, so the new policy
+# The same path in a minute, with fewer of everything. A random model has nothing to learn from, so the new policy
 # goes live whatever its win rate.
 QUICK = {
     "ALIGND_SERVING__MAX_MODEL_LEN": "512",

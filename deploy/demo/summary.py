@@ -20,7 +20,7 @@ from training.report.history import read_run
 from training.report.summary import WIN_RATE, finding
 from training.runs.folder import REPORT_FILE
 
-NUM_EXAMPLES = 3
+_NUM_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
     shown = zip(prompts, observed.before, observed.after, strict=True)
     return [
         Example(prompt, before.completions[0].text, after.completions[0].text)
-        for prompt, before, after in list(shown)[:NUM_EXAMPLES]
+        for prompt, before, after in list(shown)[:_NUM_EXAMPLES]
     ]
 
 

@@ -11,9 +11,9 @@ from deploy.simulation.labelers import Labeler
 from deploy.simulation.user import Turn, as_prompt, run_users
 
 # Between two requests while the trainer works: short enough to show that serving continues, long enough to leave the
-# processor to the trainer. Around the swap BUSY_USERS ask at once.
-GENTLE_PAUSE_SECONDS = 4.0
-BUSY_USERS = 4
+# processor to the trainer. Around the swap _BUSY_USERS ask at once.
+_GENTLE_PAUSE_SECONDS = 4.0
+_BUSY_USERS = 4
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Traffic:
     async def run(self) -> None:
         """Asks until `stop` is called: one request at a time, or several at once while `busy`."""
         while not self._stop.is_set():
-            count = BUSY_USERS if self.busy else 1
+            count = _BUSY_USERS if self.busy else 1
             prompts = [next(self._prompts) for _ in range(count)]
             await run_users(self._address, prompts, self._labelers[:count], self._config, self._tally.add)
             if not self.busy:
@@ -62,7 +62,7 @@ class Traffic:
 
     async def _pause(self) -> None:
         try:
-            await asyncio.wait_for(self._stop.wait(), GENTLE_PAUSE_SECONDS)
+            await asyncio.wait_for(self._stop.wait(), _GENTLE_PAUSE_SECONDS)
         except TimeoutError:
             return
 

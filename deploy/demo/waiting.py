@@ -35,7 +35,11 @@ async def until_ended(supervisor: subprocess.Popen[bytes], log: Path) -> None:
 
 
 async def beside(other: asyncio.Task[None], work: Awaitable[T]) -> T:
-    """Returns the result of `work`. If `other` fails first, cancels `work` and raises what `other` raised."""
+    """Returns the result of `work`; cancels it if `other` fails first.
+
+    Raises:
+        Exception: what `work` or `other` raised.
+    """
     working = asyncio.ensure_future(work)
     await asyncio.wait({working, other}, return_when=asyncio.FIRST_COMPLETED)
     if other.done() and not working.done():

@@ -20,7 +20,7 @@ from itertools import combinations, groupby
 import numpy as np
 import numpy.typing as npt
 
-INSTRUCTGPT_AGREEMENT = 0.726
+_INSTRUCTGPT_AGREEMENT = 0.726
 
 
 class CalibrationError(ValueError):
@@ -60,7 +60,7 @@ def make_labelers(num_users: int, seed: int, temperature: float) -> list[Labeler
     return [Labeler(f"simulated-{i:03d}", seed * 1_000_003 + i, temperature) for i in range(num_users)]
 
 
-def calibrate_temperature(groups: Iterable[Sequence[float]], agreement: float = INSTRUCTGPT_AGREEMENT) -> float:
+def calibrate_temperature(groups: Iterable[Sequence[float]], agreement: float = _INSTRUCTGPT_AGREEMENT) -> float:
     """Returns the temperature at which two labelers are expected to agree on the share `agreement` of all comparisons.
 
     Expected agreement falls steadily from its greatest value to 1/2 as temperature rises, so bisection finds the one

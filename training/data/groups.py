@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-PROMPT, PADDING = 0, -1
+PROMPT, _PADDING = 0, -1
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def pack(groups: Sequence[Group]) -> PackedGroups:
     num_tokens = max(map(len, groups))
     tokens_GT = torch.zeros(len(groups), num_tokens, dtype=torch.long)
     positions_GT = torch.zeros_like(tokens_GT)
-    segments_GT = torch.full_like(tokens_GT, PADDING)
+    segments_GT = torch.full_like(tokens_GT, _PADDING)
     for row, group in enumerate(groups):
         tokens, positions, segments = _row(group)
         tokens_GT[row, : len(tokens)] = torch.tensor(tokens)

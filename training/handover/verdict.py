@@ -20,7 +20,7 @@ from training.ppo.rollouts import Request, Rollout, from_row, to_row
 from training.runs.folder import NUM_SAMPLE_PAIRS, SamplePair
 
 WIN_RATE, KL = "reward_model/win_rate_over_reference", "objective/kl_from_reference"
-ANSWERS = "answers.json"
+_ANSWERS = "answers.json"
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def draw_answers(run: Run, weights: Mapping[str, Tensor]) -> list[Rollout]:
     seed = run.config.seed + len(prompts)
     drawn = run.context.draw(Request(weights.items(), prompts, 1, run.config.ppo.max_tokens, seed))
     answers = [each[0] for each in drawn]
-    write_json(run.folder.state / ANSWERS, [to_row(each) for each in answers])
+    write_json(run.folder.state / _ANSWERS, [to_row(each) for each in answers])
     return answers
 
 
 def load_answers(run: Run) -> list[Rollout] | None:
     """Reads back the answers that `draw_answers` wrote; returns None if they have not been drawn yet."""
-    path = run.folder.state / ANSWERS
+    path = run.folder.state / _ANSWERS
     return [from_row(each) for each in json.loads(path.read_text())] if path.exists() else None
 
 

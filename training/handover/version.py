@@ -23,7 +23,7 @@ from training.runs.folder import RunFolder
 from training.runs.policy_client import PolicyClient
 
 # A run that was killed is looked for among this many of the newest versions.
-RECENT = 20
+_RECENT = 20
 
 
 def write_version(run: Run, rewards: Rewards, weights: Mapping[str, Tensor], verdict: Verdict) -> Path:
@@ -128,13 +128,13 @@ def next_version(context: TrainerContext) -> int:
 
 def _registered_by(client: PolicyClient, run_id: str) -> Policy | None:
     """Returns the version that this run has registered: an attempt may have been killed after it did."""
-    return next((each for each in client.newest(RECENT) if each.manifest.training.run_id == run_id), None)
+    return next((each for each in client.newest(_RECENT) if each.manifest.training.run_id == run_id), None)
 
 
 def _written_by(policies_dir: Path, run_id: str) -> Path | None:
     """Returns the folder of the version that this run has written: an attempt may have ended before registration."""
     folders = _folders(policies_dir)
-    recent = [folders[version] for version in sorted(folders, reverse=True)[:RECENT]]
+    recent = [folders[version] for version in sorted(folders, reverse=True)[:_RECENT]]
     return next((folder for folder in recent if _run_of(folder) == run_id), None)
 
 

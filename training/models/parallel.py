@@ -26,10 +26,10 @@ from training.data.groups import micro_batches
 from training.errors import TrainingError
 
 # There is little work between two collectives of a pass, so that a longer wait means that a rank hangs.
-PASS_TIMEOUT = timedelta(minutes=30)
+_PASS_TIMEOUT = timedelta(minutes=30)
 # The other ranks wait while the first waits for rankings, is paused, or fits the reward model.
-WAIT_TIMEOUT = timedelta(days=365)
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+_WAIT_TIMEOUT = timedelta(days=365)
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 T = TypeVar("T")
 
@@ -85,8 +85,8 @@ def join(num_processes: int) -> Ranks:
                 f"training.num_processes is {num_processes}, but the number of GPUs is {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(BACKENDS[device], timeout=PASS_TIMEOUT)
-    talk = distributed.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    distributed.init_process_group(_BACKENDS[device], timeout=_PASS_TIMEOUT)
+    talk = distributed.new_group(backend="gloo", timeout=_WAIT_TIMEOUT)
     return Ranks(distributed.get_rank(), num_processes, init_device_mesh(device, (num_processes,)), talk)
 
 

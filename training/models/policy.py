@@ -33,8 +33,8 @@ from training.models.logprobs import label_logprobs, label_logprobs_and_entropy
 from training.models.parallel import ALONE, Ranks, shard, whole
 from training.models.tensor_file import save_tensors
 
-WEIGHTS_FILE = "model.safetensors"
-ADAPTER = "default"
+_WEIGHTS_FILE = "model.safetensors"
+_ADAPTER = "default"
 SCORING_TOKENS = 8192
 """Most tokens, padding included, in a forward pass without gradients."""
 
@@ -85,7 +85,7 @@ class UpperLayers(nn.Module):
             found = [name for name, module in self.layers.named_modules() if isinstance(module, nn.Linear)]
             targets = sorted({name.rpartition(".")[2] for name in found})
             adapters = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)  # type: ignore[arg-type]
-            inject_adapter_in_model(adapters, self, adapter_name=ADAPTER)
+            inject_adapter_in_model(adapters, self, adapter_name=_ADAPTER)
             # peft makes adapters in the type of the weights. In bf16 most steps would be too small to change a weight.
             for parameter in self.parameters():
                 if parameter.requires_grad:
@@ -224,7 +224,7 @@ def tensors_of(upper: UpperLayers) -> Iterator[tuple[str, Tensor]]:
 def _merged(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted: dict[str, Any] = {name: each for name, each in layer.named_modules() if hasattr(each, "get_delta_weight")}
     for name, module in adapted.items():
-        yield f"{name}.weight", module.get_base_layer().weight.float() + module.get_delta_weight(ADAPTER)
+        yield f"{name}.weight", module.get_base_layer().weight.float() + module.get_delta_weight(_ADAPTER)
     for name, tensor in layer.named_parameters():
         if not any(name.startswith(f"{each}.") for each in adapted):
             yield name, tensor
@@ -258,7 +258,7 @@ def save_policy(folder: Path, shared: SharedLayers, upper: UpperLayers, source: 
 def save_weights(folder: Path, weights: Mapping[str, Tensor], source: Path) -> None:
     """Writes weights that `merged_weights` has returned, and copies the other files from the version at `source`."""
     _copy_settings(source, folder)
-    save_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+    save_tensors(folder / _WEIGHTS_FILE, weights, {"format": "pt"})
 
 
 def _copy_settings(source: Path, folder: Path) -> None:

@@ -15,8 +15,8 @@ from training.rewards.label_next import label_next
 from training.rewards.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_held_out_model, refresh
 from training.runs.checkpoint import newest_checkpoint, save_checkpoint
 
-MAX_UNRANKED, NUM_LABEL_NEXT = 64, 20
-HEADS_ALONE = {"num_trained_layers": 0}
+_MAX_UNRANKED, _NUM_LABEL_NEXT = 64, 20
+_HEADS_ALONE = {"num_trained_layers": 0}
 
 
 def load_rewards(run: Run) -> Rewards | None:
@@ -25,7 +25,7 @@ def load_rewards(run: Run) -> Rewards | None:
     found = newest_checkpoint(run.folder.state / "rewards")
     if found is None:
         return None
-    model, held_out_model = (RewardModel(run.shared, each) for each in (config, config.model_copy(update=HEADS_ALONE)))
+    model, held_out_model = (RewardModel(run.shared, each) for each in (config, config.model_copy(update=_HEADS_ALONE)))
     for each, prefix in ((model, "model."), (held_out_model, "held_out_model.")):
         each.load_state_dict({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
     fitted = Fitted.of_json(found.facts["fitted"])
@@ -83,7 +83,7 @@ def _reference_answers(run: Run) -> Request:
 def _name_what_to_label(run: Run, model: RewardModel) -> None:
     """Writes which unranked samples would teach the reward model most."""
     origin = run.folder.origin()
-    unranked = run.context.store.unranked(MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
+    unranked = run.context.store.unranked(_MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
     # The model learns nothing from rankings of held-out prompts or by held-out users; only its user ranks a sample.
     teaching = [
         each
@@ -96,4 +96,4 @@ def _name_what_to_label(run: Run, model: RewardModel) -> None:
         max_prompt_tokens=run.config.ppo.max_prompt_tokens,
         max_group_tokens=run.config.reward_model.micro_batch_tokens,
     )  # fmt: skip
-    run.folder.write_label_next(found[:NUM_LABEL_NEXT])
+    run.folder.write_label_next(found[:_NUM_LABEL_NEXT])

@@ -17,11 +17,11 @@ from policies.precision import compute_dtype
 from training.models.device import training_device
 
 GIB = 2**30
-MATMUL_SECONDS = 0.3
+_MATMUL_SECONDS = 0.3
 # Widths of square matrices that keep the device busy, and bytes to read that are more than any cache has.
-MATMUL_WIDTH = {"cpu": 2048, "cuda": 8192}
-READ_BYTES = GIB
-NUM_READS = 3
+_MATMUL_WIDTH = {"cpu": 2048, "cuda": 8192}
+_READ_BYTES = GIB
+_NUM_READS = 3
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Hardware:
         return self.matmul_gflop_s * 1e9 * self.num_devices
 
 
-def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
+def this_machine(read_bytes: int = _READ_BYTES) -> Hardware:
     """Measures this machine in about a second: the first of its GPUs, or its CPU if there is none.
 
     On a CPU `memory_gib` is all memory of the machine. On a GPU it is the memory that is free now, because what others
@@ -97,14 +97,14 @@ def this_machine(read_bytes: int = READ_BYTES) -> Hardware:
 def _read_rate(device: torch.device, num_bytes: int) -> float:
     """Returns bytes read a second: the best of a few sums over memory."""
     values = torch.ones(num_bytes // 4, device=device)
-    return values.nbytes / min(_seconds(device, values.sum) for _ in range(NUM_READS))
+    return values.nbytes / min(_seconds(device, values.sum) for _ in range(_NUM_READS))
 
 
 def _matmul_rate(device: torch.device) -> float:
     """Returns FLOPs a second: the best of the matrix products done in a fixed time."""
-    width = MATMUL_WIDTH[device.type]
+    width = _MATMUL_WIDTH[device.type]
     a, b = (torch.randn(width, width, device=device).to(compute_dtype(device)) for _ in range(2))
-    best, until = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    best, until = float("inf"), time.perf_counter() + _MATMUL_SECONDS
     while True:
         best = min(best, _seconds(device, lambda: a @ b))
         if time.perf_counter() > until:

@@ -23,27 +23,27 @@ from training.rewards.fit import PROBED_RANKINGS
 Moment = Literal["reward model", "start of PPO", "update"]
 """Moments of a run at which most memory may be in use."""
 
-WHOLE: tuple[Moment, ...] = ("reward model", "start of PPO")
+_WHOLE: tuple[Moment, ...] = ("reward model", "start of PPO")
 """The moments before the devices have divided the models."""
 PPO: tuple[Moment, ...] = ("update",)
-MOMENTS: tuple[Moment, ...] = (*WHOLE, *PPO)
+MOMENTS: tuple[Moment, ...] = (*_WHOLE, *PPO)
 
-BF16, FP32 = 2, 4
-ADAM = 2 * FP32
+BF16, _FP32 = 2, 4
+_ADAM = 2 * _FP32
 # Bytes that a layer's two norms keep for each number of a token's hidden state, by the bytes of a number. With adapters
 # the norms' weights need no gradient, and all matrices share the same states.
 # bf16: each norm's input in fp32 and its output in bf16, cast to bf16 again for each of q, k and v, or gate and up.
 # fp32: the output of the layer's half, the norm's scaled input, and its output; nothing is cast.
-NORMS = {BF16: 22, FP32: 24}
-NORMS_UNDER_ADAPTERS = {BF16: 12, FP32: 16}
+_NORMS = {BF16: 22, _FP32: 24}
+_NORMS_UNDER_ADAPTERS = {BF16: 12, _FP32: 16}
 # The same for the last norm. In fp32 its input is the last layer's output, and its own output is not kept.
-LAST_NORM = {BF16: 6, FP32: 4}
+_LAST_NORM = {BF16: 6, _FP32: 4}
 # Bytes for each logit of a chunk: the logit and its softmax in fp32, and the softmax's copy in bf16.
-LOGITS = {BF16: 2 * FP32 + BF16, FP32: 2 * FP32}
+_LOGITS = {BF16: 2 * _FP32 + BF16, _FP32: 2 * _FP32}
 # Whole layers that FSDP keeps on each device: two gathered layers with the buffers that they are gathered in, and one
 # layer's gradient with the buffer that it is divided from.
-GATHERED_LAYERS = 5
-ROLLOUT_FIELDS = 9
+_GATHERED_LAYERS = 5
+_ROLLOUT_FIELDS = 9
 """Numbers kept of each rollout's token: log-probabilities, values, advantages and the like."""
 
 
@@ -104,10 +104,10 @@ def activation_bytes(
     again.
     """
     model, number = work.model, work.number_bytes
-    norms = (NORMS_UNDER_ADAPTERS if adapters else NORMS)[number] * model.hidden
-    attention = 4 * number * model.attention + FP32 * model.num_heads  # q, k, v, the result with its logsumexp.
+    norms = (_NORMS_UNDER_ADAPTERS if adapters else _NORMS)[number] * model.hidden
+    attention = 4 * number * model.attention + _FP32 * model.num_heads  # q, k, v, the result with its logsumexp.
     gated = 4 * number * model.intermediate  # gate, its activation, up, and their product.
-    layer = tokens * (norms + attention + gated + 2 * FP32 + number * row)
+    layer = tokens * (norms + attention + gated + 2 * _FP32 + number * row)
     if checkpointing and num_layers:
         return tokens * num_layers * number * model.hidden + layer
     return num_layers * layer
@@ -115,12 +115,12 @@ def activation_bytes(
 
 def last_norm_bytes(work: Workload, tokens: float) -> float:
     """Returns the bytes kept of the states that leave the last layer, and of the slopes of the log-probabilities."""
-    return (LAST_NORM[work.number_bytes] + FP32) * tokens * work.model.hidden
+    return (_LAST_NORM[work.number_bytes] + _FP32) * tokens * work.model.hidden
 
 
 def logit_bytes(work: Workload, tokens: float) -> float:
     """Returns the bytes of one chunk's logits, and of what is computed from them."""
-    return LOGITS[work.number_bytes] * min(CHUNK_TOKENS, tokens) * work.model.vocabulary
+    return _LOGITS[work.number_bytes] * min(CHUNK_TOKENS, tokens) * work.model.vocabulary
 
 
 def _engine(work: Workload) -> tuple[MemoryPart, ...]:
@@ -137,7 +137,7 @@ def _frozen(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     divided = work.model.total - layers + layers / num_devices
     loaded = work.model.total + work.upper_parameters
     return (
-        MemoryPart("reference", number * work.model.total, WHOLE),
+        MemoryPart("reference", number * work.model.total, _WHOLE),
         MemoryPart("policy as it is loaded", number * loaded, ("start of PPO",), "ppo.num_frozen_layers"),
         MemoryPart("reference in PPO", number * divided, PPO),
         MemoryPart("reference: its upper layers again", upper, PPO, "ppo.num_frozen_layers"),
@@ -157,16 +157,16 @@ def _trained(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     calibrates = bool(config.ptx.data) and config.ptx.gamma is None
     layers = "reward_model.num_trained_layers"
     return (
-        MemoryPart("policy: trained weights, fp32", FP32 * policy, PPO, few),
-        MemoryPart("policy: gradients, fp32", FP32 * policy, PPO, few),
-        MemoryPart("policy: Adam's moments, fp32", ADAM * policy, PPO, few),
-        MemoryPart("policy: last good weights", FP32 * policy, PPO, few),
-        MemoryPart("policy: average of weights", FP32 * policy if config.ema_decay else 0, PPO, "ppo.ema_decay"),
+        MemoryPart("policy: trained weights, fp32", _FP32 * policy, PPO, few),
+        MemoryPart("policy: gradients, fp32", _FP32 * policy, PPO, few),
+        MemoryPart("policy: Adam's moments, fp32", _ADAM * policy, PPO, few),
+        MemoryPart("policy: last good weights", _FP32 * policy, PPO, few),
+        MemoryPart("policy: average of weights", _FP32 * policy if config.ema_decay else 0, PPO, "ppo.ema_decay"),
         MemoryPart(
-            "policy: PPO's gradient set apart", FP32 * policy if calibrates else 0, ("update",), "ppo.ptx.gamma"
+            "policy: PPO's gradient set apart", _FP32 * policy if calibrates else 0, ("update",), "ppo.ptx.gamma"
         ),
-        MemoryPart("value model: weights, fp32", FP32 * value, PPO, layers),
-        MemoryPart("value model: gradients and moments", (FP32 + ADAM) * value, PPO, layers),
+        MemoryPart("value model: weights, fp32", _FP32 * value, PPO, layers),
+        MemoryPart("value model: gradients and moments", (_FP32 + _ADAM) * value, PPO, layers),
     )  # fmt: skip
 
 
@@ -175,11 +175,11 @@ def _reward_fit(work: Workload) -> tuple[MemoryPart, ...]:
     config, model, layers = work.config.reward_model, work.model, work.reward_layers
     own = layers * model.layer
     rankings = min(work.learned_rankings, PROBED_RANKINGS) if layers else work.learned_rankings
-    features = 2 * FP32 * rankings * work.config.ppo.rollouts_per_prompt * work.features
+    features = 2 * _FP32 * rankings * work.config.ppo.rollouts_per_prompt * work.features
     row = config.micro_batch_tokens
     moment: tuple[Moment, ...] = ("reward model",)
     return (
-        MemoryPart("reward model: trained", (2 * FP32 + ADAM) * own, moment, "reward_model.num_trained_layers"),
+        MemoryPart("reward model: trained", (2 * _FP32 + _ADAM) * own, moment, "reward_model.num_trained_layers"),
         MemoryPart("reward model: the one before", work.number_bytes * own, moment),
         MemoryPart("reward model: weights as used", work.number_bytes * own, moment),
         MemoryPart("reward model: what the heads read", features, moment, "reward_model.max_rankings"),
@@ -199,12 +199,12 @@ def _passes(work: Workload, num_devices: int) -> tuple[MemoryPart, ...]:
     policy = activation_bytes(
         work, work.policy_layers, tokens, row, checkpointing=checkpointing, adapters=bool(work.lora_parameters)
     )
-    value = activation_bytes(work, work.reward_layers, tokens, row) + FP32 * tokens * work.features
+    value = activation_bytes(work, work.reward_layers, tokens, row) + _FP32 * tokens * work.features
     fewer = "ppo.micro_batch_tokens" if checkpointing else "ppo.micro_batch_tokens or ppo.gradient_checkpointing"
     at_once = model.layer if checkpointing else work.upper_parameters
     cast = (0 if work.lora_parameters else at_once) + work.value_parameters
-    stored = work.number_bytes if work.lora_parameters else FP32
-    gathered = GATHERED_LAYERS * stored * model.layer if num_devices > 1 else 0
+    stored = work.number_bytes if work.lora_parameters else _FP32
+    gathered = _GATHERED_LAYERS * stored * model.layer if num_devices > 1 else 0
     return (
         MemoryPart("trained weights, cast to bf16", BF16 * cast if work.number_bytes == BF16 else 0, ("update",)),
         MemoryPart("layers gathered from all devices", gathered, ("update",)),
@@ -227,4 +227,4 @@ def round_bytes(work: Workload) -> float:
     states = 1 if reward_first == work.frozen_layers else 2
     number = work.number_bytes
     row = states * number * model.hidden + work.row_tokens + 2 * number * model.head_width + 2 * 8
-    return work.round_tokens * row + work.predicted_tokens * (FP32 * ROLLOUT_FIELDS + 2 * 8 + 1)
+    return work.round_tokens * row + work.predicted_tokens * (_FP32 * _ROLLOUT_FIELDS + 2 * 8 + 1)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from training.planning.hardware import Hardware
 from training.planning.workload import Workload
 
-FORWARD_BACKWARD = 3
+_FORWARD_BACKWARD = 3
 # The output embedding is frozen: see training.models.logprobs.
 FORWARD_SLOPE = 2
 # Bytes for each parameter: AdamW reads weight, gradient and two moments, and writes all except the gradient, in fp32.
-ADAMW_BYTES = 7 * 4
+_ADAMW_BYTES = 7 * 4
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def layer_update_flops(work: Workload, tokens: float, row: float) -> float:
     """
     model, layers, config = work.model, work.policy_layers, work.config.ppo
     again = 1 if config.gradient_checkpointing else 0
-    weights = FORWARD_BACKWARD - 1 if config.lora.rank else FORWARD_BACKWARD
+    weights = _FORWARD_BACKWARD - 1 if config.lora.rank else _FORWARD_BACKWARD
     return (
         (weights + again) * model.weight_flops(tokens, layers)
-        + (FORWARD_BACKWARD + again) * model.attention_flops(tokens, row, layers)
-        + (FORWARD_BACKWARD + again) * 2.0 * tokens * work.lora_parameters
+        + (_FORWARD_BACKWARD + again) * model.attention_flops(tokens, row, layers)
+        + (_FORWARD_BACKWARD + again) * 2.0 * tokens * work.lora_parameters
     )
 
 
@@ -122,9 +122,9 @@ def _update(work: Workload, hardware: Hardware) -> Phase:
     """Predicts forward and backward passes through what is trained, and the optimizer's steps."""
     config, model = work.config.ppo, work.model
     once = layer_update_flops(work, work.round_tokens, work.row_tokens)
-    once += FORWARD_BACKWARD * model.forward_flops(work.round_tokens, work.row_tokens, work.reward_layers)
+    once += _FORWARD_BACKWARD * model.forward_flops(work.round_tokens, work.row_tokens, work.reward_layers)
     once += FORWARD_SLOPE * model.head_flops(work.predicted_tokens)
-    moved = ADAMW_BYTES * work.trained_parameters * config.num_epochs * config.num_minibatches
+    moved = _ADAMW_BYTES * work.trained_parameters * config.num_epochs * config.num_minibatches
     return _matmuls(
         "update",
         config.num_epochs * work.round_tokens,
@@ -150,7 +150,7 @@ def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
     learned = work.learned_rankings * row
     held_out = 2 * work.config.reward_model.max_rankings * row - 2 * learned
     flops = model.forward_flops(learned, row, work.reward_level - layers)
-    flops += FORWARD_BACKWARD * model.forward_flops(learned, row, layers)
+    flops += _FORWARD_BACKWARD * model.forward_flops(learned, row, layers)
     flops += model.forward_flops(held_out, row, work.reward_level)
     return _matmuls("reward model", learned + held_out, flops, hardware, hardware.efficiency.reward_model)
 

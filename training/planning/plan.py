@@ -17,8 +17,8 @@ from training.planning.phases import Phase, plan_once, plan_round
 from training.planning.workload import Workload, assume
 
 # The rest is for the allocator's rounding and fragments, and for memory that libraries use themselves.
-SAFE_SHARE = 0.9
-NUM_NAMED_FIELDS = 3
+_SAFE_SHARE = 0.9
+_NUM_NAMED_FIELDS = 3
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def _warnings(work: Workload, hardware: Hardware, memory: Memory, num_devices: i
 
 def _fit_warnings(hardware: Hardware, memory: Memory) -> Iterator[str]:
     moment, peak = memory.fullest, memory.peak / GIB
-    if peak <= SAFE_SHARE * hardware.memory_gib:
+    if peak <= _SAFE_SHARE * hardware.memory_gib:
         return
     verdict = "does not fit" if peak > hardware.memory_gib else "leaves less than a tenth free"
     fields = dict.fromkeys(part.field for part in memory.at(moment) if part.field)
     yield (
         f"memory: {peak:.1f} GiB of {hardware.memory_gib:.1f} GiB at its fullest ({moment}) {verdict}; "
-        f"settings that would help most: {', '.join(list(fields)[:NUM_NAMED_FIELDS])}"
+        f"settings that would help most: {', '.join(list(fields)[:_NUM_NAMED_FIELDS])}"
     )
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from training.config import TrainingConfig
 from training.planning.model_size import ModelSize
 
-PROMPT_SHARE = 0.25
-COMPLETION_SHARE = 0.75
+_PROMPT_SHARE = 0.25
+_COMPLETION_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Workload:
     prompt_tokens: float
     completion_tokens: float
     number_bytes: int
-    """Bytes of a number in the precision that the device computes in: 2 or 4 (training.models.device)."""
+    """Bytes of a number in the precision that the device computes in: 2 or 4 (policies.precision)."""
 
     @property
     def frozen_layers(self) -> int:
@@ -141,7 +141,7 @@ def assume(
     return Workload(
         config=config,
         model=model,
-        prompt_tokens=prompt_tokens or PROMPT_SHARE * config.ppo.max_prompt_tokens,
-        completion_tokens=completion_tokens or COMPLETION_SHARE * config.ppo.max_tokens,
+        prompt_tokens=prompt_tokens or _PROMPT_SHARE * config.ppo.max_prompt_tokens,
+        completion_tokens=completion_tokens or _COMPLETION_SHARE * config.ppo.max_tokens,
         number_bytes=number_bytes,
     )

@@ -14,14 +14,14 @@ from training.config import PpoConfig
 
 Metrics = Mapping[str, float]
 
-WATCHED = ("objective/kl", "objective/score", "objective/held_out_score", "objective/entropy", "rollout/sampler_gap")
-GOOD_HELD_OUT_DROP = 1.0
+_WATCHED = ("objective/kl", "objective/score", "objective/held_out_score", "objective/entropy", "rollout/sampler_gap")
+_GOOD_HELD_OUT_DROP = 1.0
 
 
 def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
     """Returns why PPO should not continue after the last of these rounds; None if it should."""
     now = rounds[-1]
-    broken = [name for name in WATCHED if not math.isfinite(now[name])]
+    broken = [name for name in _WATCHED if not math.isfinite(now[name])]
     if broken:
         return f"not finite: {', '.join(broken)}"
     if now["objective/kl"] > config.max_kl:
@@ -42,7 +42,7 @@ def stop_reason(rounds: Sequence[Metrics], config: PpoConfig) -> str | None:
 
 def is_good(rounds: Sequence[Metrics]) -> bool:
     """Whether the last round's policy may be kept: its held-out score is at most a standard error below the best."""
-    return _below_best(rounds[-1], _best(rounds)) <= GOOD_HELD_OUT_DROP
+    return _below_best(rounds[-1], _best(rounds)) <= _GOOD_HELD_OUT_DROP
 
 
 def held_out_drop(rounds: Sequence[Metrics]) -> float:

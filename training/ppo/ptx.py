@@ -28,8 +28,8 @@ from training.models.policy import SharedLayers, UpperLayers, completion_logprob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHUFFLE_BUFFER = 1000
-FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_SHUFFLE_BUFFER = 1000
+_FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
@@ -48,11 +48,11 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
     else:
         path = Path(config.data)
         suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-        if suffix not in FORMATS or not path.is_file():
+        if suffix not in _FORMATS or not path.is_file():
             raise TrainingError(
-                f"ptx.data: {path} should be a file whose name ends in {', '.join(FORMATS)}, or in one of these and .gz"
+                f"ptx.data: {path} should be a file named {', '.join(_FORMATS)}, or one of these and .gz"
             )
-        source, arguments = FORMATS[suffix], {"data_files": str(path)}
+        source, arguments = _FORMATS[suffix], {"data_files": str(path)}
     try:
         dataset = load_dataset(source, split="train", streaming=True, **arguments)
     except (DatasetNotFoundError, ConnectionError) as error:
@@ -64,7 +64,7 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
         raise TrainingError(f"ptx.data: {config.data} cannot be read: {error}") from error
     for epoch in itertools.count():
         num_texts = 0
-        for row in dataset.shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BUFFER):
+        for row in dataset.shuffle(seed=seed + epoch, buffer_size=_SHUFFLE_BUFFER):
             if config.text_field not in row:
                 raise TrainingError(f"ptx.text_field: {config.data} has {', '.join(row)}, but no {config.text_field!r}")
             text = row[config.text_field] or ""

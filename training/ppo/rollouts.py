@@ -20,7 +20,7 @@ from policies.vllm_settings import cpu_options, prepare_cpu, whole_prefill
 from training.models.device import training_device
 from training.models.parallel import ALONE, Ranks
 
-GPU_OPTIONS: Mapping[str, Any] = {
+_GPU_OPTIONS: Mapping[str, Any] = {
     # What the engine takes is given by `kv_cache_mib`. This share of the GPU must be free all the same, by default most
     # of it, and a server may be there too.
     "gpu_memory_utilization": 0.01,
@@ -107,7 +107,7 @@ class RolloutEngine:
             seed=seed,
             # Among several ranks vLLM must take the place that torchrun gave it, and not set out to make its own.
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
-            **({**GPU_OPTIONS, **whole_prefill(max_model_len)} if on_gpu else cpu_options(max_model_len)),
+            **({**_GPU_OPTIONS, **whole_prefill(max_model_len)} if on_gpu else cpu_options(max_model_len)),
         )
 
     def draw(self, request: Request) -> list[list[Rollout]]:

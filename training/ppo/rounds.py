@@ -45,7 +45,7 @@ from training.runs.checkpoint import newest_checkpoint, save_checkpoint
 Prompt = tuple[int, ...]
 Log = Callable[[int, int, dict[str, Any]], None]
 
-ROUND_SEED, PROMPT_SEED = 1_009, 100_003
+_ROUND_SEED, _PROMPT_SEED = 1_009, 100_003
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _round(
         _NotFiniteError: a loss or gradient of the update is not finite.
     """
     started = time.perf_counter()
-    round_seed = seed * PROMPT_SEED + progress.round * ROUND_SEED
+    round_seed = seed * _PROMPT_SEED + progress.round * _ROUND_SEED
     own = learner.ranks.share(len(prompts))
     rollouts = hooks.draw(
         Request(

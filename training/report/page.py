@@ -14,7 +14,7 @@ from training.runs.folder import REPORT_FILE
 from training.runs.record import last_of
 
 TEMPLATE = "report.html.jinja"
-NUM_OPEN_SAMPLES = 5
+_NUM_OPEN_SAMPLES = 5
 
 
 def write_report(folder: Path) -> Path:
@@ -47,5 +47,5 @@ def render(run: Run) -> str:
         plots=draw_plots(run.rounds, rewards, run.recipe.get("ppo", {})),
         stops=stops(run),
         settings=list(settings(run.recipe)),
-        num_open=NUM_OPEN_SAMPLES,
+        num_open=_NUM_OPEN_SAMPLES,
     )

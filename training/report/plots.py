@@ -31,7 +31,7 @@ from training.report.svg import (
 from training.runs.record import Record
 
 Floats = NDArray[np.float64]
-MOST_MARKERS, MOST_POINTS = 30, 100
+_MOST_MARKERS, _MOST_POINTS = 30, 100
 
 
 def draw_plots(rounds: Sequence[Record], rewards: Record, limits: Mapping[str, Any]) -> list[Plot]:
@@ -57,7 +57,7 @@ def draw_plots(rounds: Sequence[Record], rewards: Record, limits: Mapping[str, A
 
 
 def _score_by_kl(rounds: Sequence[Record], *, held_out_apart: bool) -> Plot | None:
-    size = max(1, math.ceil(len(rounds) / MOST_POINTS))
+    size = max(1, math.ceil(len(rounds) / _MOST_POINTS))
     root_kl = _block_means(np.sqrt(np.maximum(series(rounds, "objective/kl"), 0.0)), size)
     figure, (axes,) = panels(1, HEIGHT)
     clauses = []
@@ -210,7 +210,7 @@ def _line(axes: Axes, rounds: Sequence[Record], values: Floats, color: str, labe
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
         return False
     # A value alone between two gaps is visible only with a marker.
-    marker = "o" if len(values) <= MOST_MARKERS or not np.isfinite(values).all() else ""
+    marker = "o" if len(values) <= _MOST_MARKERS or not np.isfinite(values).all() else ""
     axes.plot(series(rounds, "index") + 1, values, color=color, marker=marker, markersize=4, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return True

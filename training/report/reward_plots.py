@@ -14,8 +14,8 @@ from training.data.intervals import wilson_interval
 from training.report.svg import DASHED, HEIGHT, REWARD_MODEL, Plot, panels, to_svg
 from training.runs.record import Record
 
-CHANCE = 50.0  # %
-INTERVALS = "Bars: 95% Wilson intervals, as if comparisons were independent."
+_CHANCE = 50.0  # %
+_INTERVALS = "Bars: 95% Wilson intervals, as if comparisons were independent."
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def accuracy_plot(rewards: Record) -> Plot | None:
         axes.set_xticks(range(len(found)), names)
         axes.set(xlabel=label, xlim=(-0.6, len(found) - 0.4))
         axes.grid(axis="x", visible=False)
-    caption = f"n = {_count(drawn[0][0])} held-out comparisons. Dashed: chance. {INTERVALS}"
+    caption = f"n = {_count(drawn[0][0])} held-out comparisons. Dashed: chance. {_INTERVALS}"
     return Plot(_accuracy_title(by_k or by_length, by_length), to_svg(figure, "accuracy"), caption)
 
 
@@ -81,20 +81,20 @@ def calibration_plot(rewards: Record) -> Plot | None:
     predicted = [100 * each.about[0] for each in bins]
     upper.plot([0, 100], [0, 100], **DASHED)
     _dots(upper, predicted, bins)
-    start = 48 if min(predicted) >= CHANCE else -2
+    start = 48 if min(predicted) >= _CHANCE else -2
     upper.set(xlim=(start, 102), ylim=(min(start, *(each.low - 2 for each in bins)), 102))
     upper.set(xlabel="predicted probability (%)", ylabel="agreed (%)")
     for axes in lower:
         _dots(axes, [each.about[0] for each in spreads], spreads)
         _against_chance(axes, spreads)
         axes.set_xlabel("spread of the heads (standard deviation of the margin)")
-    surest, said = max(zip(bins, predicted, strict=True), key=lambda pair: abs(pair[1] - CHANCE))
+    surest, said = max(zip(bins, predicted, strict=True), key=lambda pair: abs(pair[1] - _CHANCE))
     off = sum(abs(each.percent - p) * each.count for each, p in zip(bins, predicted, strict=True)) / _count(bins)
     title = f"Where the reward model is surest, it predicts {said:.0f}%, and {surest.percent:.0f}% agree"
     caption = (
         f"n = {_count(bins)} held-out comparisons. Its predictions are off by {off:.1f} points on average (expected "
         "calibration error). "
-        f"Dashed: perfect calibration{', and chance below' if lower else ''}. {INTERVALS}"
+        f"Dashed: perfect calibration{', and chance below' if lower else ''}. {_INTERVALS}"
     )
     return Plot(title, to_svg(figure, "calibration"), caption)
 
@@ -115,8 +115,8 @@ def _range(low: float | None, high: float | None) -> str:
 
 def _against_chance(axes: Axes, found: Sequence[Share]) -> None:
     """Marks chance, on an axis that begins a little below it or below the lowest interval."""
-    axes.axhline(CHANCE, **DASHED)
-    axes.set(ylabel="right (%)", ylim=(min(CHANCE - 5, *(each.low - 3 for each in found)), 102))
+    axes.axhline(_CHANCE, **DASHED)
+    axes.set(ylabel="right (%)", ylim=(min(_CHANCE - 5, *(each.low - 3 for each in found)), 102))
     axes.yaxis.set_major_locator(MultipleLocator(25))
 
 

@@ -14,15 +14,15 @@ from training.report.history import Change, Run, duration, fall_from_best, serie
 from training.report.reward_plots import shares
 from training.runs.record import COUNTED, PHASES, Record, last_of, of_phase
 
-MOST_REASON = 160  # characters of a reason in the finding; further down the reason is given in full
-MOST_ROUNDS = 8  # most rounds that are listed where a metric is not finite
+_MOST_REASON = 160  # characters of a reason in the finding; further down the reason is given in full
+_MOST_ROUNDS = 8  # most rounds that are listed where a metric is not finite
 WIN_RATE = "reward_model/win_rate_over_reference"
 # Names in the report of the manifest's evaluations, and their units.
-EVALUATIONS = {"objective/kl_from_reference": ("KL of its answers to held-out prompts", "nats a completion; ")}
-COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
-ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
+_EVALUATIONS = {"objective/kl_from_reference": ("KL of its answers to held-out prompts", "nats a completion; ")}
+_COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
+_ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
 # Each metric with its name in the report, its format and its unit.
-POLICY_FIGURES = (
+_POLICY_FIGURES = (
     ("objective/score", "score, by the reward model", "{:z.2f}", "standard deviations of the reference’s scores"),
     (
         "objective/held_out_score",
@@ -35,7 +35,7 @@ POLICY_FIGURES = (
     ("completion/length", "completion length", "{:.0f}", "tokens"),
     ("completion/eos_rate", "completions that end by themselves", "{:.0%}", ""),
 )
-OPTIMISER_FIGURES = (
+_OPTIMISER_FIGURES = (
     ("policy/loss", "policy loss", "{:.2g}", ""),
     ("policy/clipfrac", "policy’s tokens clipped", "{:.1%}", ""),
     ("policy/approx_kl", "approximate KL of an update", "{:.2g}", "nats a token"),
@@ -141,7 +141,7 @@ def _held_out_score(rounds: Sequence[Record]) -> list[str]:
 
 def _short(reason: str) -> str:
     line = reason.strip().partition("\n")[0]
-    return line if len(line) <= MOST_REASON else line[: MOST_REASON - 1].rstrip() + "…"
+    return line if len(line) <= _MOST_REASON else line[: _MOST_REASON - 1].rstrip() + "…"
 
 
 def _capitalized(text: str) -> str:
@@ -154,7 +154,7 @@ def _number(record: Record, key: str) -> float:
 
 
 def _count(won: Record) -> int:
-    return sum(int(won.get(key, 0)) for key in COUNTS)
+    return sum(int(won.get(key, 0)) for key in _COUNTS)
 
 
 def stops(run: Run) -> list[str]:
@@ -190,7 +190,7 @@ def figures(run: Run) -> list[Figure]:
             )
             for epoch in _sft_epochs(run)
         ),
-        *_of_metrics(run.rounds, POLICY_FIGURES),
+        *_of_metrics(run.rounds, _POLICY_FIGURES),
         *_reward_model(rewards),
         *_evaluations(run),
         *_time(run),
@@ -202,7 +202,7 @@ def fitting_figures(run: Run) -> list[Figure]:
     """Returns the figures of fitting and updates, which only some readers need."""
     return [
         *_fit(last_of(run.records, "reward_model"), last_of(run.records, "normalise")),
-        *_of_metrics(run.rounds, OPTIMISER_FIGURES),
+        *_of_metrics(run.rounds, _OPTIMISER_FIGURES),
     ]
 
 
@@ -212,7 +212,7 @@ def _outcome(won: Record, registered: Record) -> Iterator[Figure]:
         yield Figure("version registered", str(registered.get("version", "?")), promoted)
     if won:
         interval = f"95% interval {_number(won, 'low'):.1%} to {_number(won, 'high'):.1%}"
-        counts = ", ".join(f"{won.get(key, '?')} {name}" for key, name in COUNTS.items())
+        counts = ", ".join(f"{won.get(key, '?')} {name}" for key, name in _COUNTS.items())
         yield Figure("win rate, by the reward model", f"{_number(won, WIN_RATE):.1%}", f"{interval}; {counts}")
 
 
@@ -231,7 +231,7 @@ def _not_finite(rounds: Sequence[Record]) -> Iterator[Figure]:
     for key in keys:
         bad = [each["index"] + 1 for each in rounds if key in each and not math.isfinite(_number(each, key))]
         if bad:
-            named = ", ".join(map(str, bad[:MOST_ROUNDS])) + (", …" if len(bad) > MOST_ROUNDS else "")
+            named = ", ".join(map(str, bad[:_MOST_ROUNDS])) + (", …" if len(bad) > _MOST_ROUNDS else "")
             yield Figure(f"{key} is not finite", f"{len(bad)} of {len(rounds)} rounds", f"in round {named}")
 
 
@@ -246,7 +246,7 @@ def _fit(fitted: Record, normalised: Record) -> Iterator[Figure]:
 
 def _reward_model(rewards: Record) -> Iterator[Figure]:
     if rewards:
-        accuracy, low, high = (_number(rewards, f"reward_model/{key}") for key in ACCURACY)
+        accuracy, low, high = (_number(rewards, f"reward_model/{key}") for key in _ACCURACY)
         interval = "" if math.isnan(low + high) else f"95% interval {low:.1%} to {high:.1%}; "
         count = f"{rewards.get('reward_model/held_out_comparisons', 0):.0f} held-out comparisons"
         yield Figure("reward model’s accuracy", f"{accuracy:.1%}", interval + count)
@@ -270,7 +270,7 @@ def _evaluations(run: Run) -> Iterator[Figure]:
         if each.name != WIN_RATE:
             has_interval = each.HasField("low") and each.HasField("high")
             interval = f"95% interval {each.low:.3g} to {each.high:.3g}; " if has_interval else ""
-            name, unit = EVALUATIONS.get(each.name, (each.name, ""))
+            name, unit = _EVALUATIONS.get(each.name, (each.name, ""))
             yield Figure(name, f"{each.value:.3g}", f"{unit}{interval}n = {each.count}")
 
 

@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Figures are drawn in these colours, which nothing else uses. In the SVG, CSS variables of the page replace them.
-INK, GRID, NEUTRAL = "#010101", "#020202", "#030303"
+_INK, _GRID, NEUTRAL = "#010101", "#020202", "#030303"
 POLICY, REWARD_MODEL, HELD_OUT_MODEL, VALUE = "#040404", "#050505", "#060606", "#070707"
-CSS_VARIABLES = {
-    INK: "--ink-soft",
-    GRID: "--grid",
+_CSS_VARIABLES = {
+    _INK: "--ink-soft",
+    _GRID: "--grid",
     NEUTRAL: "--neutral",
     POLICY: "--policy",
     REWARD_MODEL: "--reward-model",
@@ -31,27 +31,27 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "alignd",  # the same run gives the same page
     "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
     "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "grid.color": GRID,
+    "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
     "ytick.major.size": 0,
     "lines.linewidth": 2,
     "legend.frameon": False,
 }
 WIDTH, HEIGHT = 5.4, 3.9  # inches: about the size on a page of 900 px, so that 11 pt stay readable
-DASHED: Mapping[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3)), "zorder": 1}
+DASHED: Mapping[str, Any] = {"color": _INK, "linewidth": 1.2, "linestyle": (0, (4, 3)), "zorder": 1}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def to_svg(figure: Figure, name: str) -> str:
     svg = re.sub(r' (?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", svg, count=5)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{name}-", svg)
     svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", svg)
-    for color, variable in CSS_VARIABLES.items():
+    for color, variable in _CSS_VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     return svg

@@ -21,9 +21,9 @@ from training.rewards.loss import Comparisons, compare, margins
 
 Row = list[float | str | None]
 
-LENGTH_EDGES = (-20, -5, 5, 20)
-NUM_BINS = 5
-MOST_LABELERS = 20
+_LENGTH_EDGES = (-20, -5, 5, 20)
+_NUM_BINS = 5
+_MOST_LABELERS = 20
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def _by(
 
 
 def _most(rows: list[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: -float(row[-1] or 0))[:MOST_LABELERS]
+    return sorted(rows, key=lambda row: -float(row[-1] or 0))[:_MOST_LABELERS]
 
 
 def _by_length(longer_M: Tensor, right_M: Tensor) -> list[Row]:
-    edges = [None, *LENGTH_EDGES, None]
-    bins_M = torch.bucketize(longer_M, torch.tensor(LENGTH_EDGES), right=True)
+    edges = [None, *_LENGTH_EDGES, None]
+    bins_M = torch.bucketize(longer_M, torch.tensor(_LENGTH_EDGES), right=True)
     return [
         [edges[index], edges[index + 1], float(right_M[bins_M == index].mean()), int((bins_M == index).sum())]
         for index in range(len(edges) - 1)
@@ -128,5 +128,5 @@ def _by_length(longer_M: Tensor, right_M: Tensor) -> list[Row]:
 def _binned(value_M: Tensor, right_M: Tensor) -> list[Row]:
     """Returns bins of equal count by value: [mean value, share right, count]."""
     order = value_M.argsort()
-    parts = [part for part in order.tensor_split(NUM_BINS) if len(part)]
+    parts = [part for part in order.tensor_split(_NUM_BINS) if len(part)]
     return [[float(value_M[part].mean()), float(right_M[part].mean()), len(part)] for part in parts]

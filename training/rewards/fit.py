@@ -30,12 +30,12 @@ from training.rewards.loss import Comparisons, compare, margins, ranking_losses
 
 Log = Callable[[int, int, dict[str, float]], None]
 
-MAX_ITERATIONS = 200
-LEAST_SPREAD = 1e-4
+_MAX_ITERATIONS = 200
+_LEAST_SPREAD = 1e-4
 # Most rankings that the heads are first fitted to, where layers are trained too.
 PROBED_RANKINGS = 256
-LENGTH_BUCKET = 16
-MAX_GRAD_NORM = 1.0
+_LENGTH_BUCKET = 16
+_MAX_GRAD_NORM = 1.0
 
 
 def fit(
@@ -98,7 +98,7 @@ def _fit_heads(
 ) -> None:
     features_NF = torch.cat(list(features))
     model.center_F.copy_(features_NF.mean(0))
-    model.spread_F.copy_(features_NF.std(0).clamp_min(LEAST_SPREAD))
+    model.spread_F.copy_(features_NF.std(0).clamp_min(_LEAST_SPREAD))
     standardized_NF = model.standardized(features_NF)
     among = _on(compare([example.ranks for example in examples], weights), features_NF.device)
     bootstrap_RE = bootstrap_RE.to(features_NF.device)
@@ -160,7 +160,7 @@ def _train_layers(
             fitted.backward()
             loss += fitted.item()
             right += (margins(scores_NE.detach().mean(1), among) > 0).tolist()
-        nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        nn.utils.clip_grad_norm_(trained, _MAX_GRAD_NORM)
         _check(loss)
         optimizer.step()
         done += len(batch)
@@ -176,8 +176,8 @@ def shuffled_batches(lengths: Sequence[int], size: int, seed: int) -> list[list[
     drawn = random.Random(seed)
     order = drawn.sample(range(len(lengths)), len(lengths))
     batches: list[list[int]] = []
-    for start in range(0, len(order), size * LENGTH_BUCKET):
-        bucket = sorted(order[start : start + size * LENGTH_BUCKET], key=lambda index: lengths[index])
+    for start in range(0, len(order), size * _LENGTH_BUCKET):
+        bucket = sorted(order[start : start + size * _LENGTH_BUCKET], key=lambda index: lengths[index])
         batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
     return drawn.sample(batches, len(batches))
 
@@ -191,7 +191,7 @@ def _on(among: Comparisons, device: torch.device) -> Comparisons:
 
 def _minimize(loss: Callable[[], Tensor], parameter: nn.Parameter) -> float:
     """Minimizes a convex loss over the parameter, and returns the minimum."""
-    optimizer = torch.optim.LBFGS([parameter], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([parameter], max_iter=_MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()

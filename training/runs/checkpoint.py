@@ -19,8 +19,8 @@ from feedback.durable import rename_folder, replace_file
 from training.models.tensor_file import save_tensors
 
 PREFIX = "round-"
-DRAFT = "draft"
-TENSORS, FACTS = "tensors.safetensors", "facts.json"
+_DRAFT = "draft"
+_TENSORS, _FACTS = "tensors.safetensors", "facts.json"
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ def save_checkpoint(folder: Path, round_index: int, tensors: Mapping[str, Tensor
     Raises:
         OSError: such as for a full disk.
     """
-    draft = folder / DRAFT
+    draft = folder / _DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_tensors(draft / TENSORS, tensors, {})
-    replace_file(draft / FACTS, json.dumps(facts))
+    save_tensors(draft / _TENSORS, tensors, {})
+    replace_file(draft / _FACTS, json.dumps(facts))
     target = folder / f"{PREFIX}{round_index}"
     shutil.rmtree(target, ignore_errors=True)
     rename_folder(draft, target)
@@ -57,7 +57,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     if not rounds:
         return None
     found = folder / f"{PREFIX}{max(rounds)}"
-    return Checkpoint(max(rounds), load_file(found / TENSORS), json.loads((found / FACTS).read_text()))
+    return Checkpoint(max(rounds), load_file(found / _TENSORS), json.loads((found / _FACTS).read_text()))
 
 
 def _rounds(folder: Path) -> list[int]:

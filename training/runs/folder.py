@@ -20,7 +20,7 @@ from training.runs.record import METRICS_FILE, append, rewind
 NUM_SAMPLE_PAIRS = 20
 RECIPE_FILE, SAMPLES_FILE, LABEL_NEXT = "recipe.json", "samples.jsonl", "label_next.jsonl"
 REPORT_FILE = "REPORT.html"
-WAITS = "waits"
+_WAITS = "waits"
 ORIGIN, SFT = "origin.json", "sft.json"
 """An unfinished run has one of these in `state/`: the first if it learns from rankings, the second if it is SFT."""
 SFT_SUFFIX = "-sft"
@@ -125,7 +125,7 @@ class RunFolder:
 
         Only attempts that killed the trainer count.
         """
-        (self.state / WAITS).unlink(missing_ok=True)
+        (self.state / _WAITS).unlink(missing_ok=True)
         path = self._attempts
         reached = sorted(str(each.relative_to(self.state)) for each in self.state.glob("*/*/"))
         before: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -145,12 +145,12 @@ class RunFolder:
     def wait(self, reason: str) -> None:
         """Writes what the run waits for, until the next attempt. Nothing is written if the disk is full."""
         with suppress(OSError):
-            replace_file(self.state / WAITS, reason)
+            replace_file(self.state / _WAITS, reason)
 
     @property
     def waits_for(self) -> str:
         """What the run waits for; empty if it does not wait."""
-        path = self.state / WAITS
+        path = self.state / _WAITS
         return path.read_text() if path.exists() else ""
 
     def log(self, phase: str, index: int, count: int, metrics: Mapping[str, Any]) -> None:

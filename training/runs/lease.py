@@ -20,7 +20,7 @@ from feedback.store.tables import TRAINER
 
 logger = logging.getLogger(__name__)
 
-MICROSECONDS = 1_000_000
+_MICROSECONDS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_control(engine: Engine) -> Control:
     """
     with engine.connect() as connection:
         row = connection.execute(select(TRAINER)).one()
-    return Control(bool(row.paused), row.abort_run, row.holder, row.expires_at_us / MICROSECONDS)
+    return Control(bool(row.paused), row.abort_run, row.holder, row.expires_at_us / _MICROSECONDS)
 
 
 def set_paused(engine: Engine, paused: bool) -> None:
@@ -101,7 +101,7 @@ class TrainerLease:
         If several call this at the same time, one of them gets the lease. An earlier process of our holder's name is
         replaced like any other holder.
         """
-        has_expired = TRAINER.c.expires_at_us <= round(self._clock() * MICROSECONDS)
+        has_expired = TRAINER.c.expires_at_us <= round(self._clock() * _MICROSECONDS)
         taken = self._take(or_(TRAINER.c.holder.in_(("", self.holder)), has_expired))
         if taken:
             self.lost.clear()
@@ -159,7 +159,7 @@ class TrainerLease:
             .where(condition)
             .values(
                 holder=self.holder,
-                expires_at_us=round((self._clock() + self._seconds) * MICROSECONDS),
+                expires_at_us=round((self._clock() + self._seconds) * _MICROSECONDS),
                 epoch=TRAINER.c.epoch + case((self._is_ours(), 0), else_=1),
             )
             .returning(TRAINER.c.epoch)

@@ -16,12 +16,12 @@ MOST_ATTEMPTS = 5
 # The waits between tries where the server names none, such as while nothing listens: 0.5, 1.5, 4.5 and 10 s, give or
 # take a fifth. Together they outlast a restart. Where it names one, by a RetryInfo with grpc-retry-pushback-ms beside
 # it, gRPC waits that long.
-BACKOFF = {"initialBackoff": "0.5s", "backoffMultiplier": 3, "maxBackoff": "10s"}
+_BACKOFF = {"initialBackoff": "0.5s", "backoffMultiplier": 3, "maxBackoff": "10s"}
 # gRPC keeps a request for the next try only if it fits here, with its metadata. A server as shipped takes no longer
 # ones, and refuses them by RESOURCE_EXHAUSTED, which is then not tried again in vain.
-RETRY_BUFFER_BYTES = 1 << 20
+_RETRY_BUFFER_BYTES = 1 << 20
 # Of the ways to name a server, those that cannot lead off this machine but by a host's name or address.
-SCHEMES = re.compile(r"^(dns:(///)?|ipv4:|ipv6:)")
+_SCHEMES = re.compile(r"^(dns:(///)?|ipv4:|ipv6:)")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Connection:
         """Returns the channel's options."""
         options: list[tuple[str, Any]] = [
             ("grpc.service_config", json.dumps(_service_config(self.max_attempts))),
-            ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+            ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
         ]
         if _stays_here(self.address):
             # Or http_proxy would lead what is meant for this machine off it.
@@ -91,7 +91,7 @@ def _service_config(max_attempts: int) -> Mapping[str, Any]:
     method: dict[str, Any] = {"name": [{"service": service} for service in SERVICES]}
     if max_attempts > 1:
         codes = ["UNAVAILABLE", "RESOURCE_EXHAUSTED"]
-        method["retryPolicy"] = {"maxAttempts": max_attempts, **BACKOFF, "retryableStatusCodes": codes}
+        method["retryPolicy"] = {"maxAttempts": max_attempts, **_BACKOFF, "retryableStatusCodes": codes}
     return {"methodConfig": [method]}
 
 
@@ -99,7 +99,7 @@ def _stays_here(address: str) -> bool:
     """Whether all that is sent to this address stays on this machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
-    return all(_is_loopback(each) for each in SCHEMES.sub("", address).split(","))
+    return all(_is_loopback(each) for each in _SCHEMES.sub("", address).split(","))
 
 
 def _is_loopback(host_and_port: str) -> bool:

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 DETAILS_KEY = "grpc-status-details-bin"
-DETAIL_TYPE = "type.googleapis.com/google.rpc."
+_DETAIL_TYPE = "type.googleapis.com/google.rpc."
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _read_details(status: bytes) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for packed in _fields(status, 3):
-        kind = _text(packed, 1).removeprefix(DETAIL_TYPE)
+        kind = _text(packed, 1).removeprefix(_DETAIL_TYPE)
         value = next(_fields(packed, 2), b"")
         if kind == "ErrorInfo":
             found["reason"] = _text(value, 1)

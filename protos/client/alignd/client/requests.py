@@ -26,7 +26,7 @@ from alignd.v1.types_pb2 import (
     SamplingParams,
 )
 
-ROLES: Mapping[str, Role] = {"system": ROLE_SYSTEM, "user": ROLE_USER, "assistant": ROLE_ASSISTANT}
+_ROLES: Mapping[str, Role] = {"system": ROLE_SYSTEM, "user": ROLE_USER, "assistant": ROLE_ASSISTANT}
 
 PromptLike = str | Sequence[Message | Mapping[str, str]] | Prompt
 """What the user says, as a string; or the conversation, oldest turn first; or the contract's own Prompt."""
@@ -37,7 +37,11 @@ Ranking = Sequence[str | Sequence[str]]
 def sample_request(
     prompt: PromptLike, user_id: str, num_completions: int, sampling: SamplingParams | None, policy: str
 ) -> SampleRequest:
-    """Returns a request for completions. Raises ValueError for a message that is none."""
+    """Returns a request for completions.
+
+    Raises:
+        ValueError: a message has no known role, or no text.
+    """
     return SampleRequest(
         user_id=user_id, prompt=as_prompt(prompt), num_completions=num_completions, sampling=sampling, policy=policy
     )
@@ -46,7 +50,11 @@ def sample_request(
 def stream_request(
     prompt: PromptLike, user_id: str, num_completions: int, sampling: SamplingParams | None, policy: str
 ) -> StreamSampleRequest:
-    """Returns a request for streamed completions. Raises ValueError for a message that is none."""
+    """Returns a request for streamed completions.
+
+    Raises:
+        ValueError: a message has no known role, or no text.
+    """
     return StreamSampleRequest(
         user_id=user_id, prompt=as_prompt(prompt), num_completions=num_completions, sampling=sampling, policy=policy
     )
@@ -55,7 +63,11 @@ def stream_request(
 def ranking_request(
     feedback_token: str, best_first: Ranking, user_id: str, shown: Sequence[str], comment: str, request_id: str
 ) -> SubmitRankingRequest:
-    """Returns a ranking with an id of its own, unless one is given."""
+    """Returns a ranking with an id of its own, unless one is given.
+
+    Raises:
+        TypeError: `best_first` is a single id, not a list of them.
+    """
     if isinstance(best_first, str):
         raise TypeError("best_first is a list of completion ids, not one of them")
     groups = [[group] if isinstance(group, str) else group for group in best_first]
@@ -77,7 +89,11 @@ def demonstration_request(feedback_token: str, text: str, user_id: str, request_
 
 
 def as_prompt(prompt: PromptLike) -> Prompt:
-    """Returns the contract's Prompt. Raises ValueError for a message without a role that there is, or without text."""
+    """Returns the contract's Prompt.
+
+    Raises:
+        ValueError: a message has no known role, or no text.
+    """
     if isinstance(prompt, Prompt):
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -87,9 +103,9 @@ def as_prompt(prompt: PromptLike) -> Prompt:
 def _as_message(message: Message | Mapping[str, str]) -> Message:
     if isinstance(message, Message):
         return message
-    if message.keys() != {"role", "content"} or message["role"] not in ROLES:
-        raise ValueError(f"a message has a role, one of {', '.join(ROLES)}, and content; not {dict(message)}")
-    return Message(role=ROLES[message["role"]], content=message["content"])
+    if message.keys() != {"role", "content"} or message["role"] not in _ROLES:
+        raise ValueError(f"a message has a role, one of {', '.join(_ROLES)}, and content; not {dict(message)}")
+    return Message(role=_ROLES[message["role"]], content=message["content"])
 
 
 def read_event(event: StreamSampleResponse) -> Sequence[CompletionDelta | SampleResponse]:
