@@ -20,7 +20,7 @@ from training.runs.record import METRICS_FILE, Record, of_phase, read_lines
 
 
 @dataclass(frozen=True)
-class Run:
+class RunHistory:
     """The contents of a run's folder."""
 
     name: str
@@ -38,7 +38,7 @@ class Run:
         return of_phase(self.records, "ppo")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunHistory:
     """Reads a run's folder. Parts that are missing, or cannot be read, are left empty."""
     metrics = read_lines(folder / METRICS_FILE)
     samples = read_lines(folder / SAMPLES_FILE, {"prompt", "before", "after"})
@@ -61,7 +61,7 @@ def read_run(folder: Path) -> Run:
         for u in unranked.found
         if isinstance(u["uncertainty"], int | float) and isinstance(u["completions"], list)
     ]
-    return Run(folder.resolve().name, metrics.found, pairs, least_sure, recipe, manifest, notes)
+    return RunHistory(folder.resolve().name, metrics.found, pairs, least_sure, recipe, manifest, notes)
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feedback.durable import replace_file
-from training.report.history import Run, read_run
+from training.report.history import RunHistory, read_run
 from training.report.plots import draw_plots
 from training.report.summary import figures, finding, fitting_figures, settings, stops
 from training.runs.folder import REPORT_FILE
@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: RunHistory) -> str:
     """Returns the report as one HTML page, with its style and plots inside. All text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

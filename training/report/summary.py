@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from training.config import TrainingConfig
-from training.report.history import Change, Run, duration, fall_from_best, series
+from training.report.history import Change, RunHistory, duration, fall_from_best, series
 from training.report.reward_plots import shares
 from training.runs.record import COUNTED, PHASES, Record, last_of, of_phase
 
@@ -69,7 +69,7 @@ class Setting:
     default: str
 
 
-def finding(run: Run) -> str:
+def finding(run: RunHistory) -> str:
     """Returns the run's result in one sentence."""
     records = run.records
     if not records:
@@ -98,7 +98,7 @@ def finding(run: Run) -> str:
     return _capitalized("; ".join(clauses)) + "."
 
 
-def _sft_epochs(run: Run) -> list[Record]:
+def _sft_epochs(run: RunHistory) -> list[Record]:
     """Returns the records of SFT's epochs; a run of PPO has none."""
     return of_phase(run.records, "sft")
 
@@ -157,7 +157,7 @@ def _count(won: Record) -> int:
     return sum(int(won.get(key, 0)) for key in _COUNTS)
 
 
-def stops(run: Run) -> list[str]:
+def stops(run: RunHistory) -> list[str]:
     """Returns why PPO or the run stopped early; nothing if neither did."""
     found = [
         f"PPO stopped itself in round {record['index'] + 1} of {record['count']}: {record['stopped/reason']}"
@@ -173,11 +173,11 @@ def stops(run: Run) -> list[str]:
     return found
 
 
-def _cut_short(run: Run) -> list[Record]:
+def _cut_short(run: RunHistory) -> list[Record]:
     return [each for each in run.rounds if "stopped/reason" in each]
 
 
-def figures(run: Run) -> list[Figure]:
+def figures(run: RunHistory) -> list[Figure]:
     """Returns the run's main figures, without those that it has not measured."""
     won, rewards = last_of(run.records, "evaluate"), last_of(run.records, "reward_model_evaluation")
     return [
@@ -198,7 +198,7 @@ def figures(run: Run) -> list[Figure]:
     ]
 
 
-def fitting_figures(run: Run) -> list[Figure]:
+def fitting_figures(run: RunHistory) -> list[Figure]:
     """Returns the figures of fitting and updates, which only some readers need."""
     return [
         *_fit(last_of(run.records, "reward_model"), last_of(run.records, "normalise")),
@@ -264,7 +264,7 @@ def _reward_model(rewards: Record) -> Iterator[Figure]:
         yield Figure("accuracy by labeler", f"{min(percents):.0f}% to {max(percents):.0f}%", detail)
 
 
-def _evaluations(run: Run) -> Iterator[Figure]:
+def _evaluations(run: RunHistory) -> Iterator[Figure]:
     """Yields the manifest's evaluations except the win rate, which the run's own records have."""
     for each in run.manifest.evaluations if run.manifest else ():
         if each.name != WIN_RATE:
@@ -274,7 +274,7 @@ def _evaluations(run: Run) -> Iterator[Figure]:
             yield Figure(name, f"{each.value:.3g}", f"{unit}{interval}n = {each.count}")
 
 
-def _time(run: Run) -> Iterator[Figure]:
+def _time(run: RunHistory) -> Iterator[Figure]:
     if len(run.records) > 1:
         seconds = run.records[-1]["time"] - run.records[0]["time"]
         yield Figure("time", duration(seconds), "from first to last record")
