@@ -20,6 +20,9 @@ from serving.sampler import Draft, Quota, Request
 from serving.slot import Slot
 from serving.vllm_engine import Engine, EngineError
 
+# The five tries of alignd.client, this far apart, outlast an engine's start.
+_START_RETRY_SECONDS = 5.0
+
 
 @dataclass
 class Serving:
@@ -65,7 +68,11 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_service_pb2.StreamSampleResponse]:
         engine = self.serving.engine
         if engine is None or not self.serving.accepting:
-            raise unavailable("NOT_SERVING", "the server is starting or stopping; wait for its health to be SERVING")
+            raise unavailable(
+                "NOT_SERVING",
+                "the server is starting or stopping; wait for its health to be SERVING",
+                _START_RETRY_SECONDS,
+            )
         planned = sampler.plan(request, engine, self.config.default_max_tokens)
         sample_id = uuid.uuid4().hex
         self.serving.quota.take(request.num_completions)
