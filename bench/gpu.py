@@ -28,14 +28,14 @@ from policies.precision import compute_dtype, short_name
 from training.config import TrainingConfig
 from training.data.groups import Group, RankedExample
 from training.models.device import training_device
-from training.models.policy import SharedLayers, load_model, upper_layers_of
+from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel
 from training.planning.hardware import GIB, Hardware, this_machine
 from training.planning.memory import MOMENTS, Moment
 from training.planning.model_size import read_model
 from training.planning.plan import Plan, make_plan
 from training.ppo import rounds as ppo
-from training.ppo.learner import make_learner
+from training.ppo.learner import load_policy, make_learner
 from training.ppo.rollouts import RolloutEngine
 from training.recipes import load_recipe
 from training.rewards.fit import fit
@@ -120,7 +120,7 @@ def run(config: TrainingConfig, model: Path) -> Found:
             max_model_len=config.ppo.max_prompt_tokens + config.ppo.max_tokens,
             max_num_seqs=config.max_num_seqs,
             kv_cache_mib=config.kv_cache_mib,
-            eos_token_id=_EOS,
+            end_token_ids=[_EOS],
             seed=0,
         )
         found.engine_seconds = time.perf_counter() - started
@@ -129,7 +129,7 @@ def run(config: TrainingConfig, model: Path) -> Found:
         rewards, found.fit_seconds = _fitted(shared, config, tokens)
     held_out_model = RewardModel(shared, config.reward_model.model_copy(update={"num_trained_layers": 0}))
     with _watched(found, "start of PPO"):
-        policy = upper_layers_of(model, shared, config.ppo.num_frozen_layers, config.ppo.lora)
+        policy = load_policy(model, shared, config.ppo)
     learner = make_learner(policy, rewards, held_out_model, config.ppo)
     hooks = ppo.PpoHooks(
         prompts=[tokens(config.ppo.max_prompt_tokens) for _ in range(config.ppo.prompts_per_round)],

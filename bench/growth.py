@@ -33,6 +33,7 @@ from bench.result import (
 )
 from bench.roofs import CPU_DTYPE, matmul_roof, roofs
 from training.config import LoraConfig, PpoConfig, RewardModelConfig, TrainingConfig
+from training.models.device import copy_dtype
 from training.models.policy import SharedLayers, UpperLayers
 from training.models.reward import RewardModel
 from training.planning.hardware import Hardware
@@ -161,6 +162,7 @@ def _training_config(point: _Point, num_layers: int) -> TrainingConfig:
             num_rounds=NUM_ROUNDS, prompts_per_round=point.num_prompts, rollouts_per_prompt=point.k,
             max_tokens=point.completion_tokens, max_prompt_tokens=point.prompt_tokens, num_minibatches=1,
             num_frozen_layers=frozen, max_kl=_NO_LIMIT, max_sampler_gap=_NO_LIMIT, max_held_out_drop=_NO_LIMIT,
+            num_decay_rounds=0,
         ),
     )  # fmt: skip
 
@@ -169,7 +171,9 @@ def _run_rounds(model: Any, recipe: TrainingConfig, point: _Point) -> list[dict[
     """Returns the metrics of each round of PPO on random tokens."""
     config, shared = recipe.ppo, SharedLayers(model.requires_grad_(False))
     rewards = RewardModel(shared, recipe.reward_model)
-    policy = UpperLayers(model, config.num_frozen_layers, shared.num_layers).trainable(LoraConfig())
+    policy = UpperLayers(model, config.num_frozen_layers, shared.num_layers).trainable(
+        LoraConfig(), dtype=copy_dtype(shared.device, stochastic_rounding=config.stochastic_rounding)
+    )
     learner = make_learner(policy, rewards, rewards, config)
     drawn, vocabulary = random.Random(0), shared.head_VD.shape[0]
 

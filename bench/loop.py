@@ -33,7 +33,8 @@ from deploy.simulation.prompts import load_prompts
 from deploy.up import free_port
 from policies.rendering import prompt_token_ids
 from serving.config import ServingConfig
-from serving.vllm_engine import Draw, Engine, start_engine
+from serving.vllm_engine import Draw, Engine
+from serving.vllm_start import start_engine
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NUM_COMPLETIONS = 4
@@ -174,7 +175,7 @@ async def _ask_engine(engine: Engine, prompt: str, seed: int) -> int:
     token_ids = prompt_token_ids(engine.tokenizer, _as_prompt(prompt))
     request_id = f"bench-{time.monotonic_ns()}"
     batches = [batch async for batch in engine.generate(request_id, token_ids, draw, "bench", stream=False)]
-    return sum(delta.num_tokens for batch in batches for delta in batch)
+    return sum(len(delta.token_ids) for batch in batches for delta in batch)
 
 
 def _start_server(config: ServingConfig, folder: Path) -> subprocess.Popen[bytes]:

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from bench.peers.measure import peak_rss_mib
-from training.config import LoraConfig, PpoConfig, RewardModelConfig
-from training.models.policy import SharedLayers, load_model, upper_layers_of
+from policies.end_tokens import end_tokens
+from training.config import PpoConfig, RewardModelConfig
+from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel
 from training.ppo import rounds as ppo
-from training.ppo.learner import make_learner
+from training.ppo.learner import load_policy, make_learner
 from training.ppo.rollouts import RolloutEngine
 
 _KV_CACHE_MIB = 256
@@ -42,14 +43,14 @@ def main() -> None:
         max_model_len=max(map(len, job["prompts"])) + job["response_tokens"],
         max_num_seqs=job["batch"],
         kv_cache_mib=_KV_CACHE_MIB,
-        eos_token_id=AutoTokenizer.from_pretrained(job["model"]).eos_token_id,
+        end_token_ids=end_tokens(AutoTokenizer.from_pretrained(job["model"])).token_ids,
         seed=job["seed"],
     )
     shared = SharedLayers(load_model(model))
     rewards = _reward_model(shared, Path(job["score_head"]), num_layers, 0)
     # The peer trains a whole value model; the recipe as shipped trains a head on the layers that all models share.
     value_start = rewards if shared_layers else _reward_model(shared, Path(job["score_head"]), num_layers, num_layers)
-    policy = upper_layers_of(model, shared, shared_layers, LoraConfig())
+    policy = load_policy(model, shared, config)
     learner = make_learner(policy, value_start, rewards, config)
     updates, clock = itertools.count(1), _Stopwatch()
 
@@ -104,6 +105,7 @@ def _ppo_config(job: dict[str, Any], shared_layers: int) -> PpoConfig:
         learning_rate=job["learning_rate"],
         value_learning_rate=job["learning_rate"],
         num_warmup_rounds=0,
+        num_decay_rounds=0,
         kl_coef=job["kl_coef"],
         missing_eos_penalty=job["missing_eos_penalty"] or 0.0,
         score_clip=_NO_LIMIT,

@@ -24,13 +24,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from bench.learning.hh_rlhf import read_comparisons
+from bench.learning.hh_rlhf import as_group, read_comparisons
 from bench.result import Figure, add_arguments, at_least, bench_result, report, spread, times_as_fast
 from bench.roofs import CPU_DTYPE, roofs
 from deploy.models import make_tiny_llama, prepare_smollm2
 from feedback.store.comparisons import comparisons
 from training.config import RewardModelConfig
-from training.data.groups import Group, RankedExample
+from training.data.groups import RankedExample
 from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel
 from training.rewards.fit import fit, shuffled_batches
@@ -67,20 +67,13 @@ def rankings(tokenizer: PreTrainedTokenizerBase, k: int, count: int) -> list[Ran
     found = drawn.sample(read_comparisons(("helpful-base",)).comparisons, count * k)
     examples = []
     for index in range(count):
-        prompt: Any = tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.text} for message in found[index].prompt],
-            add_generation_prompt=True, return_dict=False,
-        )  # fmt: skip
         answers = [found[index].chosen, found[index].rejected]
         answers += [other.chosen for other in found[count + index * (k - 2) : count + (index + 1) * (k - 2)]]
-        completions = [
-            (*tokenizer.encode(text, add_special_tokens=False)[:_MAX_COMPLETION_TOKENS], tokenizer.eos_token_id)
-            for text in answers
-        ]
-        ranks = tuple(drawn.sample(range(k), k))
-        examples.append(
-            RankedExample(Group(tuple(prompt[-_MAX_PROMPT_TOKENS:]), tuple(completions)), ranks, f"l{index}", index)
-        )
+        group = as_group(
+            tokenizer, found[index].prompt, answers,
+            max_prompt_tokens=_MAX_PROMPT_TOKENS, max_completion_tokens=_MAX_COMPLETION_TOKENS,
+        )  # fmt: skip
+        examples.append(RankedExample(group, tuple(drawn.sample(range(k), k)), f"l{index}", index))
     return examples
 
 

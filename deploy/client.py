@@ -10,6 +10,8 @@ from grpc_health.v1 import health_pb2_grpc
 
 from alignd.client import read_error
 from alignd.v1 import policy_service_pb2_grpc
+from deploy.cli.plain import plain
+from policies.server_connection import ServerConnection, ServerConnectionError
 
 TIMEOUT_SECONDS = 60.0
 
@@ -27,17 +29,26 @@ class Operator:
 
 
 @contextmanager
-def connect(address: str) -> Iterator[Operator]:
-    """Yields stubs to the server at `address`.
+def connect(server: ServerConnection) -> Iterator[Operator]:
+    """Yields stubs to a server.
 
     Raises:
         CallError: in place of any grpc.RpcError inside the block.
     """
-    with grpc.insecure_channel(address) as channel:
+    with _channel(server) as channel:
         try:
             yield Operator(policy_service_pb2_grpc.PolicyServiceStub(channel), health_pb2_grpc.HealthStub(channel))
         except grpc.RpcError as error:
-            raise CallError(_explain(error, address)) from error
+            raise CallError(_explain(error, server.address)) from error
+        except ServerConnectionError as error:
+            raise CallError(str(error)) from error
+
+
+def _channel(server: ServerConnection) -> grpc.Channel:
+    try:
+        return server.channel()
+    except ServerConnectionError as error:
+        raise CallError(str(error)) from error
 
 
 def _explain(error: Any, address: str) -> str:
@@ -45,4 +56,5 @@ def _explain(error: Any, address: str) -> str:
     failed = read_error(error)
     if failed.code is grpc.StatusCode.UNAVAILABLE and "connect" in failed.message.lower():
         return f"nothing answers at {address}; start it with `alignd up`, or set ALIGND_ADDRESS to where it runs"
-    return "\n".join([str(failed), *(f"  {each.field}: {each.description}" for each in failed.violations)])
+    said = [str(failed), *(f"  {each.field}: {each.description}" for each in failed.violations)]
+    return "\n".join(map(plain, said))

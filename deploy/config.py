@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -23,8 +23,11 @@ from pydantic_settings import (
 import feedback.config
 import serving.config
 import training.config
+from feedback.bus.kafka_security import read_security
 from feedback.config import FeedbackConfig
-from serving.config import ServingConfig
+from policies.server_connection import ServerConnection, Tls
+from serving.config import ServingConfig, host_and_port
+from serving.gateway.config import GatewayConfig
 from training.config import TrainingConfig
 
 PREFIX = "ALIGND_"
@@ -47,6 +50,32 @@ class ConfigError(Exception):
     """The configuration cannot be used; each line names a field and says what is wrong with it."""
 
 
+class ClientConfig(BaseModel):
+    """How the command line, the trainer, the gateway and the demo reach the server: as any other caller does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_key: SecretStr = Field(SecretStr(""), description="The API key. Empty: the one in api_key_file.")
+    api_key_file: Path | None = Field(
+        None, description="File with the API key. Not set: the one that `alignd up` makes in data_dir for its own use."
+    )
+    tls: bool | None = Field(
+        None, description="Whether to speak TLS. Not set: if `address` is empty and serving.tls_certificate is set."
+    )
+    tls_ca: Path | None = Field(
+        None,
+        description="Roots of the server's certificate, in PEM. Not set: those of this machine, and for a server of "
+        "this configuration its own certificate.",
+    )
+    tls_server_name: str = Field(
+        "", description="Name that the server's certificate must have; empty for the one in its address."
+    )
+    tls_certificate: Path | None = Field(
+        None, description="Our own certificate, in PEM, where the server asks for one."
+    )
+    tls_key: Path | None = Field(None, description="The key of this certificate, in PEM.")
+
+
 class AligndConfig(BaseSettings):
     """Everything that operators can set."""
 
@@ -57,8 +86,10 @@ class AligndConfig(BaseSettings):
     data_dir: Path = Field(Path("var"), description="Folder for everything that alignd writes.")
     bus: str = Field(
         "",
-        pattern=r"^(|kafka://[^/,]+:[0-9]+(,[^/,]+:[0-9]+)*(/.*)?|sqlite:///.+)$",
-        description="The bus: kafka://host:port[,host:port][/name], sqlite:///path, or empty for a file in data_dir.",
+        pattern=r"^(|kafka://[^/?,]+:[0-9]+(,[^/?,]+:[0-9]+)*(/[^?]*)?(\?.*)?|sqlite:///.+)$",
+        description="The bus: kafka://host:port[,host:port][/name], sqlite:///path, or empty for a file in data_dir. "
+        "For TLS and SASL, Kafka's own names follow a question mark: ?security_protocol=SASL_SSL&ssl_cafile=...&"
+        "sasl_mechanism=SCRAM-SHA-512&sasl_username=...&sasl_password_file=...",
     )
     store: str = Field(
         "",
@@ -66,9 +97,24 @@ class AligndConfig(BaseSettings):
         description="The feedback store: an SQLAlchemy URL of SQLite or PostgreSQL, or empty for a file in data_dir.",
     )
     address: str = Field("", description="host:port of the gRPC server for clients; empty for the one configured here.")
+    api_keys: Path | None = Field(
+        None,
+        description="File of the API keys' digests, the same for all replicas. Not set: a file in data_dir, with a key "
+        "for this machine's own use.",
+    )
+    client: ClientConfig = Field(ClientConfig(), description="How alignd's own processes reach the server.")
     serving: ServingConfig = Field(ServingConfig(), description="The gRPC server and its engine.")
+    gateway: GatewayConfig = Field(GatewayConfig(), description="HTTP: OpenAI's API, and feedback.")
     feedback: FeedbackConfig = Field(FeedbackConfig(), description="Tokens, outbox, relay and ingest.")
     training: TrainingConfig = Field(TrainingConfig(), description="Reward model, PPO and when to run them.")
+
+    @field_validator("bus")
+    @classmethod
+    def _bus_is_spoken_to(cls, bus: str) -> str:
+        """Refuses a wrong part after the question mark now, and not when the bus is first needed."""
+        if bus.startswith("kafka://"):
+            read_security(bus.partition("?")[2])
+        return bus
 
     @property
     def bus_url(self) -> str:
@@ -83,7 +129,34 @@ class AligndConfig(BaseSettings):
     @property
     def server_address(self) -> str:
         """Where clients find the gRPC server, as host:port."""
-        return self.address or f"{self.serving.host}:{self.serving.port}"
+        return self.address or host_and_port(_dialled(self.serving.host), self.serving.port)
+
+    @property
+    def server(self) -> ServerConnection:
+        """How alignd's own processes reach the server."""
+        client, here = self.client, not self.address
+        files = (
+            client.tls_ca or (self.serving.tls_certificate if here else None),
+            client.tls_certificate,
+            client.tls_key,
+        )
+        speaks_tls = here and self.serving.tls_certificate is not None if client.tls is None else client.tls
+        return ServerConnection(
+            self.server_address,
+            Tls(*files, client.tls_server_name) if speaks_tls else None,
+            client.api_key_file or (self.operator_key_path if here else None),
+            client.api_key.get_secret_value(),
+        )
+
+    @property
+    def api_keys_path(self) -> Path:
+        """The file of the API keys' digests."""
+        return self.api_keys or self.data_dir / "api_keys.json"
+
+    @property
+    def operator_key_path(self) -> Path:
+        """The API key that this machine's own processes and its operator use, unless they are given another."""
+        return self.data_dir / "operator_key"
 
     @property
     def policies_dir(self) -> Path:
@@ -117,6 +190,11 @@ class AligndConfig(BaseSettings):
         """Puts the environment before the file."""
         found = {name: value for name, value in read_file().items() if name != _SIMULATION}
         return init_settings, env_settings, InitSettingsSource(settings_cls, found)
+
+
+def _dialled(host: str) -> str:
+    """Returns the address by which this machine reaches a server that listens on this one."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def read_file() -> dict[str, Any]:
@@ -213,4 +291,4 @@ def _toml_value(value: object) -> str:
     # JSON writes strings, integers, booleans and lists as TOML does, but not infinity.
     if isinstance(value, float):
         return repr(value)
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    return json.dumps(str(value) if isinstance(value, Path | SecretStr) else value, ensure_ascii=False)

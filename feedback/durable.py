@@ -1,7 +1,9 @@
 """Files and folders that survive a crash of the process and of the machine: written aside, fsync'd, renamed."""
 
+import contextlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +78,37 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder, and those above it, for their owner alone, whatever the umask. What is there stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir(mode=0o700)
+            each.chmod(0o700)
+
+
+def make_private(path: Path, *, create: bool = False) -> None:
+    """Takes from others what they may do with a file or a folder, if it is there and ours, or else makes an empty file.
+
+    What the group may do is left: it may have been let in on purpose. So is a folder that is meant for all, as /tmp is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if create:
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            os.fchmod(descriptor, 0o600)
+            os.close(descriptor)
+    # Another may own the file, and have opened it to us.
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        mode = path.stat().st_mode
+        is_ours_alone = stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and not mode & stat.S_ISVTX)
+        if is_ours_alone and mode & stat.S_IRWXO:
+            path.chmod(stat.S_IMODE(mode) & ~stat.S_IRWXO)

@@ -1,10 +1,13 @@
-"""Keeps a process running while what it depends on fails: retries, later each time, and reports the first failure."""
+"""Says how long to wait after failures in a row, and keeps a process running while what it depends on fails."""
 
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
+
+from feedback import heartbeat
 
 _FIRST_WAIT_SECONDS = 0.1
 
@@ -40,9 +43,17 @@ def keep_running(
             failures = 1 if time.monotonic() - up_since[0] > max_wait_seconds else failures + 1
             if failures == 1:
                 report(error)
-            stop.wait(backoff_seconds(failures, max_wait_seconds))
+            heartbeat.wait(backoff_seconds(failures, max_wait_seconds), stop)
 
 
-def backoff_seconds(failures: int, max_wait_seconds: float) -> float:
-    """Returns the wait after this many failures in a row. Doubles each time; random, so that replicas spread."""
-    return min(max_wait_seconds, _FIRST_WAIT_SECONDS * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
+def place(why: str) -> str:
+    """Returns a text that is equal for two failures at the same place: their words, without figures."""
+    return re.sub(r"[0-9][0-9.]*", "#", why)
+
+
+def backoff_seconds(failures: int, max_wait_seconds: float, first_wait_seconds: float = _FIRST_WAIT_SECONDS) -> float:
+    """Returns the wait after this many failures in a row, at least 1. It doubles each time, up to the longest.
+
+    It is random, down to half of that, so that replicas spread.
+    """
+    return min(max_wait_seconds, first_wait_seconds * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)

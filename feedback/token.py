@@ -95,6 +95,16 @@ def load_keyring(path: Path) -> Keyring:
     """
     if not path.exists():
         _create_keyring(path)
+    return read_keyring(path)
+
+
+def read_keyring(path: Path) -> Keyring:
+    """Reads keys as load_keyring does, from a file that must be there.
+
+    Raises:
+        KeyringError: a line is not a key, an id is repeated, or the file has no key.
+        OSError: the file cannot be read.
+    """
     keys: dict[str, bytes] = {}
     for line in path.read_text().splitlines():
         match = re.fullmatch(r"([A-Za-z0-9_-]{1,64}):((?:[0-9a-f]{2})+)", line)

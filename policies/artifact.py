@@ -14,7 +14,16 @@ from google.protobuf import json_format
 
 from alignd.v1.policy_manifest_pb2 import ArtifactFile, PolicyManifest
 from feedback.durable import rename_folder
-from policies.weights import TensorSpec, WeightsError, check_finite, tensor_specs
+from policies.plain_files import NotPlainError, list_plain, open_plain
+from policies.weights import (
+    INDEX_FILE,
+    TensorSpec,
+    WeightsError,
+    check_finite,
+    check_index,
+    read_index,
+    tensor_specs,
+)
 
 MANIFEST = "manifest.json"
 _MAX_MANIFEST_BYTES = 64 * 1024 * 1024
@@ -27,12 +36,24 @@ class ArtifactError(Exception):
     """The folder is not a policy version that may be served. The text says why."""
 
 
+class UnreadableError(ArtifactError):
+    """The version cannot be read now, which says nothing about the version itself.
+
+    A folder that is missing, a disk that fails, too many open files: all may pass. So may a file that is missing or
+    short, since a folder that is being copied or mounted is seen in parts. What was read whole and is not as it was
+    written is no such error.
+    """
+
+
 class ComparisonError(ArtifactError):
     """The folder that a version is compared with cannot be read. This says nothing about the version itself."""
 
 
 def write_artifact(
-    root: Path, manifest: PolicyManifest, write_files: Callable[[Path], object]
+    root: Path,
+    manifest: PolicyManifest,
+    write_files: Callable[[Path], object],
+    on_file: Callable[[], object] = lambda: None,
 ) -> tuple[Path, PolicyManifest]:
     """Writes the folder root/v{version}, durable and complete, and returns it with its manifest.
 
@@ -42,6 +63,7 @@ def write_artifact(
         root: the folder of all versions.
         manifest: the version's manifest, whose `files` and `weight_digest` are filled in from the files.
         write_files: writes the files into the folder that it is given.
+        on_file: is called after each file that was read for its digest.
 
     Raises:
         ArtifactError: the version exists, a file is not allowed, or the manifest is not valid.
@@ -50,14 +72,16 @@ def write_artifact(
     root.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(root)
     target = root / f"v{manifest.version}"
-    with _draft(root) as draft:
+    with draft_folder(root) as draft:
         write_files(draft)
         complete = PolicyManifest()
         complete.CopyFrom(manifest)
         del complete.files[:]
-        complete.files.extend(_describe(draft, path) for path in _list_files(draft))
+        for path in _list_files(draft):
+            complete.files.append(_describe(draft, path))
+            on_file()
         complete.weight_digest = weight_digest(complete.files)
-        _validate(complete)
+        check_manifest(complete)
         (draft / MANIFEST).write_text(json_format.MessageToJson(complete, preserving_proto_field_name=True))
         try:
             rename_folder(draft, target)
@@ -72,37 +96,52 @@ def read_manifest(path: Path) -> PolicyManifest:
     """Reads and checks the manifest of a version's folder, but not its files.
 
     Raises:
-        ArtifactError: the manifest is missing, too long or not valid.
+        UnreadableError: the manifest is missing, or cannot be read now.
+        ArtifactError: the manifest is too long or not valid.
     """
     try:
-        if (path / MANIFEST).stat().st_size > _MAX_MANIFEST_BYTES:
-            raise ArtifactError("the manifest is too long")
-        manifest = json_format.Parse((path / MANIFEST).read_bytes(), PolicyManifest())
-    except (OSError, ValueError, json_format.ParseError, RecursionError) as error:
-        raise ArtifactError(f"cannot read the manifest: {error}") from error
-    _validate(manifest)
+        with open_plain(path, MANIFEST) as file:
+            raw = file.read(_MAX_MANIFEST_BYTES + 1)
+    except NotPlainError as error:
+        raise ArtifactError(f"cannot use the manifest: {error}") from error
+    except OSError as error:
+        raise UnreadableError(f"cannot read the manifest: {error}") from error
+    if len(raw) > _MAX_MANIFEST_BYTES:
+        raise ArtifactError("the manifest is too long")
+    try:
+        manifest = json_format.Parse(raw, PolicyManifest())
+    except (ValueError, json_format.ParseError, RecursionError) as error:
+        raise ArtifactError(f"cannot use the manifest: {error}") from error
+    check_manifest(manifest)
     return manifest
 
 
-def verify_artifact(path: Path, shapes_like: Path | None = None) -> PolicyManifest:
-    """Checks every byte of a version against its manifest, and returns the manifest.
+def verify_artifact(
+    path: Path, shapes_like: Path | None = None, manifest: PolicyManifest | None = None
+) -> PolicyManifest:
+    """Checks every byte of a version against its manifest, and returns the manifest. All weights must be finite.
 
-    All weights must be finite. With `shapes_like`, they must also have the names, shapes and types of the weights in
-    that folder.
+    Args:
+        path: the version's folder.
+        shapes_like: a folder whose weights have the names, shapes and types that the version's weights must have.
+        manifest: what the version must be. Default: what the manifest in its folder says.
 
     Raises:
-        ArtifactError: the version fails a check.
+        UnreadableError: the version cannot be read now, or a file of it is missing or short.
+        ArtifactError: the version was read, and fails a check.
         ComparisonError: `shapes_like` cannot be read.
     """
-    manifest = read_manifest(path)
+    manifest = manifest or read_manifest(path)
     try:
         _check_files(path, manifest)
         for file in weight_files(manifest.files):
             check_finite(path / file.path)
-        specs = _all_specs(path, (file.path for file in weight_files(manifest.files)))
+        specs = _all_specs(path, [file.path for file in weight_files(manifest.files)])
         if shapes_like is not None:
             _check_specs(specs, _specs_in(shapes_like))
-    except (OSError, WeightsError) as error:
+    except OSError as error:
+        raise UnreadableError(str(error)) from error
+    except (NotPlainError, WeightsError) as error:
         raise ArtifactError(str(error)) from error
     return manifest
 
@@ -118,15 +157,35 @@ def weight_files(files: Iterable[ArtifactFile]) -> list[ArtifactFile]:
     return sorted((file for file in files if file.path.endswith(".safetensors")), key=lambda file: file.path)
 
 
+def changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:
+    """Returns the files besides the weights, such as tokenizer and configuration, that differ from the reference's.
+
+    A swap in place exchanges only weights, so these files would take effect at the next start, unproved.
+    """
+    ours, theirs = (
+        {(file.path, file.sha256) for file in each.files if not _is_of_weights(file.path)}
+        for each in (manifest, reference)
+    )
+    return sorted({path for path, _ in ours ^ theirs})
+
+
+def _is_of_weights(path: str) -> bool:
+    return path.endswith(".safetensors") or path == INDEX_FILE
+
+
 def _check_files(path: Path, manifest: PolicyManifest) -> None:
     listed = {file.path for file in manifest.files}
-    found = {each for each in _list_files(path) if each != MANIFEST}
+    found = set(list_plain(path)) - {MANIFEST}
     if len(listed) != len(manifest.files):
         raise ArtifactError("the manifest names a file twice")
-    if listed != found:
-        raise ArtifactError(
-            f"missing files: {sorted(listed - found)}; files not in the manifest: {sorted(found - listed)}"
-        )
+    if listed - found:
+        raise UnreadableError(f"missing files: {sorted(listed - found)}")
+    _check_kinds(found)
+    if found - listed:
+        raise ArtifactError(f"files not in the manifest: {sorted(found - listed)}")
+    short = [file.path for file in manifest.files if (path / file.path).lstat().st_size < file.size_bytes]
+    if short:
+        raise UnreadableError(f"files that are shorter than they were written: {short}")
     for file in manifest.files:
         if _describe(path, file.path) != file:
             raise ArtifactError(f"{file.path} is not what was written")
@@ -148,14 +207,19 @@ def _specs_in(path: Path) -> dict[str, TensorSpec]:
 
 
 def _all_specs(path: Path, files: Iterable[str]) -> dict[str, TensorSpec]:
+    """Returns all tensors in some files of weights, which an index, if there is one, must name exactly."""
     specs: dict[str, TensorSpec] = {}
+    tensors: dict[str, list[str]] = {}
     for file in files:
         found = tensor_specs(path / file)
         if specs.keys() & found.keys():
             raise ArtifactError(f"{file} has tensors that another file has too")
         specs |= found
+        tensors[file] = list(found)
     if not specs:
         raise ArtifactError("no weights")
+    if (path / INDEX_FILE).exists():
+        check_index(read_index(path / INDEX_FILE), tensors)
     return specs
 
 
@@ -166,25 +230,32 @@ def _list_files(path: Path) -> list[str]:
         ArtifactError: the folder has something that is neither a plain file nor a folder, or a file that is not
             allowed.
     """
-    files = []
-    for each in sorted(path.rglob("*")):
-        name = each.relative_to(path).as_posix()
-        if each.is_symlink() or not (each.is_file() or each.is_dir()):
-            raise ArtifactError(f"{name} is not a plain file")
-        if each.is_file():
-            if each.suffix not in _SUFFIXES:
-                raise ArtifactError(f"{name} is of a kind that is not allowed; allowed are {sorted(_SUFFIXES)}")
-            files.append(name)
+    try:
+        files = list_plain(path)
+    except NotPlainError as error:
+        raise ArtifactError(str(error)) from error
+    _check_kinds(files)
     return files
 
 
+def _check_kinds(files: Iterable[str]) -> None:
+    for name in sorted(files):
+        if Path(name).suffix not in _SUFFIXES:
+            raise ArtifactError(f"{name} is of a kind that is not allowed; allowed are {sorted(_SUFFIXES)}")
+
+
 def _describe(root: Path, path: str) -> ArtifactFile:
-    with (root / path).open("rb") as file:
+    with open_plain(root, path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return ArtifactFile(path=path, size_bytes=os.fstat(file.fileno()).st_size, sha256=digest)
 
 
-def _validate(manifest: PolicyManifest) -> None:
+def check_manifest(manifest: PolicyManifest) -> None:
+    """Checks a manifest against the rules of its contract.
+
+    Raises:
+        ArtifactError: it breaks one; the text says which.
+    """
     try:
         protovalidate.validate(manifest)
     except protovalidate.ValidationError as error:
@@ -192,7 +263,7 @@ def _validate(manifest: PolicyManifest) -> None:
 
 
 @contextmanager
-def _draft(root: Path) -> Iterator[Path]:
+def draft_folder(root: Path) -> Iterator[Path]:
     """Makes a new folder, locked while its writer lives, and removes it at the end if it is still there."""
     draft = root / f"{_DRAFT_PREFIX}{uuid.uuid4().hex}"
     draft.mkdir()

@@ -5,6 +5,9 @@ from importlib import metadata
 
 from alignd.v1.policy_manifest_pb2 import Evaluation, PolicyManifest, TrainingLineage
 
+SOURCE_FILE = "source.json"
+"""The file of an imported version that names what it was made from; see deploy.importing.origin."""
+
 
 def new_manifest(
     version: int,

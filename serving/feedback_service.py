@@ -7,9 +7,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from alignd.v1 import events_pb2, feedback_service_pb2, feedback_service_pb2_grpc, feedback_token_pb2
+from buf.validate import validate_pb2
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS
+from feedback.identity import qualified
 from feedback.outbox.door import Outbox
 from feedback.token import Keyring, TokenError, verify
+from serving.access.callers import caller
+from serving.access.limits import Limits
 from serving.errors import Violation, bad_field, bad_fields, not_permitted
 from serving.recording import record
 
@@ -17,31 +21,48 @@ from serving.recording import record
 _RANKING_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c01")
 _DEMONSTRATION_NAMESPACE = uuid.UUID("7a0a1f0e-5c1f-4a9b-9d56-6a0f9a1a4c02")
 _MOST_NAMED = 3
+_TOKEN_FIELD: Any = feedback_service_pb2.SubmitRankingRequest.DESCRIPTOR.fields_by_name["feedback_token"]
+_LONGEST_TOKEN_BYTES: int = _TOKEN_FIELD.GetOptions().Extensions[validate_pb2.field].string.max_bytes
+
+Request = feedback_service_pb2.SubmitRankingRequest | feedback_service_pb2.SubmitDemonstrationRequest
 
 
 class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
-    """The handlers; all they need is the keyring and the outbox."""
+    """The handlers; all they need is the keyring, the outbox, and who may send how much."""
 
-    def __init__(self, outbox: Outbox, keyring: Keyring) -> None:
+    def __init__(self, outbox: Outbox, keyring: Keyring, limits: Limits) -> None:
         self.outbox = outbox
         self.keyring = keyring
+        self.limits = limits
+
+    def check_token(self, request: Request) -> None:
+        """Checks the token, before the rest of a request is looked at: it costs little, and strangers have none.
+
+        Raises:
+            Refusal: INVALID_ARGUMENT if there is no token or it is too long, else as for `_claims`.
+        """
+        if not 0 < len(request.feedback_token.encode()) <= _LONGEST_TOKEN_BYTES:
+            raise bad_field("feedback_token", f"must have 1 to {_LONGEST_TOKEN_BYTES} bytes")
+        self._claims(request.feedback_token, request.user_id)
 
     async def SubmitRanking(
         self, request: feedback_service_pb2.SubmitRankingRequest, context: Any
     ) -> feedback_service_pb2.SubmitRankingResponse:
         """Records a ranking."""
         claims = self._claims(request.feedback_token, request.user_id)
+        self.limits.request(caller(), request.user_id, "feedback")
         _check_ranking(request, claims)
         event = events_pb2.RankingEvent(
-            event_id=_feedback_id(_RANKING_NAMESPACE, request.user_id, request.request_id),
+            event_id=_feedback_id(_RANKING_NAMESPACE, claims, request.request_id),
             user_id=request.user_id,
+            application=claims.application,
             sample_id=claims.sample_id,
             groups=request.groups,
             shown_completion_ids=request.shown_completion_ids,
             comment=request.comment,
             policy_versions={each.completion_id: each.policy_version for each in claims.completions},
         )
-        acknowledged = await record(self.outbox, RANKINGS, event.sample_id, event)
+        acknowledged = await record(self.outbox, self.keyring, RANKINGS, event.sample_id, event)
         return feedback_service_pb2.SubmitRankingResponse(ranking_id=event.event_id, acknowledge_time=acknowledged)
 
     async def SubmitDemonstration(
@@ -49,13 +70,15 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
     ) -> feedback_service_pb2.SubmitDemonstrationResponse:
         """Records a demonstration."""
         claims = self._claims(request.feedback_token, request.user_id)
+        self.limits.request(caller(), request.user_id, "feedback")
         event = events_pb2.DemonstrationEvent(
-            event_id=_feedback_id(_DEMONSTRATION_NAMESPACE, request.user_id, request.request_id),
+            event_id=_feedback_id(_DEMONSTRATION_NAMESPACE, claims, request.request_id),
             user_id=request.user_id,
+            application=claims.application,
             sample_id=claims.sample_id,
             text=request.text,
         )
-        acknowledged = await record(self.outbox, DEMONSTRATIONS, event.sample_id, event)
+        acknowledged = await record(self.outbox, self.keyring, DEMONSTRATIONS, event.sample_id, event)
         return feedback_service_pb2.SubmitDemonstrationResponse(
             demonstration_id=event.event_id, acknowledge_time=acknowledged
         )
@@ -64,19 +87,23 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
         """Returns what the token says.
 
         Raises:
-            Refusal: PERMISSION_DENIED if the token is not ours, has expired, or is another user's.
+            Refusal: PERMISSION_DENIED if the token is not ours, has expired, or is another application's or user's.
         """
         try:
             claims = verify(feedback_token, self.keyring, datetime.now(UTC))
         except TokenError as error:
             raise not_permitted(f"TOKEN_{error.reason.name}", "feedback_token", error.reason.value) from error
+        if claims.application != caller().application:
+            why = "is of a sample that another application drew"
+            raise not_permitted("TOKEN_OF_ANOTHER_APPLICATION", "feedback_token", why)
         if claims.user_id != user_id:
             raise not_permitted("TOKEN_OF_ANOTHER_USER", "user_id", "is not the user that the sample was drawn for")
         return claims
 
 
-def _feedback_id(namespace: uuid.UUID, user_id: str, request_id: str) -> str:
-    return str(uuid.uuid5(namespace, f"{uuid.UUID(request_id)}/{user_id}"))
+def _feedback_id(namespace: uuid.UUID, claims: feedback_token_pb2.FeedbackClaims, request_id: str) -> str:
+    user = qualified(claims.application, claims.user_id)
+    return str(uuid.uuid5(namespace, f"{uuid.UUID(request_id)}/{user}"))
 
 
 def _check_ranking(

@@ -1,27 +1,40 @@
 """InferenceService: admits a request, draws its completions, makes the sample durable, and answers."""
 
+import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from alignd.v1 import events_pb2, inference_service_pb2, inference_service_pb2_grpc
+from alignd.v1 import events_pb2, inference_service_pb2, inference_service_pb2_grpc, types_pb2
 from feedback.bus.topics import SAMPLES
-from feedback.outbox.door import Outbox
+from feedback.outbox.door import Outbox, OutboxError, RequestKey
 from feedback.token import Keyring
 from serving import sampler
+from serving.access.callers import caller
+from serving.access.limits import Limits
 from serving.config import ServingConfig
-from serving.errors import Refusal, unavailable
+from serving.errors import Refusal, bad_field, shortened, unavailable
+from serving.idempotency import Retries, request_key, to_the_end
 from serving.policy_log import PolicyLog
-from serving.recording import record
-from serving.sampler import Draft, Quota, Request
+from serving.recording import check_room, record
+from serving.sampler import Draft, Plan, Quota, Request
 from serving.slot import Slot
-from serving.vllm_engine import Engine, EngineError
+from serving.tokenising import Tokenising, check_bytes
+from serving.unread import Unread
+from serving.vllm_engine import BadFormError, Engine, EngineError
+
+logger = logging.getLogger(__name__)
 
 # The five tries of alignd.client, this far apart, outlast an engine's start.
 _START_RETRY_SECONDS = 5.0
+# A token has 3 to 4 characters as a rule, and a number. If it has more, the sample is refused when it is recorded.
+_BYTES_A_TOKEN = 12
+# About 1 MiB of an answer, and a tenth of a second of work.
+_MOST_LOGPROBS = 32_768
 
 
 @dataclass
@@ -36,71 +49,176 @@ class Serving:
 
 
 class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
-    """The handlers of both RPCs, which differ only in what they send before the end."""
+    """The handlers; the two that draw differ only in what they send before the end."""
 
     def __init__(
-        self, serving: Serving, outbox: Outbox, keyring: Keyring, config: ServingConfig, token_ttl_seconds: float
+        self,
+        serving: Serving,
+        outbox: Outbox,
+        keyring: Keyring,
+        limits: Limits,
+        config: ServingConfig,
+        token_ttl_seconds: float,
     ) -> None:
         self.serving = serving
         self.outbox = outbox
         self.keyring = keyring
+        self.limits = limits
         self.config = config
         self.token_ttl_seconds = token_ttl_seconds
+        self._tokenising = Tokenising()
+        self._retries = Retries(outbox, token_ttl_seconds)
 
     async def Sample(
         self, request: inference_service_pb2.SampleRequest, context: Any
     ) -> inference_service_pb2.SampleResponse:
         """Draws completions and returns them all."""
-        async for event in self._draw(request, interval_seconds=None):
-            if event.WhichOneof("event") == "finished":
-                return event.finished
-        raise AssertionError("a draw ends with `finished`")
+        return await self._draw(request, None)
 
     async def StreamSample(
         self, request: inference_service_pb2.StreamSampleRequest, context: Any
     ) -> AsyncIterator[inference_service_pb2.StreamSampleResponse]:
-        """Draws completions and streams their text."""
-        async for event in self._draw(request, interval_seconds=self.config.stream_interval_seconds):
-            yield event
+        """Draws completions and streams their text, at most every `stream_interval_seconds`.
 
-    async def _draw(
-        self, request: Request, interval_seconds: float | None
-    ) -> AsyncIterator[inference_service_pb2.StreamSampleResponse]:
+        They are drawn in a task of their own, which no client can hold up by not reading.
+        """
+        unread = Unread()
+        drawing = asyncio.ensure_future(self._draw(request, unread))
+        drawing.add_done_callback(lambda _: unread.end())
+        try:
+            while not drawing.done():
+                await unread.wait()
+                for message in unread.take():
+                    yield message
+                await asyncio.wait({drawing}, timeout=self.config.stream_interval_seconds)
+            for message in unread.take():
+                yield message
+            yield inference_service_pb2.StreamSampleResponse(finished=drawing.result())
+        finally:
+            drawing.cancel()
+            await asyncio.wait({drawing})
+
+    async def ListModels(
+        self, request: inference_service_pb2.ListModelsRequest, context: Any
+    ) -> inference_service_pb2.ListModelsResponse:
+        """Lists what a request may name."""
+        served = self.serving.slot.policy if self.serving.accepting else None
+        record = self.serving.policies.state.policies.get(served.version) if served else None
+        if not served or not record:
+            return inference_service_pb2.ListModelsResponse()
+        made = record.manifest.create_time
+        names = ("live", f"v{served.version}")
+        models = [inference_service_pb2.Model(name=name, policy=served, create_time=made) for name in names]
+        return inference_service_pb2.ListModelsResponse(models=models)
+
+    async def _draw(self, request: Request, unread: Unread | None) -> inference_service_pb2.SampleResponse:
+        """Draws completions, and returns them when they can be ranked. Their text goes to `unread` as it is written."""
         engine = self.serving.engine
         if engine is None or not self.serving.accepting:
             raise unavailable(
                 "NOT_SERVING",
-                "the server is starting or stopping; wait for its health to be SERVING",
+                "the server is stopping, or its engine is starting; wait for its health to be SERVING",
                 _START_RETRY_SECONDS,
             )
-        planned = sampler.plan(request, engine, self.config.default_max_tokens)
-        sample_id = uuid.uuid4().hex
-        self.serving.quota.take(request.num_completions)
+        self.limits.request(caller(), request.user_id, "sample")
+        stored = request.store if request.HasField("store") else True
+        if request.sampling.ignore_eos and stored:
+            why = "goes with store = false, since nothing can be learned from what follows an end"
+            raise bad_field("sampling.ignore_eos", why)
+        if request.request_id and not stored:
+            raise bad_field("request_id", "goes with a sample that is stored: leave it or store = false out")
+        named = request_key(request, caller().application)
         try:
-            async with self.serving.slot.hold() as hold:
-                self._check_policy(request.policy, hold.policy.version)
-                yield inference_service_pb2.StreamSampleResponse(
-                    started=inference_service_pb2.SampleStarted(sample_id=sample_id)
-                )
-                drafts = [Draft() for _ in range(request.num_completions)]
-                async for deltas in sampler.write(engine, planned, sample_id, hold, drafts, interval_seconds):
-                    yield inference_service_pb2.StreamSampleResponse(deltas=deltas)
-                completions = sampler.as_completions(sample_id, hold, drafts)
-        except EngineError as error:
-            raise unavailable("ENGINE_FAILED", "the engine failed; it is being restarted", 10.0) from error
-        finally:
-            self.serving.quota.give_back(request.num_completions)
-        token, expires = sampler.sign(self.keyring, sample_id, request.user_id, completions, self.token_ttl_seconds)
-        await self._record(request, sample_id, completions)
-        yield inference_service_pb2.StreamSampleResponse(
-            finished=inference_service_pb2.SampleResponse(
-                sample_id=sample_id,
-                completions=completions,
-                feedback_token=token,
-                feedback_expire_time=expires,
-                num_prompt_tokens=len(planned.token_ids),
-            )
+            async with self._retries.first(named) as earlier:
+                if not earlier:
+                    return await self._draw_new(engine, request, named, unread, stored=stored)
+                if unread:
+                    unread.start(earlier.event_id)
+                return self._answer(request, earlier, earlier.completions, earlier.prompt_token_ids)
+        except OutboxError as error:
+            raise unavailable("OUTBOX_FAILED", f"it cannot be read: {error}") from error
+
+    async def _draw_new(
+        self, engine: Engine, request: Request, named: RequestKey | None, unread: Unread | None, *, stored: bool
+    ) -> inference_service_pb2.SampleResponse:
+        sample_id = uuid.uuid4().hex
+        check_bytes(request.prompt, engine.tokenizer, engine.max_model_len - 1)
+        planned = await self._tokenising.run(
+            request.prompt.ByteSize(), sampler.plan, request, engine, self.config.default_max_tokens
         )
+        _check_logprobs(planned)
+        if stored:
+            await check_room(self.outbox, _longest_event_bytes(request, planned))
+        if engine is not self.serving.engine:
+            # It failed while this request waited. It would only take the place of others, for as long as a start takes.
+            raise _engine_failed()
+        completions = await self._write(engine, request, planned, sample_id, unread)
+        event = sampler.as_event(
+            request, caller().application, sample_id, completions, planned, engine.tokenizer_digest
+        )
+        answer = self._answer(request, event, completions, planned.token_ids)
+        if stored:
+            # Durable first, so that its ranking can be learned from whichever process dies next.
+            recording = record(self.outbox, self.keyring, SAMPLES, sample_id, event, named)
+            await to_the_end(asyncio.ensure_future(recording))
+        else:
+            answer.ClearField("feedback_token")
+            answer.ClearField("feedback_expire_time")
+        return answer
+
+    def _answer(
+        self,
+        request: Request,
+        event: events_pb2.SampleEvent,
+        completions: Sequence[types_pb2.Completion],
+        prompt_token_ids: Sequence[int],
+    ) -> inference_service_pb2.SampleResponse:
+        """Returns a sample as its caller gets it, with a token to rank it by."""
+        drawn_at = event.event_time if event.HasField("event_time") else None
+        token, expires = sampler.sign(
+            self.keyring, event.event_id, event.application, event.user_id, completions, self.token_ttl_seconds,
+            drawn_at,
+        )  # fmt: skip
+        asked = request.return_token_ids
+        return inference_service_pb2.SampleResponse(
+            sample_id=event.event_id,
+            completions=completions if asked else sampler.without_token_ids(completions),
+            feedback_token=token,
+            feedback_expire_time=expires,
+            num_prompt_tokens=len(prompt_token_ids),
+            prompt_token_ids=prompt_token_ids if asked else (),
+        )
+
+    async def _write(
+        self, engine: Engine, request: Request, planned: Plan, sample_id: str, unread: Unread | None
+    ) -> list[types_pb2.Completion]:
+        """Writes the completions, within the limits of who asks and of the replica."""
+        who, count = caller(), request.num_completions
+        drafts = [Draft() for _ in range(count)]
+        reserved = self.limits.reserve(who, request.user_id, len(planned.token_ids) + count * planned.draw.max_tokens)
+        reserved.used = 0
+        try:
+            with (
+                self.limits.in_flight(who, request.user_id, count),
+                self.serving.quota.taken_for(count, request.priority),
+            ):
+                async with self.serving.slot.hold() as hold:
+                    self._check_policy(request.policy, hold.policy.version)
+                    if unread:
+                        unread.start(sample_id)
+                    reserved.used = reserved.num_tokens
+                    await sampler.write(engine, planned, sample_id, hold, drafts, unread.add if unread else None)
+                    # The prompt was read for all of them at once.
+                    reserved.used = len(planned.token_ids) + sum(len(draft.token_ids) for draft in drafts)
+                    return sampler.as_completions(sample_id, hold, drafts, engine.token_text)
+        except BadFormError as error:
+            raise bad_field("sampling.structured", shortened(str(error))) from error
+        except EngineError as error:
+            logger.warning("sample %s failed: %s", sample_id, error)
+            raise _engine_failed() from error
+        finally:
+            # What is cancelled has taken the engine's time all the same: only an end gives back what it left.
+            self.limits.settle(reserved)
 
     def _check_policy(self, selector: str, served_version: int) -> None:
         """Checks that a request asks for the version that is served.
@@ -120,13 +238,30 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             metadata=metadata,
         )
 
-    async def _record(self, request: Request, sample_id: str, completions: list[Any]) -> None:
-        """Writes the sample to the outbox, so that its ranking can be learned from whichever process dies next."""
-        event = events_pb2.SampleEvent(
-            event_id=sample_id,
-            user_id=request.user_id,
-            prompt=request.prompt,
-            sampling=request.sampling,
-            completions=completions,
+
+def _check_logprobs(planned: Plan) -> None:
+    """Checks that an answer with log-probabilities is one that can be made and sent.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT if it is not.
+    """
+    draw = planned.draw
+    if draw.top_logprobs is None:
+        return
+    entries = draw.num_completions * draw.max_tokens * (1 + draw.top_logprobs)
+    if entries > _MOST_LOGPROBS:
+        why = (
+            f"with {draw.num_completions} completions of {draw.max_tokens} tokens these are {entries} "
+            f"log-probabilities, and {_MOST_LOGPROBS} can be returned; set max_tokens"
         )
-        await record(self.outbox, SAMPLES, sample_id, event)
+        raise bad_field("top_logprobs", why)
+
+
+def _engine_failed() -> Refusal:
+    return unavailable("ENGINE_FAILED", "the engine failed; it is being restarted", 10.0)
+
+
+def _longest_event_bytes(request: Request, planned: Plan) -> int:
+    """Returns about how many bytes the sample's event will have if no completion ends by itself."""
+    num_tokens = len(planned.token_ids) + planned.draw.num_completions * planned.draw.max_tokens
+    return request.ByteSize() + num_tokens * _BYTES_A_TOKEN

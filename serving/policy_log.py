@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from alignd.v1 import events_pb2, policy_service_pb2
 from feedback.bus.contract import Bus, BusError, Delivered, Record
 from feedback.bus.topics import POLICIES
+from feedback.retry import backoff_seconds
 from policies.state import Outcome, PolicyState, apply
 from serving.errors import unavailable
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 READ_BACK_TIMEOUT_SECONDS = 15.0
 _POLL_SECONDS = 1.0
+_FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 300.0
 
 
 class PolicyLogError(Exception):
@@ -36,6 +38,8 @@ class PolicyLog:
         self.bus = bus
         self.state = PolicyState()
         self.changes: list[policy_service_pb2.WatchResponse] = []
+        self.passed_over: list[str] = []
+        """Why events changed nothing: they could not be used, or came too late."""
         self._outcomes: dict[str, Outcome] = {}
         self._read_to: dict[int, int] = {}
         self._changed = asyncio.Event()
@@ -152,6 +156,10 @@ class PolicyLog:
     def _read(self, delivered: Delivered) -> None:
         position = delivered.position
         self._read_to[position.partition] = max(self._read_to.get(position.partition, 0), position.offset + 1)
+        if delivered.fault:
+            logger.error("the record at %s is passed over: %s", position, delivered.fault)
+            self._wake()
+            return
         try:
             event = events_pb2.PolicyEvent.FromString(delivered.value)
         except DecodeError:
@@ -167,7 +175,15 @@ class PolicyLog:
         self._changed = asyncio.Event()
 
     def _record(self, event: events_pb2.PolicyEvent) -> None:
-        outcome = apply(self.state, event)
+        try:
+            outcome = apply(self.state, event)
+        except Exception as error:
+            # Nothing that anybody can write to the topic may keep all replicas from following it.
+            logger.exception("event %r cannot be applied", event.event_id)
+            outcome = Outcome(self.state, refusal=f"it cannot be applied: {error}")
+        if outcome.refusal:
+            logger.warning("event %r of the policies topic is passed over: %s", event.event_id, outcome.refusal)
+            self.passed_over.append(outcome.refusal)
         self.state = outcome.state
         self._outcomes[event.event_id] = outcome
         for change in outcome.changes:
@@ -177,3 +193,8 @@ class PolicyLog:
             else:
                 response.replica_status.CopyFrom(change)
             self.changes.append(response)
+
+
+def retry_wait_seconds(failures: int) -> float:
+    """Returns how long to wait before what failed so often in a row, at least once, is tried again."""
+    return backoff_seconds(failures, LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS)

@@ -1,7 +1,9 @@
 """PolicyService: what the trainer and operators ask of policy versions, as events on the policy log."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,20 +18,24 @@ from alignd.v1.policy_service_pb2 import (
     STAGE_UNSPECIFIED,
     Stage,
 )
-from policies.artifact import ArtifactError, ComparisonError, verify_artifact
-from policies.location import artifact_folder
-from policies.state import PolicyRecord, PolicyState, as_policy, new_change, previous_live
+from policies.artifact import ArtifactError, ComparisonError, UnreadableError, changed_settings, verify_artifact
+from policies.location import artifact_folder, folder_below
+from policies.state import PolicyRecord, PolicyState, as_policy, new_change, previous_live, reinstated_stage
+from serving.access.callers import caller
 from serving.errors import Refusal, Violation, bad_field, shortened, unavailable
 from serving.policy_log import PolicyLog
 
 _DEFAULT_PAGE_SIZE = 100
+_REJECTED = "it is REJECTED: `alignd policies show` says why; Reinstate takes that back, if it was a mistake"
 
 
 class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
     """The handlers; all state is the policy log's."""
 
-    def __init__(self, policies: PolicyLog) -> None:
+    def __init__(self, policies: PolicyLog, root: Path) -> None:
         self.policies = policies
+        self.root = root
+        """The folder below which the files of all versions must lie."""
 
     async def RegisterPolicy(
         self, request: policy_service_pb2.RegisterPolicyRequest, context: Any
@@ -39,8 +45,9 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         present = self._state().policies.get(version)
         if present and present.manifest.weight_digest != request.manifest.weight_digest:
             raise _taken(version)
+        _check_probes(request.manifest)
         await asyncio.to_thread(self._verify, request)
-        change = new_change(version, STAGE_UNSPECIFIED, STAGE_CANDIDATE, request.actor, request.reason)
+        change = new_change(version, STAGE_UNSPECIFIED, STAGE_CANDIDATE, caller().name, request.reason, request.actor)
         outcome = await self.policies.propose(
             events_pb2.PolicyEvent(
                 registered=events_pb2.PolicyRegistered(
@@ -57,21 +64,26 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
 
     def _verify(self, request: policy_service_pb2.RegisterPolicyRequest) -> None:
         reference = self.policies.state.policies.get(request.manifest.reference_version)
+        version = request.manifest.version
         try:
-            folder = artifact_folder(request.artifact_uri)
+            named, folder = artifact_folder(request.artifact_uri), folder_below(self.root, request.artifact_uri)
         except ArtifactError as error:
-            raise bad_field("artifact_uri", "must be an absolute path or a file:// URL") from error
+            raise bad_field("artifact_uri", shortened(str(error))) from error
+        if named != folder:
+            raise bad_field("artifact_uri", "must name the folder itself, without links and `..`")
         try:
             shapes_like = artifact_folder(reference.artifact_uri) if reference else None
             found = verify_artifact(folder, shapes_like)
         except ComparisonError as error:
-            version = request.manifest.version
-            raise _precondition("BAD_ARTIFACT", str(error), version, field="manifest.reference_version") from error
+            raise unavailable("ARTIFACT_UNREADABLE", f"policy v{version}: {shortened(str(error))}") from error
+        except UnreadableError as error:
+            why = shortened(f"its files cannot be read now: {error}")
+            raise unavailable("ARTIFACT_UNREADABLE", f"policy v{version}: {why}") from error
         except ArtifactError as error:
-            raise _precondition("BAD_ARTIFACT", str(error), request.manifest.version, field="artifact_uri") from error
+            raise _precondition("BAD_ARTIFACT", str(error), version, field="artifact_uri") from error
         if found != request.manifest:
             raise bad_field("manifest", f"is not the one that lies in {request.artifact_uri}")
-        changed = _changed_settings(found, reference.manifest) if reference else []
+        changed = changed_settings(found, reference.manifest) if reference else []
         if changed:
             why = f"{', '.join(changed)}: only weights may differ from the reference version's files"
             raise _precondition("BAD_ARTIFACT", why, found.version, field="artifact_uri")
@@ -107,7 +119,7 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         if record.stage == STAGE_RETIRED:
             raise _precondition("WRONG_STAGE", "it is RETIRED: roll back to it instead", request.version)
         if record.stage == STAGE_REJECTED:
-            raise _precondition("WRONG_STAGE", "it is REJECTED: it never serves again", request.version)
+            raise _precondition("WRONG_STAGE", _REJECTED, request.version)
         if record.stage != STAGE_LIVE:
             record = await self._make_live(record, request.actor, request.reason, request.expected_live_version)
         return policy_service_pb2.PromoteResponse(policy=as_policy(record))
@@ -119,14 +131,41 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         state = self._state()
         version = request.version or previous_live(state)
         if not version:
-            raise _precondition("NOTHING_TO_ROLL_BACK_TO", "no version was live before the present one", 0)
+            raise _precondition("NOTHING_TO_ROLL_BACK_TO", "no version is left that was live before the present one", 0)
         record = self._find(version, f"v{version}")
+        if record.stage == STAGE_REJECTED:
+            raise _precondition("WRONG_STAGE", _REJECTED, version)
         if record.stage not in (STAGE_RETIRED, STAGE_LIVE):
-            raise _precondition("WRONG_STAGE", f"it is {Stage.Name(record.stage)}: it was never live", version)
+            name = Stage.Name(record.stage).removeprefix("STAGE_")
+            raise _precondition("WRONG_STAGE", f"it is {name}: promote it instead", version)
         if record.stage != STAGE_LIVE:
             expected = request.expected_live_version or state.live_version
             record = await self._make_live(record, request.actor, request.reason, expected)
         return policy_service_pb2.RollbackResponse(policy=as_policy(record))
+
+    async def Reject(
+        self, request: policy_service_pb2.RejectRequest, context: Any
+    ) -> policy_service_pb2.RejectResponse:
+        """Rejects a version; if it was live, the one before it is live again."""
+        record = self._find(request.version, f"v{request.version}")
+        if record.stage == STAGE_LIVE and not previous_live(self.policies.state):
+            why = "it is LIVE, and no other version was live before it: promote another one first"
+            raise _precondition("NOTHING_TO_ROLL_BACK_TO", why, request.version)
+        if record.stage != STAGE_REJECTED:
+            record = await self._change_stage(record, STAGE_REJECTED, request.actor, request.reason)
+        return policy_service_pb2.RejectResponse(policy=as_policy(record))
+
+    async def Reinstate(
+        self, request: policy_service_pb2.ReinstateRequest, context: Any
+    ) -> policy_service_pb2.ReinstateResponse:
+        """Takes back a rejection."""
+        record = self._find(request.version, f"v{request.version}")
+        if record.stage == STAGE_REJECTED:
+            record = await self._change_stage(record, reinstated_stage(record), request.actor, request.reason)
+        elif record.history[-1].from_stage != STAGE_REJECTED:
+            name = Stage.Name(record.stage).removeprefix("STAGE_")
+            raise _precondition("WRONG_STAGE", f"it is {name}: only a REJECTED version is reinstated", request.version)
+        return policy_service_pb2.ReinstateResponse(policy=as_policy(record))
 
     async def Watch(
         self, request: policy_service_pb2.WatchRequest, context: Any
@@ -136,11 +175,16 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
             yield change
 
     async def _make_live(self, record: PolicyRecord, actor: str, reason: str, expected_live: int) -> PolicyRecord:
+        return await self._change_stage(record, STAGE_LIVE, actor, reason, expected_live)
+
+    async def _change_stage(
+        self, record: PolicyRecord, to_stage: Stage, actor: str, reason: str, expected_live: int = 0
+    ) -> PolicyRecord:
         version = record.manifest.version
         outcome = await self.policies.propose(
             events_pb2.PolicyEvent(
                 stage_changed=events_pb2.PolicyStageChanged(
-                    change=new_change(version, record.stage, STAGE_LIVE, actor, reason),
+                    change=new_change(version, record.stage, to_stage, caller().name, reason, actor),
                     expected_live_version=expected_live,
                 )
             )
@@ -173,16 +217,18 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
         return record
 
 
-def _changed_settings(manifest: PolicyManifest, reference: PolicyManifest) -> list[str]:
-    """Returns the files besides the weights, such as tokenizer and configuration, that differ from the reference's.
+def _check_probes(manifest: PolicyManifest) -> None:
+    """Checks that a server can prove that it serves this version.
 
-    A swap in place exchanges only weights, so these files would take effect at the next start, unproved.
+    Raises:
+        Refusal: INVALID_ARGUMENT, naming the field.
     """
-    ours, theirs = (
-        {(file.path, file.sha256) for file in each.files if not file.path.endswith(".safetensors")}
-        for each in (manifest, reference)
-    )
-    return sorted({path for path, _ in ours ^ theirs})
+    if manifest.parent_version and not manifest.probes:
+        raise bad_field("manifest.probes", "must have at least one, since the version was made from another")
+    for index, probe in enumerate(manifest.probes):
+        if len(probe.logprobs) != len(probe.token_ids) - 1 or not all(map(math.isfinite, probe.logprobs)):
+            rule = "must have one finite log-probability for each token but the first"
+            raise bad_field(f"manifest.probes[{index}].logprobs", rule)
 
 
 def _taken(version: int) -> Refusal:
@@ -199,7 +245,7 @@ def _precondition(reason: str, message: str, version: int, field: str = "version
     return Refusal(
         grpc.StatusCode.FAILED_PRECONDITION,
         reason,
-        f"policy v{version}: {message}",
+        f"policy v{version}: {message}" if version else message,
         violations=[Violation(field, message)],
         metadata={"version": str(version)},
     )

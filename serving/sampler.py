@@ -3,21 +3,29 @@
 It knows neither gRPC nor the bus: what it yields is what the two RPCs of InferenceService send.
 """
 
-import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jinja2
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from alignd.v1 import feedback_token_pb2, inference_service_pb2, types_pb2
+from alignd.v1 import events_pb2, feedback_token_pb2, inference_service_pb2, types_pb2
 from alignd.v1.types_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason
 from feedback import token
+from feedback.bus.contract import MAX_RECORD_BYTES
 from policies.rendering import prompt_token_ids
 from serving.errors import bad_field, exhausted
 from serving.slot import Hold
-from serving.vllm_engine import Delta, Draw, Engine
+from serving.vllm_engine import Delta, Draw, Engine, Logprob
 
+# What is added to the event later (its time, its key, a signature) has room in the rest.
+_MAX_EVENT_BYTES = MAX_RECORD_BYTES - 64 * 1024
+
+# The most completions that one request can ask for, so that a batch is never refused for good.
+_LARGEST = 16
+
+Priority = inference_service_pb2.Priority
 Request = inference_service_pb2.SampleRequest | inference_service_pb2.StreamSampleRequest
 
 
@@ -34,8 +42,11 @@ class Draft:
     """A completion that is being written."""
 
     text: list[str] = field(default_factory=list)
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason = FINISH_REASON_UNSPECIFIED
+    end_token_id: int | None = None
+    spans_swap: bool = False
+    logprobs: list[Sequence[Logprob]] = field(default_factory=list)
 
 
 class Quota:
@@ -45,19 +56,23 @@ class Quota:
         self.limit = limit
         self.taken = 0
 
-    def take(self, count: int) -> None:
-        """Reserves room for `count` completions; give_back() returns it.
+    @contextmanager
+    def taken_for(self, count: int, priority: Priority) -> Iterator[None]:
+        """Holds room for `count` completions. A batch gets none of the last third.
 
         Raises:
             Refusal: RESOURCE_EXHAUSTED, with a retry delay, if there is no room.
         """
-        if self.taken + count > self.limit:
-            raise exhausted("TOO_MANY_COMPLETIONS", f"{self.taken} of {self.limit} completions are in flight")
+        is_batch = priority == inference_service_pb2.PRIORITY_BATCH
+        limit = max(_LARGEST, self.limit * 2 // 3) if is_batch else self.limit
+        if self.taken + count > limit:
+            what = f"{limit} that a batch may take" if is_batch else str(limit)
+            raise exhausted("TOO_MANY_COMPLETIONS", f"{self.taken} of {what} completions are in flight")
         self.taken += count
-
-    def give_back(self, count: int) -> None:
-        """Returns room."""
-        self.taken -= count
+        try:
+            yield
+        finally:
+            self.taken -= count
 
 
 def plan(request: Request, engine: Engine, default_max_tokens: int) -> Plan:
@@ -67,6 +82,7 @@ def plan(request: Request, engine: Engine, default_max_tokens: int) -> Plan:
         Refusal: INVALID_ARGUMENT if the prompt cannot be rendered or does not fit the context.
     """
     token_ids = render(request.prompt, engine)
+    _check_vocabulary(token_ids, engine)
     room = engine.max_model_len - len(token_ids)
     if room < 1:
         raise bad_field(
@@ -85,8 +101,31 @@ def plan(request: Request, engine: Engine, default_max_tokens: int) -> Plan:
         max_tokens=max_tokens,
         stop=tuple(sampling.stop),
         seed=sampling.seed if sampling.HasField("seed") else None,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        ignore_eos=sampling.ignore_eos,
+        json_schema=sampling.structured.json_schema,
+        regex=sampling.structured.regex,
+        top_logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
     )
     return Plan(token_ids, draw)
+
+
+def _check_vocabulary(token_ids: list[int], engine: Engine) -> None:
+    """Refuses tokens that the tokenizer has and the model does not: one of them would end the engine.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT, naming the first of them.
+    """
+    beyond = next((token_id for token_id in token_ids if token_id >= engine.vocabulary), None)
+    if beyond is not None:
+        token = engine.tokenizer.convert_ids_to_tokens(beyond)
+        raise bad_field(
+            "prompt", f"has token {token!r} ({beyond}), which the model does not have: it has {engine.vocabulary}"
+        )
 
 
 def render(prompt: types_pb2.Prompt, engine: Engine) -> list[int]:
@@ -96,42 +135,58 @@ def render(prompt: types_pb2.Prompt, engine: Engine) -> list[int]:
         Refusal: INVALID_ARGUMENT if the policy's chat template cannot render the prompt.
     """
     if prompt.WhichOneof("content") == "chat":
-        if prompt.chat.messages[-1].role != types_pb2.ROLE_USER:
-            raise bad_field("prompt.chat.messages", "the last message must be the user's")
+        _check_turns(prompt.chat)
         if not engine.tokenizer.chat_template:
             raise bad_field("prompt.chat", "the policy has no chat template; send prompt.text")
     try:
         return prompt_token_ids(engine.tokenizer, prompt)
     except jinja2.TemplateError as error:
+        if prompt.WhichOneof("content") == "text":
+            raise bad_field("prompt.text", f"cannot be encoded: {error}") from error
         raise bad_field("prompt.chat", f"the policy's chat template refuses it: {error}") from error
 
 
+def _check_turns(chat: types_pb2.Chat) -> None:
+    """Checks who speaks last, and that every turn has a text that must have one.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT.
+    """
+    last = len(chat.messages) - 1
+    if chat.messages[last].role not in (types_pb2.ROLE_USER, types_pb2.ROLE_ASSISTANT):
+        raise bad_field(
+            "prompt.chat.messages", "the last message must be the user's, or the assistant's to be continued"
+        )
+    for index, message in enumerate(chat.messages):
+        field = f"prompt.chat.messages[{index}].content"
+        if not message.content and message.role != types_pb2.ROLE_ASSISTANT:
+            raise bad_field(field, "must be at least 1 byte; only an earlier turn of the assistant may be empty")
+        if not message.content and index == last:
+            raise bad_field(field, "has no text that could be continued; leave the turn out to have a new one written")
+
+
 async def write(
-    engine: Engine, planned: Plan, sample_id: str, hold: Hold, drafts: list[Draft], interval_seconds: float | None
-) -> AsyncIterator[inference_service_pb2.CompletionDeltas]:
-    """Fills `drafts`, and yields their new text at most every `interval_seconds`; yields nothing if that is None."""
-    unsent: dict[int, types_pb2.FinishReason] = {}
-    texts: dict[int, str] = {}
-    sent_at = 0.0
+    engine: Engine, planned: Plan, sample_id: str, hold: Hold, drafts: list[Draft], add: Callable[[Delta], None] | None
+) -> None:
+    """Fills `drafts`; new text is also given to `add`, unless that is None."""
     generation = engine.generate(
-        sample_id, planned.token_ids, planned.draw, hold.policy.weight_digest, stream=interval_seconds is not None
+        sample_id, planned.token_ids, planned.draw, hold.policy.weight_digest, stream=add is not None
     )
     async for deltas in generation:
         for delta in deltas:
-            append(drafts[delta.index], delta)
-            texts[delta.index] = texts.get(delta.index, "") + delta.text
-            unsent[delta.index] = delta.finish_reason
-        if interval_seconds is not None and time.monotonic() - sent_at >= interval_seconds:
-            yield as_deltas(texts, unsent)
-            texts, unsent, sent_at = {}, {}, time.monotonic()
-    if interval_seconds is not None and unsent:
-        yield as_deltas(texts, unsent)
+            append(drafts[delta.index], delta, hold.spans_swap)
+            if add:
+                add(delta)
 
 
-def append(draft: Draft, delta: Delta) -> None:
+def append(draft: Draft, delta: Delta, spans_swap: bool = False) -> None:
+    """Adds new text to a completion. Only one that was still being written when a swap came spans that swap."""
     draft.text.append(delta.text)
-    draft.num_tokens += delta.num_tokens
+    draft.token_ids += delta.token_ids
+    draft.logprobs += delta.logprobs
     draft.finish_reason = delta.finish_reason
+    draft.end_token_id = delta.end_token_id
+    draft.spans_swap |= spans_swap
 
 
 def as_deltas(texts: dict[int, str], reasons: dict[int, FinishReason]) -> inference_service_pb2.CompletionDeltas:
@@ -143,7 +198,9 @@ def as_deltas(texts: dict[int, str], reasons: dict[int, FinishReason]) -> infere
     )
 
 
-def as_completions(sample_id: str, hold: Hold, drafts: list[Draft]) -> list[types_pb2.Completion]:
+def as_completions(
+    sample_id: str, hold: Hold, drafts: list[Draft], token_text: Callable[[int], str]
+) -> list[types_pb2.Completion]:
     """Returns the finished completions; a completion's id is its sample's and its index."""
     return [
         types_pb2.Completion(
@@ -152,22 +209,91 @@ def as_completions(sample_id: str, hold: Hold, drafts: list[Draft]) -> list[type
             text="".join(draft.text),
             finish_reason=draft.finish_reason,
             policy=hold.policy,
-            num_tokens=draft.num_tokens,
-            spans_swap=hold.spans_swap,
+            num_tokens=len(draft.token_ids),
+            spans_swap=draft.spans_swap,
+            token_ids=draft.token_ids,
+            end_token_id=draft.end_token_id,
+            logprobs=[_as_logprob(row, token_text) for row in draft.logprobs],
         )
         for index, draft in enumerate(drafts)
     ]
 
 
+def _as_logprob(row: Sequence[Logprob], token_text: Callable[[int], str]) -> types_pb2.TokenLogprob:
+    """Returns a token's log-probability, with those of the likeliest ones at its place."""
+    own, *top = (
+        types_pb2.TokenLogprob(token_id=token_id, token=token_text(token_id), logprob=logprob)
+        for token_id, logprob in row
+    )
+    own.top.extend(top)
+    return own
+
+
+def as_event(
+    request: Request,
+    application: str,
+    sample_id: str,
+    completions: Sequence[types_pb2.Completion],
+    planned: Plan,
+    tokenizer_digest: str,
+) -> events_pb2.SampleEvent:
+    """Returns what is stored of a sample.
+
+    Its tokens are left out if it would be too long for the bus with them. 16 completions of 32,768 tokens are 1.6 MB of
+    tokens, of at most three bytes each; the bus takes 16 MiB.
+    """
+    event = events_pb2.SampleEvent(
+        event_id=sample_id,
+        user_id=request.user_id,
+        application=application,
+        prompt=request.prompt,
+        sampling=request.sampling,
+        completions=completions,
+        prompt_token_ids=planned.token_ids,
+        tokenizer_digest=tokenizer_digest,
+    )
+    for completion in event.completions:
+        completion.ClearField("logprobs")
+    if event.ByteSize() > _MAX_EVENT_BYTES:
+        for completion in event.completions:
+            # The end token stays: it says that the policy ended the completion.
+            completion.ClearField("token_ids")
+        event.ClearField("prompt_token_ids")
+    return event
+
+
+def without_token_ids(completions: Sequence[types_pb2.Completion]) -> list[types_pb2.Completion]:
+    """Returns copies of the completions, as text alone."""
+    copies = [types_pb2.Completion.FromString(completion.SerializeToString()) for completion in completions]
+    for copy in copies:
+        copy.ClearField("token_ids")
+        copy.ClearField("end_token_id")
+    return copies
+
+
 def sign(
-    keyring: token.Keyring, sample_id: str, user_id: str, completions: list[types_pb2.Completion], ttl_seconds: float
+    keyring: token.Keyring,
+    sample_id: str,
+    application: str,
+    user_id: str,
+    completions: Sequence[types_pb2.Completion],
+    ttl_seconds: float,
+    drawn_at: Timestamp | None = None,
 ) -> tuple[str, Timestamp]:
-    """Returns the feedback token of a sample, and when it expires."""
+    """Returns the feedback token of a sample, and when it expires: so long after it was drawn, or after now."""
     issued, expires = Timestamp(), Timestamp()
-    issued.GetCurrentTime()
+    if drawn_at:
+        issued.CopyFrom(drawn_at)
+    else:
+        issued.GetCurrentTime()
     expires.FromNanoseconds(issued.ToNanoseconds() + int(ttl_seconds * 1e9))
     claims = feedback_token_pb2.FeedbackClaims(
-        key_id=keyring.current, sample_id=sample_id, user_id=user_id, issue_time=issued, expire_time=expires
+        key_id=keyring.current,
+        sample_id=sample_id,
+        application=application,
+        user_id=user_id,
+        issue_time=issued,
+        expire_time=expires,
     )
     for completion in completions:
         claims.completions.add(completion_id=completion.completion_id, policy_version=completion.policy.version)

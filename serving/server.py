@@ -1,22 +1,22 @@
 """One serving replica, put together: its services, its engine, and the order in which they start and stop.
 
-To start, the port opens with health NOT_SERVING, the policy log is read, the engine loads and proves the live version,
-and health turns SERVING. To stop, health turns NOT_SERVING, new calls are refused, calls in flight finish, and the
-engine ends. Feedback is taken throughout, since it needs no engine.
+To start, the port opens with health NOT_SERVING, the policy log is read as soon as the bus is up, the engine loads and
+proves the live version, and health turns SERVING. To stop, health turns NOT_SERVING, new calls are refused, calls in
+flight finish, and the engine ends. Feedback is taken throughout: it needs neither the engine nor the bus, and the
+engine is started again beneath it (serving.engine_life).
 """
 
 import asyncio
 import logging
-import multiprocessing
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from alignd.v1 import (
     feedback_service_pb2,
@@ -26,31 +26,33 @@ from alignd.v1 import (
     policy_service_pb2,
     policy_service_pb2_grpc,
 )
-from feedback.bus.topics import TOPICS
-from feedback.bus.url import open_bus
+from feedback.bus.later import LaterBus
 from feedback.config import FeedbackConfig
+from feedback.heartbeat import beat
 from feedback.outbox.door import Outbox
 from feedback.token import load_keyring
-from policies.location import artifact_folder
-from policies.state import PolicyRecord
-from serving.bootstrap import reject, startable_policy
+from serving.access.door import Door
+from serving.access.keys import KeysFile
+from serving.access.limits import Limits
 from serving.boundary import Boundary
-from serving.config import ServingConfig
+from serving.config import ServingConfig, host_and_port
+from serving.engine_guard import EngineGuard
+from serving.engine_life import EngineLife
 from serving.feedback_service import FeedbackService
 from serving.inference_service import InferenceService, Serving
+from serving.listening import listen, options
 from serving.policy_log import PolicyLog
 from serving.policy_service import PolicyService
+from serving.reflection import add_reflection
 from serving.sampler import Quota
 from serving.slot import Slot
-from serving.swapper import ProofError, Swapper
-from serving.vllm_engine import Engine, EngineError, start_engine
+from serving.streams import EndsStreams
 
 logger = logging.getLogger(__name__)
 
 _ENGINE_SERVICES = ("", "alignd.v1.InferenceService")
 _POLICY_SERVICE, _FEEDBACK_SERVICE = "alignd.v1.PolicyService", "alignd.v1.FeedbackService"
-_HEALTH_CHECK_SECONDS = 2.0
-_KILL_AGAIN_SECONDS = 0.2
+_BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Places:
     outbox: Path
     keyring: Path
     policies: Path
+    api_keys: Path
 
 
 async def serve(
@@ -68,42 +71,64 @@ async def serve(
     feedback: FeedbackConfig,
     places: Places,
     on_listening: Callable[[int], None] = lambda port: None,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Serves until SIGTERM or SIGINT.
 
+    Args:
+        config: settings of the server and its engine.
+        feedback: settings of the outbox and of tokens.
+        places: where everything is.
+        on_listening: is told the port.
+        is_wanted: whether an imported version 1, which no log has yet, was made from the model that is configured.
+
     Raises:
-        EngineError: the engine is dead; the process must be started again.
+        EngineError: the engine cannot be started, or dies again and again.
+        KeysError: the file of API keys is none.
+        ListenError: the port cannot be opened, or its certificate cannot be used.
+        MissingError: something that vLLM needs of the machine is not there.
+        NoPolicyError: there is no policy to serve.
+        OutboxError: the outbox cannot be used.
     """
-    bus = await asyncio.to_thread(open_bus, places.bus_url)
-    await asyncio.to_thread(bus.create_topics, TOPICS)
+    bus = LaterBus(places.bus_url)
     outbox = await asyncio.to_thread(Outbox, places.outbox, feedback.outbox_max_mib << 20)
     policies = PolicyLog(bus)
     serving = Serving(Slot(), policies, Quota(config.max_inflight_completions))
     keyring = load_keyring(places.keyring)
+    limits = Limits(config.limits)
+    feedback_service = FeedbackService(outbox, keyring, limits)
+    streams = EndsStreams()
     server = grpc.aio.server(
-        interceptors=[Boundary()],
-        options=[("grpc.max_receive_message_length", config.max_message_mib << 20), ("grpc.so_reuseport", 0)],
+        interceptors=[
+            Door(KeysFile(places.api_keys), needs_key=config.needs_key),
+            Boundary(config.stream_stall_seconds, {_FEEDBACK_SERVICE: feedback_service.check_token}),
+            streams,
+        ],
+        options=options(config.max_message_mib),
     )
     inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-        InferenceService(serving, outbox, keyring, config, feedback.token_ttl_seconds), server
+        InferenceService(serving, outbox, keyring, limits, config, feedback.token_ttl_seconds), server
     )
-    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(FeedbackService(outbox, keyring), server)
-    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies), server)
+    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback_service, server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies, places.policies), server)
     health = await _add_standard_services(server)
-    port = server.add_insecure_port(f"{config.host}:{config.port}")
+    port = listen(server, config)
     await server.start()
-    logger.info("listening on %s:%d", config.host, port)
+    logger.info("listening on %s", host_and_port(config.host, port))
     on_listening(port)
+    guard = EngineGuard()
     try:
-        await _until_stopped(_run_engine(config, places, serving, health))
+        await _until_stopped(_run(config, places, serving, guard, health, is_wanted))
     finally:
         serving.accepting = False
         serving.slot.shut()
         await health.enter_graceful_shutdown()
         policies.end_watches()
+        await streams.end()
         await server.stop(config.shutdown_grace_seconds)
         if serving.engine:
             serving.engine.shutdown()
+        guard.end()
         await policies.stop()
         await asyncio.to_thread(outbox.close)
         await asyncio.to_thread(bus.close)
@@ -125,7 +150,7 @@ async def _add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.Hea
             (health_pb2, "Health"),
         )
     ]
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    add_reflection(names, server)
     return health
 
 
@@ -145,74 +170,31 @@ async def _until_stopped(work: Coroutine[None, None, None]) -> None:
     await asyncio.gather(working, stopping, return_exceptions=True)
 
 
-async def _run_engine(
-    config: ServingConfig, places: Places, serving: Serving, health: grpc_health.aio.HealthServicer
+async def _run(
+    config: ServingConfig,
+    places: Places,
+    serving: Serving,
+    guard: EngineGuard,
+    health: grpc_health.aio.HealthServicer,
+    is_wanted: Callable[[], bool],
 ) -> None:
-    """Starts the engine on the live policy, and keeps it on whichever policy is live from then on."""
-    await serving.policies.start()
-    await health.set(_POLICY_SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    record = await startable_policy(config, places.policies, serving.policies)
-    folder = artifact_folder(record.artifact_uri)
-    logger.info("starting vLLM on v%d", record.manifest.version)
-    engine = serving.engine = await _start_in_thread(folder, config)
-    swapper = Swapper(
-        engine,
-        serving.slot,
-        serving.policies,
-        replica_id=config.replica_id,
-        drain_timeout_seconds=config.drain_timeout_seconds,
-        tolerance=config.probe_tolerance,
-    )
-    record = await _begin(swapper, record, config, places)
-    serving.accepting = True
-    for name in _ENGINE_SERVICES:
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    logger.info("serving v%d", record.manifest.version)
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(swapper.follow())
-        tasks.create_task(_watch_engine(engine))
+    """Does all that a replica does besides answering calls."""
 
+    async def set_health(names: tuple[str, ...], is_serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for name in names:
+            await health.set(name, status.SERVING if is_serving else status.NOT_SERVING)
 
-async def _begin(swapper: Swapper, record: PolicyRecord, config: ServingConfig, places: Places) -> PolicyRecord:
-    """Opens the slot with `record`, on which the engine was started; if it cannot be proved, with the version before.
+    async def beat_and_again() -> None:
+        while True:
+            beat()
+            await asyncio.sleep(_BEAT_SECONDS)
 
-    Otherwise a version that was promoted while no replica could try it would keep every replica from starting.
-    """
-    while True:
-        try:
-            await swapper.begin(record)
-        except (ProofError, EngineError) as error:
-            # Raises if the engine is dead: that says nothing about the version.
-            await swapper.engine.check_health()
-            await reject(swapper.policies, record, str(error))
-            record = await startable_policy(config, places.policies, swapper.policies)
-            await swapper.engine.load_weights(artifact_folder(record.artifact_uri))
-        else:
-            return record
-
-
-async def _start_in_thread(folder: Path, config: ServingConfig) -> Engine:
-    """Starts the engine while the port answers. If the server is stopped meanwhile, the start is aborted."""
-    starting = asyncio.ensure_future(asyncio.to_thread(start_engine, folder, config))
+    beating = asyncio.ensure_future(beat_and_again())
     try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        while not starting.done():
-            # The start fails as soon as vLLM's process is gone.
-            for process in multiprocessing.active_children():
-                process.kill()
-            await asyncio.wait({starting}, timeout=_KILL_AGAIN_SECONDS)
-        if starting.exception() is None:
-            starting.result().shutdown()
-        raise
-
-
-async def _watch_engine(engine: Engine) -> None:
-    """Checks the engine until it dies, so that the process ends and is started again.
-
-    Raises:
-        EngineError: the engine is dead.
-    """
-    while True:
-        await asyncio.sleep(_HEALTH_CHECK_SECONDS)
-        await engine.check_health()
+        await serving.policies.start()
+        await set_health((_POLICY_SERVICE,), True)
+        life = EngineLife(config, places.policies, serving, guard, partial(set_health, _ENGINE_SERVICES), is_wanted)
+        await life.run()
+    finally:
+        beating.cancel()

@@ -52,7 +52,8 @@ class Slot:
         while not (self._open.is_set() or self._shut):
             await self._open.wait()
         if self._shut:
-            raise unavailable("NOT_SERVING", "the server is stopping; wait for its health to be SERVING again")
+            message = "the server is stopping, or its engine failed; wait for its health to be SERVING again"
+            raise unavailable("NOT_SERVING", message)
         assert self.policy is not None
         hold = Hold(self.policy)
         self._holds.add(hold)

@@ -1,13 +1,17 @@
 """Runs inside vLLM's process, and ends it when the server that started it is gone: after kill -9 nobody else would.
 
-vLLM imports this module before it loads a model, because it mixes a class of this module into its worker. A process
-that has not come so far ends by itself, after 5 minutes in which the server does not answer its handshake.
+vLLM imports this module before it loads a model, because it mixes a class of this module into its worker. Until then,
+and if this thread fails, serving.engine_guard does the same from outside.
 """
 
 import multiprocessing
 import os
 import signal
 import threading
+
+from vllm.utils import cpu_resource_utils
+
+from policies.vllm_settings import count_caches_as_free
 
 
 class EndsWithServer:
@@ -23,3 +27,4 @@ def _end_with_parent() -> None:
 
 
 threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+count_caches_as_free(cpu_resource_utils)

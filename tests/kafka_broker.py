@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,23 @@ def running_broker(folder: Path) -> Iterator[Broker]:
 
 
 @contextmanager
+def running_apache_kafka(folder: Path, properties: str, port: int) -> Iterator[None]:
+    """Apache Kafka with settings of its own, which open `port`.
+
+    Raises:
+        AssertionError: there is no Apache Kafka.
+    """
+    home = kafka_home()
+    assert home, "there is no Apache Kafka: set KAFKA_HOME"
+    folder.mkdir()
+    settings = folder / "extra.properties"
+    settings.write_text(properties)
+    command = [str(home / "bin" / "kafka-broker"), str(folder / "data"), str(free_port()), str(free_port())]
+    with _running(command, folder / "kafka.log", port, environment={"KAFKA_EXTRA_PROPERTIES": str(settings)}):
+        yield
+
+
+@contextmanager
 def running_tansu(folder: Path, port: int) -> Iterator[Broker]:
     """Tansu for as long as the block runs. It is killed at the end, and loses all that it had."""
     url = f"tcp://127.0.0.1:{port}"
@@ -68,9 +85,17 @@ def running_tansu(folder: Path, port: int) -> Iterator[Broker]:
 
 
 @contextmanager
-def _running(command: Sequence[str], log: Path, port: int, stop_signal: int = signal.SIGTERM) -> Iterator[None]:
+def _running(
+    command: Sequence[str],
+    log: Path,
+    port: int,
+    stop_signal: int = signal.SIGTERM,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[None]:
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, start_new_session=True, env={**os.environ, **(environment or {})}
+        )
     try:
         _wait_for(process, port, log)
         yield

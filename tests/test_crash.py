@@ -18,6 +18,8 @@ import pytest
 from sqlalchemy import select
 
 from alignd.v1.inference_service_pb2 import SampleResponse
+from deploy.up import VERBS
+from feedback import heartbeat
 from feedback.store.engine import open_engine
 from feedback.store.tables import RANKINGS
 from tests.serving.calls import Stubs, draw, ranking_request, sampling
@@ -37,6 +39,8 @@ from tests.serving.processes import (
 FEEDBACK = "alignd.v1.FeedbackService"
 RESTART_SECONDS = 40.0
 NUM_CLIENTS = 4
+# Far less than `alignd up` waits for.
+BEAT_SECONDS = 30.0
 # Refusals after which the same request is sent again, as applications are told to.
 RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
@@ -126,6 +130,11 @@ def wait_for_more(store_url: str) -> None:
 
 
 @pytest.mark.timeout(420)
+def beat_at(data_dir: Path, verb: str) -> float:
+    seen = heartbeat.look(data_dir, verb)
+    return seen.at if seen else 0.0
+
+
 def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path) -> None:
     chance = random.Random(bus_url)
     settings = environment(tmp_path, bus=bus_url, training__min_new_rankings=10**9, feedback__bus_check_seconds=0.5)
@@ -144,6 +153,7 @@ def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path)
                 kill(verb, settings, supervisor)
             wait_until(lambda: is_serving(address, FEEDBACK), RESTART_SECONDS, "feedback taken again")
             wait_for_more(store_url)
+            silent = {verb: time.time() - beat_at(tmp_path / "var", verb) for verb in VERBS}
         finally:
             for client in clients:
                 client.stop.set()
@@ -154,4 +164,5 @@ def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path)
     assert [fault for client in clients for fault in client.faults] == []
     assert sorted(stored_rankings(store_url)) == sorted(acknowledged)
     assert len(acknowledged) > 200
+    assert {verb: seconds for verb, seconds in silent.items() if seconds > BEAT_SECONDS} == {}
     assert sum(client.num_retries for client in clients) > 0, "the server was away for a while"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 from sqlalchemy.exc import OperationalError
 
-from policies.artifact import ArtifactError
+from feedback import heartbeat
+from policies.artifact import ArtifactError, UnreadableError
 from training.errors import TrainingError
 from training.runs.folder import RunFolder
 from training.runs.lease import clear_abort
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 30.0
 MOST_ATTEMPTS = 5
+_MOST_KILLINGS = 2
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 T = TypeVar("T")
 AWAY = (OSError, OperationalError, grpc.RpcError)
@@ -51,7 +52,7 @@ def retry_until_done(action: Callable[[], T]) -> T:
             if not is_transient(error):
                 raise
             logger.error("waiting: %s", describe(error))
-        time.sleep(RETRY_SECONDS)
+        heartbeat.wait(RETRY_SECONDS)
 
 
 def run_once(context: TrainerContext, folder: RunFolder) -> bool:
@@ -93,6 +94,9 @@ def _attempt(context: TrainerContext, folder: RunFolder) -> None:
         version = run(context, folder)
         folder.log("done", 0, 1, {"version": version})
         logger.info("run %s made version %d", run_id, version)
+    except UnreadableError as error:
+        # A version's files cannot be read now: that ends no run.
+        raise OSError(str(error)) from error
     except (TrainingError, ArtifactError, grpc.RpcError) as error:
         if isinstance(error, grpc.RpcError) and is_transient(error):
             raise
@@ -101,8 +105,15 @@ def _attempt(context: TrainerContext, folder: RunFolder) -> None:
 
 
 def _count_attempt(folder: RunFolder) -> None:
-    if folder.begin_attempt() > MOST_ATTEMPTS:
-        raise TrainingError(f"{MOST_ATTEMPTS} attempts came to an end at the same place; the trainer's log says how")
+    how = f"the last time, {folder.waits_for}" if folder.waits_for else "the trainer's log says how"
+    attempt = folder.begin_attempt()
+    if len(folder.killings) >= _MOST_KILLINGS:
+        raise TrainingError(
+            f"{folder.killings[-1]}, for the second time at the same place; `alignd train --dry-run` shows what memory "
+            "a run takes, and which settings lower it"
+        )
+    if attempt > MOST_ATTEMPTS:
+        raise TrainingError(f"{MOST_ATTEMPTS} attempts came to an end at the same place; {how}")
 
 
 def end(engine: Engine, folder: RunFolder) -> None:

@@ -109,13 +109,13 @@ class PpoConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_rounds: int = Field(10, ge=1, description="Rounds of rollouts and update.")
+    num_rounds: int = Field(24, ge=1, description="Rounds of rollouts and update.")
     prompts_per_round: int = Field(16, ge=1, description="Prompts that rollouts are drawn for in one round.")
     rollouts_per_prompt: int = Field(4, ge=1, description="Rollouts of each of these prompts.")
     max_tokens: int = Field(64, ge=1, description="Most tokens in one rollout.")
     max_prompt_tokens: int = Field(256, ge=1, description="Prompts longer than this are left out.")
     num_epochs: int = Field(1, ge=1, description="Epochs over the rollouts of one round.")
-    num_minibatches: int = Field(2, ge=1, description="Optimizer steps in one epoch.")
+    num_minibatches: int = Field(4, ge=1, description="Optimizer steps in one epoch.")
     micro_batch_tokens: int = Field(
         4096, ge=1, description="Most tokens, padding included, in one forward pass; gradients are accumulated."
     )
@@ -126,16 +126,30 @@ class PpoConfig(BaseModel):
     )
     num_frozen_layers: int = Field(20, ge=0, description="Lower layers shared with the reference, never trained.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of full weights.")
-    learning_rate: float = Field(1e-4, gt=0, description="Learning rate of the policy after warm-up.")
+    learning_rate: float = Field(2e-4, gt=0, description="Learning rate of the policy after warm-up.")
     value_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the value model after warm-up.")
-    num_warmup_rounds: int = Field(1, ge=0, description="Rounds over which both learning rates rise linearly.")
+    num_warmup_rounds: int = Field(1, ge=0, description="First rounds, over which both learning rates rise linearly.")
+    num_decay_rounds: int = Field(
+        6,
+        ge=0,
+        description="Last rounds, over which both learning rates fall linearly, in the last to a tenth. In a short run "
+        "fewer: there is one round of the full rate.",
+    )
+    stochastic_rounding: bool = Field(
+        True,
+        description="Where models compute in bf16: cast trained weights once an optimizer step, up or down at random, "
+        "so that the smallest steps count too. If false, each pass rounds them to the nearest.",
+    )
     ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
         description="Decay of the running average of weights that is the result; with 0 the last weights are.",
     )
-    kl_coef: float = Field(0.1, ge=0, description="Weight of the per-token KL penalty, in scores per nat.")
+    kl_coef: float = Field(0.05, ge=0, description="Weight of the per-token KL penalty, in scores per nat.")
+    final_kl_coef: float | None = Field(
+        None, ge=0, description="kl_coef of the last round, to which it moves linearly; not set: it stays."
+    )
     target_kl: float | None = Field(
         None, gt=0, description="KL in nats a completion to which kl_coef is adapted; not set: kl_coef is fixed."
     )
@@ -160,7 +174,7 @@ class PpoConfig(BaseModel):
     importance_cap: float = Field(
         2.0, ge=1, description="Greatest weight of a token that is likelier by the trainer than by the sampler."
     )
-    max_kl: float = Field(8.0, gt=0, description="KL from the reference, in nats a completion, above which PPO stops.")
+    max_kl: float = Field(20.0, gt=0, description="KL from the reference, in nats a completion, above which PPO stops.")
     max_sampler_gap: float = Field(
         0.3,
         gt=0,
@@ -188,6 +202,8 @@ class PpoConfig(BaseModel):
     def _kl_coef_can_be_adapted(self) -> Self:
         if self.target_kl is not None and not self.kl_coef:
             raise ValueError("kl_coef must be above 0 where target_kl is set: it is adapted by factors")
+        if self.target_kl is not None and self.final_kl_coef is not None:
+            raise ValueError("target_kl adapts kl_coef, and final_kl_coef moves it: set one of them")
         return self
 
 
@@ -199,8 +215,9 @@ class SftConfig(BaseModel):
     num_epochs: int = Field(
         4, ge=1, description="Epochs over the demonstrations; the weights of the best epoch are the result."
     )
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate; cosine to 10 %.")
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate; cosine to 10 %.")
     batch_size: int = Field(8, ge=1, description="Demonstrations in one optimizer step.")
+    micro_batch_size: int = Field(2, ge=1, description="Demonstrations in one forward pass; gradients are accumulated.")
     max_tokens: int = Field(
         512, ge=2, description="Most tokens of a demonstration with its prompt; longer ones are left out."
     )
@@ -209,13 +226,24 @@ class SftConfig(BaseModel):
     )
     min_demonstrations: int = Field(16, ge=1, description="Fewest demonstrations that SFT begins with.")
 
+    @model_validator(mode="after")
+    def _batches_are_whole(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError("batch_size must be a multiple of micro_batch_size")
+        return self
+
 
 class TrainingConfig(BaseModel):
     """The training service."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min_new_rankings: int = Field(256, ge=1, description="New rankings that start a run.")
+    min_new_rankings: int = Field(
+        192,
+        ge=1,
+        description="New rankings that start a run. Those count that it would learn from: a user's latest of a sample, "
+        "with a comparison, not held out, and of a length that it reads.",
+    )
     max_wait_seconds: float | None = Field(
         None,
         gt=0,
@@ -241,6 +269,12 @@ class TrainingConfig(BaseModel):
     )
     num_evaluation_prompts: int = Field(
         64, ge=2, description="Most held-out prompts that a new policy is evaluated on."
+    )
+    completions_per_evaluation_prompt: int = Field(
+        4,
+        ge=1,
+        description="Completions of each evaluation prompt by the new policy, and by the reference policy. Every pair "
+        "counts, and best of n is estimated up to this n.",
     )
     num_probes: int = Field(
         4, ge=1, le=64, description="Probes in a version's manifest, by which serving proves that it serves it."

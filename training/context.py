@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from alignd.v1 import policy_service_pb2
+from feedback import heartbeat
+from policies.end_tokens import end_tokens
 from policies.location import artifact_folder
 from training.config import TrainingConfig
 from training.data.dataset import Dataset, TokenizedPrompt
 from training.data.groups import Group
 from training.models.parallel import Ranks, led
 from training.models.policy import SharedLayers
-from training.models.reward import RewardModel
-from training.ppo.rollouts import Draw, Rollout, RolloutEngine
+from training.models.reward import RewardModel, score_groups
+from training.ppo.rollouts import Draw, Request, Rollout, RolloutEngine
 from training.rewards.refresh import Fitted
 from training.runs.folder import RunFolder
 from training.runs.policy_client import START_SECONDS, PolicyClient
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from feedback.store.reader import Store
 
 logger = logging.getLogger(__name__)
+
+Answers = Sequence[Sequence[Rollout]]
+"""A policy's completions of each evaluation prompt."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,29 @@ class Run:
         """The held-out prompts that policies are compared on."""
         return self.data.held_out_prompts[: self.config.num_evaluation_prompts]
 
-    def groups(self, answers: Sequence[Rollout]) -> list[Group]:
-        """Returns the evaluation prompts, each with its answer."""
-        pairs = zip(self.evaluation_prompts, answers, strict=True)
-        return [Group(prompt.token_ids, (answer.token_ids,)) for prompt, answer in pairs]
+    def ask(self, weights: Mapping[str, Tensor], *, again: bool) -> Request:
+        """Asks for answers to the evaluation prompts by a policy of these weights.
+
+        The second policy that is asked, `again`, gets other seeds than the first.
+        """
+        prompts, each = self.evaluation_prompts, self.config.completions_per_evaluation_prompt
+        seed = self.config.seed + (len(prompts) * each if again else 0)
+        asked = [prompt.token_ids for prompt in prompts]
+        return Request(weights.items(), asked, each, self.config.ppo.max_tokens, seed)
+
+    def groups(self, answers: Answers) -> list[Group]:
+        """Returns the evaluation prompts with their answers, in rows that are no longer than PPO's."""
+        most = self.config.ppo.rollouts_per_prompt
+        return [
+            Group(prompt.token_ids, tuple(answer.token_ids for answer in each[start : start + most]))
+            for prompt, each in zip(self.evaluation_prompts, answers, strict=True)
+            for start in range(0, len(each), most)
+        ]
+
+    def scores(self, model: RewardModel, answers: Answers) -> list[list[float]]:
+        """Returns the scores of the answers to each evaluation prompt."""
+        found = iter(torch.cat(score_groups(model, self.groups(answers))).tolist())
+        return [[next(found) for _ in each] for each in answers]
 
 
 @dataclass(frozen=True)
@@ -97,7 +123,7 @@ class Rewards:
     model: RewardModel
     held_out_model: RewardModel
     fitted: Fitted
-    before: list[Rollout]
+    before: Answers
 
 
 def find_parents(client: PolicyClient, timeout_seconds: float) -> Parents:
@@ -126,7 +152,7 @@ def open_context(
         if not client.is_serving():
             logger.info("waiting for the server to serve a policy")
         while not client.is_serving():
-            time.sleep(config.poll_seconds)
+            heartbeat.wait(config.poll_seconds)
         parents = find_parents(client, START_SECONDS)
         return config, parents.live_folder, parents.reference_folder
 
@@ -137,7 +163,7 @@ def open_context(
         max_model_len=agreed.ppo.max_prompt_tokens + agreed.ppo.max_tokens,
         max_num_seqs=agreed.max_num_seqs,
         kv_cache_mib=agreed.kv_cache_mib,
-        eos_token_id=tokenizer.eos_token_id,
+        end_token_ids=end_tokens(tokenizer).token_ids,
         seed=agreed.seed,
         ranks=ranks,
     )

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 import grpc
 
+from feedback import heartbeat
 from feedback.durable import replace_file
-from policies.artifact import ArtifactError
+from policies.artifact import ArtifactError, UnreadableError
+from policies.server_connection import ServerConnection
 from training.attempts import RETRY_SECONDS, describe, end, is_transient, retry_until_done, run_once
 from training.config import TrainingConfig
 from training.errors import TrainingError
@@ -33,8 +35,12 @@ from training.runs.folder import RECIPE_FILE, SFT, SFT_SUFFIX, Origin, RunFolder
 from training.runs.policy_client import START_SECONDS, PolicyClient
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from feedback.store.reader import Store
+    from feedback.store.stored import RankedGroup
     from training.context import TrainerContext
+    from training.data.new_rankings import NewRankings
     from training.models.parallel import Ranks
     from training.runs.lease import TrainerLease
 
@@ -44,7 +50,7 @@ CURSOR_FILE = "rankings_seen"
 
 
 def run_trainer(
-    config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
+    config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, server: ServerConnection
 ) -> None:
     """Trains until SIGTERM or SIGINT.
 
@@ -61,14 +67,14 @@ def run_trainer(
 
     ranks = join(config.num_processes)
     if not ranks.leads:
-        _follow(config, ranks, Store(store_url), policies_dir, serving_address)
+        _follow(config, ranks, Store(store_url), policies_dir, server)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: sys.exit(0))
     runs_dir.mkdir(parents=True, exist_ok=True)
     engine = open_engine(store_url)
     lease = TrainerLease(engine, _holder(), config.lease_seconds)
-    with PolicyClient(serving_address) as client:
-        retry_until_done(lambda: _acquire(lease, config))
+    with PolicyClient(server) as client:
+        retry_until_done(lambda: _acquire(lease, engine, config))
         with lease.held():
             RunFolder.sweep(runs_dir)
             control = OperatorControl(config, engine, lease)
@@ -77,22 +83,24 @@ def run_trainer(
             cursor = Cursor(runs_dir / CURSOR_FILE)
             while True:
                 folder = retry_until_done(
-                    lambda: RunFolder.unfinished(runs_dir) or _begin_run(control, context, runs_dir, cursor)
+                    lambda: RunFolder.unfinished(runs_dir) or begin_run(control, context, runs_dir, cursor)
                 )
                 if run_once(context, folder):
                     retry_until_done(partial(cursor.write, folder.origin().last_ranking_seq))
                     retry_until_done(partial(end, engine, folder))
                 else:
-                    time.sleep(RETRY_SECONDS)
+                    heartbeat.wait(RETRY_SECONDS)
 
 
-def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Path, serving_address: str) -> NoReturn:
+def _follow(
+    config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Path, server: ServerConnection
+) -> NoReturn:
     """Takes part in each run that the first rank begins; every other rank does this."""
     from training.context import open_context
     from training.models.parallel import led
     from training.run import run
 
-    with PolicyClient(serving_address) as client:
+    with PolicyClient(server) as client:
         context = open_context(config, store, client, policies_dir, lambda run_id: None, ranks)
         while True:
             folder = RunFolder(led(ranks, Path))
@@ -103,7 +111,7 @@ def _follow(config: TrainingConfig, ranks: Ranks, store: Store, policies_dir: Pa
 
 
 def run_sft_once(
-    config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, serving_address: str
+    config: TrainingConfig, *, store_url: str, policies_dir: Path, runs_dir: Path, server: ServerConnection
 ) -> int:
     """Fine-tunes on the store's demonstrations, or resumes that, and returns the version that was registered.
 
@@ -124,9 +132,9 @@ def run_sft_once(
     if not lease.acquire():
         raise TrainingError(
             f"{read_control(engine).holder} trains on this store; stop it first (`alignd up --without train` runs the "
-            f"rest alone). If it was killed, its place is free {config.lease_seconds:g} s after it was last alive"
+            f"rest alone). If its machine is gone, its place is free {config.lease_seconds:g} s after it was last alive"
         )
-    with PolicyClient(serving_address) as client, lease.held():
+    with PolicyClient(server) as client, lease.held():
         RunFolder.sweep(runs_dir)
         control, begun = OperatorControl(config, engine, lease), RunFolder.unfinished(runs_dir, SFT)
         roomy, store = _roomy(config, begun), Store(store_url)
@@ -139,7 +147,7 @@ def run_sft_once(
         try:
             version = run_sft(context, folder).version
         except (TrainingError, ArtifactError, grpc.RpcError) as error:
-            if isinstance(error, grpc.RpcError) and is_transient(error):
+            if isinstance(error, UnreadableError) or (isinstance(error, grpc.RpcError) and is_transient(error)):
                 raise TrainingError(f"{describe(error)}; `alignd sft` resumes {folder.path.name}") from error
             folder.log("stopped", 0, 1, {"reason": describe(error)})
             end(engine, folder)
@@ -153,14 +161,17 @@ def _holder() -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
-def _acquire(lease: TrainerLease, config: TrainingConfig) -> None:
+def _acquire(lease: TrainerLease, engine: Engine, config: TrainingConfig) -> None:
     """Waits until no other trainer works on the store."""
+    from training.runs.lease import read_control
+
     waited = False
     while not lease.acquire():
         if not waited:
-            logger.info("another trainer works on this store; waiting for its place")
+            holder = read_control(engine).holder
+            logger.info("another trainer works on this store; waiting for its place: %s", holder)
         waited = True
-        time.sleep(config.poll_seconds)
+        heartbeat.wait(config.poll_seconds)
 
 
 @dataclass(frozen=True)
@@ -185,7 +196,7 @@ def is_due(
 
     Args:
         config: has the three triggers.
-        num_new: rankings that no run has seen.
+        num_new: rankings that no run has seen and that one would learn from.
         oldest_new: when the first of them was given, in Unix seconds.
         last_began: when the last run began, in Unix seconds.
         now: the present time, in Unix seconds.
@@ -212,24 +223,45 @@ def _roomy(config: TrainingConfig, folder: RunFolder | None) -> TrainingConfig:
     return config.model_copy(update={"ppo": present.model_copy(update=lengths)})
 
 
-def _begin_run(control: OperatorControl, context: TrainerContext, runs_dir: Path, cursor: Cursor) -> RunFolder:
+def begin_run(control: OperatorControl, context: TrainerContext, runs_dir: Path, cursor: Cursor) -> RunFolder:
     """Waits until a run is due, and makes its folder."""
     from training.context import find_parents
+    from training.data.waiting import Counted, tell
 
     config, store, seen = control.config, context.store, cursor.read()
-    while not is_due(
-        config,
-        num_new=store.num_rankings(seen),
-        oldest_new=store.oldest_ranking_time(seen),
-        last_began=last_began(runs_dir),
-        now=time.time(),
-    ):
+    waiting, counted = _new_rankings(config, context), None
+    while True:
+        new = waiting.count(seen, config.min_new_rankings)
+        now = Counted(seen, new.count, new.left_out)
+        if now != counted:
+            tell(runs_dir, now, config.min_new_rankings)
+        counted = now
+        began = last_began(runs_dir)
+        if is_due(config, num_new=new.count, oldest_new=new.oldest, last_began=began, now=time.time()):
+            break
         control.between_rounds("")
-        time.sleep(config.poll_seconds)
+        heartbeat.wait(config.poll_seconds)
     control.between_rounds("")
     parents = find_parents(context.client, START_SECONDS)
     origin = Origin(parents.live.version, parents.reference.version, store.last_seq(), store.last_sample_seq())
     return RunFolder.create(runs_dir, _new_run_id(), config, origin)
+
+
+def _new_rankings(config: TrainingConfig, context: TrainerContext) -> NewRankings:
+    """Returns what counts the rankings that a run of this configuration would learn from."""
+    from training.data.census import LeftOut
+    from training.data.dataset import example_of
+    from training.data.new_rankings import NewRankings
+
+    def left_out(group: RankedGroup) -> LeftOut | None:
+        found = example_of(
+            context.tokenizer, group,
+            max_prompt_tokens=config.ppo.max_prompt_tokens,
+            max_group_tokens=config.reward_model.micro_batch_tokens,
+        )  # fmt: skip
+        return found if isinstance(found, LeftOut) else None
+
+    return NewRankings(context.store, config.reward_model.held_out_share, left_out)
 
 
 def _new_run_id() -> str:

@@ -35,20 +35,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from policies.precision import compute_dtype
 from training.config import SftConfig
+from training.data.demonstrations import Demonstration
 from training.errors import TrainingError
+from training.models.anatomy import attention_of
 from training.models.device import training_device
+from training.models.masters import noise_source, rounded
 from training.models.tensor_file import save_tensors
 
 SCORE = "score"
 _STATE, _WEIGHTS = "trainer_state.json", "epoch-{}.safetensors"
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """A prompt and the completion that a user demonstrated, in tokens; the completion has its end token."""
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -91,14 +86,16 @@ def fine_tune(
             f"fewer than sft.min_demonstrations = {config.min_demonstrations}"
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
-    )
+        model_folder, dtype=torch.float32, attn_implementation=attention_of(model_folder), local_files_only=True,
+        use_safetensors=True,
+    )  # fmt: skip
+    in_bf16 = compute_dtype(training_device()) is torch.bfloat16
     trainer = SFTTrainer(
         model=model,
         args=_arguments(config, scratch, seed),
         train_dataset=_rows(short, seed),
         processing_class=tokenizer,
-        callbacks=[_Scored(score_of, log, scratch)],
+        callbacks=[_Scored(score_of, log, scratch, seed), *([_StochasticRounding(seed)] if in_bf16 else [])],
     )
     trainer.train(resume_from_checkpoint=_newest_checkpoint(scratch))
     epochs = _epochs(trainer.state)
@@ -128,7 +125,8 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
         output_dir=str(scratch),
         num_train_epochs=config.num_epochs,
         learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // config.micro_batch_size,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         completion_only_loss=True,
@@ -153,14 +151,43 @@ def _arguments(config: SftConfig, scratch: Path, seed: int) -> TrlConfig:
     return arguments
 
 
+class _StochasticRounding(TrainerCallback):
+    """Has each step's passes compute with weights that were rounded to bf16 at random (training.models.masters).
+
+    TRL's trainer knows one kind of weights. So these are the rounded ones while it computes, and in fp32 otherwise.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.exact: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Rounds the weights, before the forward pass."""
+        noise = noise_source(model.device, self.seed + state.global_step)
+        for name, weight in model.named_parameters():
+            self.exact[name] = weight.clone()
+            weight.copy_(rounded(weight, noise))
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Puts the exact weights back, after the backward pass."""
+        for name, weight in model.named_parameters():
+            weight.copy_(self.exact.pop(name))
+
+
 class _Scored(TrainerCallback):
     """Scores each epoch when it ends, and keeps the weights of the best one in `scratch`.
 
     The score goes into the trainer's own log, which is part of its checkpoints.
     """
 
-    def __init__(self, score_of: Scorer, log: Callable[[Epoch], None], scratch: Path) -> None:
-        self.score_of, self.log_epoch, self.scratch = score_of, log, scratch
+    def __init__(self, score_of: Scorer, log: Callable[[Epoch], None], scratch: Path, seed: int) -> None:
+        self.score_of, self.log_epoch, self.scratch, self.seed = score_of, log, scratch, seed
 
     def on_log(
         self,
@@ -174,7 +201,7 @@ class _Scored(TrainerCallback):
         """Scores the epoch: called with its mean loss, once at its end, before its checkpoint is written."""
         if "loss" not in (logs or {}):
             return
-        weights = _checkpoint_weights(model)
+        weights = _checkpoint_weights(model, self.seed)
         state.log_history[-1][SCORE] = self.score_of(weights)
         *_, epoch = epochs = _epochs(state)
         if epoch is best_of(epochs):
@@ -214,9 +241,10 @@ def _is_whole(state: Path) -> bool:
     return True
 
 
-def _checkpoint_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Copies the model's weights in bf16, by the names that they have in its checkpoint."""
-    weights = {name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in model.state_dict().items()}
+def _checkpoint_weights(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Copies the model's weights in bf16, rounded at random, by the names that they have in its checkpoint."""
+    noise = noise_source(model.device, seed)
+    weights = {name: rounded(tensor.detach(), noise).cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     return weights

@@ -7,10 +7,9 @@ never promotes it. A run that was killed resumes after its last whole epoch, wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import TypeAdapter
@@ -21,24 +20,22 @@ from alignd.v1.policy_manifest_pb2 import Evaluation, PolicyManifest, TrainingLi
 from feedback.durable import replace_file
 from policies.location import artifact_folder
 from policies.manifest import new_manifest
-from policies.rendering import prompt_token_ids
 from training.config import TrainingConfig
 from training.context import TrainerContext, find_parents
-from training.data.dataset import MAX_STORED_PROMPTS, completion_token_ids_of, split_demonstrations, text_of
+from training.data.census import figures, sentences, write_census
+from training.data.demonstrations import Asked, Chosen, Demonstration, choose
 from training.data.groups import Group
 from training.errors import TrainingError
 from training.handover.version import hand_over, is_made, next_version, write_files
-from training.models.policy import SharedLayers, load_model, load_weights
+from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel, load, score_groups
+from training.models.tensor_file import load_weights
 from training.phases.runner import Phase, perform
 from training.ppo.rollouts import Request
 from training.rewards.refresh import REWARD_MODEL_FILE, current
-from training.runs.folder import NUM_SAMPLE_PAIRS, RunFolder, SamplePair
+from training.runs.folder import NUM_SHOWN, RunFolder, SamplePair
 from training.runs.policy_client import START_SECONDS
-from training.sft import Demonstration, Epoch, Scorer, best_of, fine_tune
-
-if TYPE_CHECKING:
-    from feedback.store.reader import StoredDemonstration
+from training.sft import Epoch, Scorer, best_of, fine_tune
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +45,6 @@ _NO_REWARDS = (
     "SFT chooses its epoch by the reward model, and there is none for this reference policy yet: "
     "the first run of `alignd train` makes it"
 )
-
-
-Asked = list[tuple[tuple[int, ...], str]]
-"""Prompts, in tokens and as text."""
 
 
 @dataclass(frozen=True)
@@ -144,20 +137,33 @@ def _begin(context: TrainerContext, folder: RunFolder) -> _Beginning:
     config, fitted = folder.config(), current(folder.path.parent)
     if fitted is None:
         raise TrainingError(_NO_REWARDS)
-    learned, validating = split_demonstrations(
-        context.store.demonstrations(),
-        context.store.prompts(MAX_STORED_PROMPTS),
-        held_out_share=config.reward_model.held_out_share,
-        validation_share=config.sft.validation_share,
-    )
+    chosen = _choose(context, config)
+    folder.rewind("data", 0)
+    write_census(folder, [chosen.census])
+    if not chosen.asked:
+        raise TrainingError(
+            "SFT: the users that sft.validation_share holds out have demonstrated no prompt of their own with at most "
+            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens} tokens. Of what was read: "
+            + "; ".join(sentences(figures([chosen.census])))
+        )
     beginning = _Beginning(
-        find_parents(context.client, START_SECONDS).reference.version,
-        fitted.run_id,
-        [_tokens(context, each) for each in learned],
-        sorted(_validation_prompts(context, config, validating).items()),
+        find_parents(context.client, START_SECONDS).reference.version, fitted.run_id, chosen.learned, chosen.asked
     )
     replace_file(folder.state / _BEGINNING, _FORM.dump_json(beginning).decode())
     return beginning
+
+
+def _choose(context: TrainerContext, config: TrainingConfig) -> Chosen:
+    tally = context.store.tally_demonstrations()
+    chosen = choose(
+        context.tokenizer, context.store.demonstrations(),
+        held_out_share=config.reward_model.held_out_share,
+        validation_share=config.sft.validation_share,
+        max_tokens=config.sft.max_tokens,
+        max_prompt_tokens=config.ppo.max_prompt_tokens,
+    )  # fmt: skip
+    whole = chosen.census.with_unread(no_sample=tally.no_sample, superseded=tally.superseded)
+    return replace(chosen, census=whole)
 
 
 def _load_beginning(folder: RunFolder) -> _Beginning | None:
@@ -202,7 +208,7 @@ def _write_samples(
     after: Mapping[str, Tensor],
 ) -> None:
     """Writes how policies of these weights answer the first few validation prompts."""
-    shown = beginning.asked[:NUM_SAMPLE_PAIRS]
+    shown = beginning.asked[:NUM_SHOWN]
     old, new = (_answers(context, folder.config(), shown, weights) for weights in (before, after))
     folder.write_samples(
         [
@@ -212,31 +218,8 @@ def _write_samples(
     )
 
 
-def _validation_prompts(
-    context: TrainerContext, config: TrainingConfig, validating: Sequence[StoredDemonstration]
-) -> dict[tuple[int, ...], str]:
-    """Returns the text of each validation prompt by its tokens, without prompts that are too long for the engine."""
-    asked = {_prompt(context, each): text_of(each.prompt) for each in validating}
-    short = {tokens: text for tokens, text in asked.items() if len(tokens) <= config.ppo.max_prompt_tokens}
-    if not short:
-        raise TrainingError(
-            "SFT: the users that sft.validation_share holds out have demonstrated no prompt of their own with at most "
-            f"ppo.max_prompt_tokens = {config.ppo.max_prompt_tokens} tokens"
-        )
-    return short
-
-
-def _prompt(context: TrainerContext, each: StoredDemonstration) -> tuple[int, ...]:
-    return tuple(prompt_token_ids(context.tokenizer, each.prompt))
-
-
 def _decode(context: TrainerContext, token_ids: tuple[int, ...]) -> str:
     return str(context.tokenizer.decode(list(token_ids), skip_special_tokens=True))
-
-
-def _tokens(context: TrainerContext, each: StoredDemonstration) -> Demonstration:
-    # A demonstration is complete, so that it has its end token.
-    return Demonstration(_prompt(context, each), completion_token_ids_of(context.tokenizer, each.text, ended=True))
 
 
 def _write(context: TrainerContext, folder: RunFolder, beginning: _Beginning, tuned: _Tuned) -> Path:

@@ -6,85 +6,86 @@ text or items. Accuracies on HH-RLHF are over comparisons, since its seeds are s
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from bench.learning.factors import FACTOR
+from bench.learning.human_curve import human_figures
+from bench.learning.intervals import mean_interval, over_seeds
+from bench.learning.online_page import online_figures
 from bench.result import Figure, at_least
-from training.data.intervals import Z_95, win_rate
-from training.rewards.evaluation import clustered_mean
+from training.data.best_of_n import best_of_n
+from training.data.intervals import win_rate
 
 Found = dict[str, list[dict[str, Any]]]
 
-# Two-sided 95 % points of Student's distribution, by degrees of freedom.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-_RIVALS = ("bag of words", "length")
-_POLICIES = ("base", "few-shot", "sft", "ppo", "ppo-ptx", "online")
-_GOALS = {("ppo-ptx", "base"): 0.85, ("ppo-ptx", "few-shot"): 0.71, ("ppo-ptx", "sft"): 0.5}
+_POLICIES = ("base", "few-shot", "sft", "ppo", "ppo-ptx")
+_OURS = ("ppo", "ppo-ptx")
+_GOALS = {
+    ("sft", "base"): 0.5,
+    **{(policy, other): goal for policy in _OURS for other, goal in (("base", 0.85), ("few-shot", 0.71), ("sft", 0.5))},
+}
 _PTX_GOAL = 0.5
+_TAXES = (("sft", "base"), *((policy, "sft") for policy in _OURS))
 
 
 def figures_of(found: Found) -> list[Figure]:
     """Returns all figures, in the order of the experiments."""
-    figures = []
+    figures: list[Figure] = []
     for name, seeds in found.items():
-        figures += _human_figures(seeds) if name == "human" else _win_figures(name, seeds) + _tax_figures(name, seeds)
+        if name == "human":
+            figures += human_figures(seeds)
+        elif name == "online":
+            figures += online_figures(seeds)
+        elif name.startswith(FACTOR):
+            figures.append(_factor_figure(name, seeds))
+        else:
+            figures += [*_win_figures(name, seeds), *_best_of_n_figures(name, seeds), *_tax_figures(name, seeds)]
     return figures
-
-
-def _human_figures(seeds: Sequence[dict[str, Any]]) -> list[Figure]:
-    """Returns the held-out accuracy on HH-RLHF, and how much more the reward model has than each rival."""
-    ours, *rivals = accuracies = [held_out_accuracy(seeds, name) for name in ("reward model", *_RIVALS)]
-    best = max(0.5, *(rival.value for rival in rivals))
-    return [
-        at_least(best, Figure(**{**vars(ours), "peer": best})),
-        *accuracies[1:],
-        *(held_out_accuracy(seeds, "reward model", rival) for rival in _RIVALS),
-    ]
-
-
-def held_out_accuracy(seeds: Sequence[dict[str, Any]], name: str, rival: str | None = None) -> Figure:
-    """Returns the accuracy over all comparisons that some split holds out, or how much greater it is than a rival's.
-
-    A comparison counts once, with its mean over the splits that hold it out.
-    """
-    found: dict[int, list[float]] = {}
-    prompts: dict[int, int] = {}
-    for seed in seeds:
-        less = seed[rival] if rival else [0.0] * len(seed[name])
-        for index, prompt, right, other in zip(seed["held_out"], seed["prompts"], seed[name], less, strict=True):
-            found.setdefault(index, []).append(right - other)
-            prompts[index] = prompt
-    values_M = torch.tensor([statistics.fmean(each) for each in found.values()])
-    mean, low, high = clustered_mean(values_M, torch.tensor([prompts[index] for index in found]))
-    return Figure(f"HH-RLHF accuracy: {name}" + (f" less {rival}" if rival else ""), mean, "share", low, high)
 
 
 def _win_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
     """Returns the mean true utility of each policy on held-out prompts, and win rates by it."""
     known = [policy for policy in _POLICIES if f"answers-{policy}" in seeds[0]]
-    figures = [
-        _over_seeds(f"{name}: utility of {policy}", [_utility(seed, policy) for seed in seeds]) for policy in known
-    ]
+    figures = [over_seeds(f"{name}: utility of {each}", [_utility(seed, each) for seed in seeds]) for each in known]
     for index, policy in enumerate(known):
         for other in known[:index]:
-            rates = [
-                win_rate(seed[f"answers-{policy}"]["utilities"], seed[f"answers-{other}"]["utilities"])
-                for seed in seeds
-            ]
-            figure = _over_seeds(
-                f"{name}: {policy} over {other}", [[rate.value, rate.low, rate.high] for rate in rates]
-            )
+            rates = [_rate(seed[f"answers-{policy}"], seed[f"answers-{other}"]) for seed in seeds]
+            figure = over_seeds(f"{name}: {policy} over {other}", rates)
             goal = _GOALS.get((policy, other))
             figures.append(at_least(goal, figure) if goal else figure)
     return figures
 
 
 def _utility(seed: dict[str, Any], policy: str) -> list[float]:
-    return mean_interval(seed[f"answers-{policy}"]["utilities"])
+    return mean_interval([statistics.fmean(values) for values in seed[f"answers-{policy}"]["utilities"]])
+
+
+def _rate(ours: dict[str, Any], theirs: dict[str, Any]) -> list[float]:
+    rate = win_rate(ours["utilities"], theirs["utilities"])
+    return [rate.value, rate.low, rate.high]
+
+
+def _best_of_n_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
+    """Returns how often the SFT policy's best of n by the reward model is worth more than a completion of the base."""
+    found: dict[str, list[list[float]]] = {}
+    for seed in seeds:
+        utilities, base = (seed[f"answers-{policy}"]["utilities"] for policy in ("sft", "base"))
+        wins = [
+            [statistics.fmean((value > other) + 0.5 * (value == other) for other in theirs) for value in ours]
+            for ours, theirs in zip(utilities, base, strict=True)
+        ]
+        for each in best_of_n(seed["scores-sft"]["scores"], wins):
+            label = f"{name}: best of {each.n} over base, at {each.kl:.2f} nats"
+            found.setdefault(label, []).append(mean_interval(each.values))
+    return [over_seeds(label, values) for label, values in found.items()]
+
+
+def _factor_figure(name: str, seeds: Sequence[dict[str, Any]]) -> Figure:
+    """Returns how often a completion with one factor of the recipe changed is worth more than one of the recipe."""
+    rates = [_rate(seed["answers"], seed["answers-ppo"]) for seed in seeds]
+    return over_seeds(f"{name.removeprefix(FACTOR)} over the recipe", rates)
 
 
 def _tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
@@ -92,14 +93,17 @@ def _tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
     if "tax-ppo" not in seeds[0]:
         return []
     figures, losses = [], {}
-    for policy, before in (("sft", "base"), ("ppo", "sft"), ("ppo-ptx", "sft")):
-        loss = [_change(seed, before, policy, "wikitext") for seed in seeds]
+    for policy, before in _TAXES:
+        loss = over_seeds(
+            f"{name}: WikiText-2 loss, {policy} less {before}",
+            [_change(seed, before, policy, "wikitext") for seed in seeds], "nats/token",
+        )  # fmt: skip
         hits = [_change(seed, before, policy, "hellaswag") for seed in seeds]
-        losses[policy] = statistics.fmean(change for change, _, _ in loss)
-        figures.append(_over_seeds(f"{name}: WikiText-2 loss, {policy} less {before}", loss, "nats/token"))
-        figures.append(_over_seeds(f"{name}: HellaSwag accuracy, {policy} less {before}", hits, "share"))
-    if losses["ppo"] > 0:
-        given_back = 1 - losses["ppo-ptx"] / losses["ppo"]
+        losses[policy] = loss
+        figures += [loss, over_seeds(f"{name}: HellaSwag accuracy, {policy} less {before}", hits)]
+    # Of a loss that may be none, no share can be said.
+    if (losses["ppo"].low or 0.0) > 0:
+        given_back = 1 - losses["ppo-ptx"].value / losses["ppo"].value
         figures.append(at_least(_PTX_GOAL, Figure(f"{name}: tax that ptx gives back", given_back, "share")))
     return figures
 
@@ -107,20 +111,3 @@ def _tax_figures(name: str, seeds: Sequence[dict[str, Any]]) -> list[Figure]:
 def _change(seed: dict[str, Any], before: str, policy: str, measure: str) -> list[float]:
     pairs = zip(seed[f"tax-{before}"][measure], seed[f"tax-{policy}"][measure], strict=True)
     return mean_interval([new - old for old, new in pairs])
-
-
-def mean_interval(values: Sequence[float]) -> list[float]:
-    """Returns the mean and its 95 % interval: Student's if there are few values, else normal."""
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    width = _STUDENT.get(len(values) - 1, Z_95)
-    return [mean, mean - width * error, mean + width * error]
-
-
-def _over_seeds(name: str, values: Sequence[Sequence[float]], unit: str = "share") -> Figure:
-    """Returns the mean of [value, low, high] over seeds, with its interval."""
-    means = [value for value, _, _ in values]
-    if len(means) == 1:
-        return Figure(name, means[0], unit, values[0][1], values[0][2])
-    mean = statistics.fmean(means)
-    half = _STUDENT[len(means) - 1] * statistics.stdev(means) / math.sqrt(len(means))
-    return Figure(name, mean, unit, mean - half, mean + half)

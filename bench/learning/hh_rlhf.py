@@ -1,4 +1,4 @@
-"""Reads what people preferred in Anthropic's HH-RLHF (Bai et al., arXiv 2204.05862), and splits it by prompt."""
+"""Reads what people preferred in Anthropic's HH-RLHF (Bai et al., arXiv 2204.05862): its texts, splits and tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from alignd.v1 import types_pb2
 from bench.learning.data import data_file
+from policies.encoding import plain_token_ids
+from policies.end_tokens import end_tokens
+from policies.rendering import prompt_token_ids
+from training.data.groups import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SOURCES = ("helpful-base", "helpful-online", "harmless-base")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_TURNS = {"user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _HELD_OUT_SHARE = 0.25
 
@@ -110,3 +120,23 @@ def is_held_out(first_turn: str, share: float = _HELD_OUT_SHARE, salt: str = "")
 def beginning(first_turn: str) -> str:
     """Returns what dialogues that begin alike have in common: their first turn, without its case and spacing."""
     return " ".join(first_turn.lower().split())
+
+
+def as_group(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Sequence[Message],
+    answers: Sequence[str],
+    *,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+) -> Group:
+    """Returns a conversation and answers to it in tokens: its last ones, and the first ones of each answer and its end.
+
+    Raises:
+        jinja2.TemplateError: the tokenizer's template refuses the conversation.
+    """
+    turns = [types_pb2.Message(role=_TURNS[each.role], content=each.text) for each in conversation]
+    prompt = prompt_token_ids(tokenizer, types_pb2.Prompt(chat=types_pb2.Chat(messages=turns)))
+    end = end_tokens(tokenizer).of_turn
+    completions = tuple((*plain_token_ids(tokenizer, each)[:max_completion_tokens], end) for each in answers)
+    return Group(tuple(prompt[-max_prompt_tokens:]), completions)

@@ -20,14 +20,14 @@ from deploy.simulation.labelers import Labeler, calibrate_temperature, make_labe
 from deploy.simulation.utility import Utility, measure
 from policies.rendering import prompt_token_ids
 from training.data.groups import Group, RankedExample
-from training.models.policy import load_weights
+from training.models.tensor_file import load_weights
 from training.ppo.rollouts import Request, Rollout, RolloutEngine
 
 _SYSTEM_PROMPT = "You are a helpful assistant. Answer briefly, in one or two sentences."
 _NUM_LABELERS = 40  # about as many as InstructGPT's contractors
 _ROLES = {"user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
 _CALIBRATION_K = 4
-# Completions that are drawn at a time take seeds in a row; no two draws, and no two experiments, share any.
+# Completions that are drawn at a time take seeds in a row. Draws with other salts, or of other seeds, share none.
 _SALTED_SEEDS, _SEEDS = 10_007, 1_000_000_007
 
 
@@ -37,6 +37,14 @@ class Asked:
 
     text: str
     token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Completions of a prompt, in tokens: what a user is asked to rank."""
+
+    asked: Asked
+    group: Group
 
 
 @dataclass
@@ -78,14 +86,14 @@ class Lab:
             )
         )
 
-    def text(self, rollout: Rollout) -> str:
+    def text(self, token_ids: Sequence[int]) -> str:
         """Returns what a user would read."""
-        return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def utilities(self, asked: Sequence[Asked], drawn: Sequence[Sequence[Rollout]]) -> list[list[float]]:
         """Returns the hidden utility of each completion."""
         return [
-            measure(self.utility, each.text, [self.text(rollout) for rollout in rollouts])
+            measure(self.utility, each.text, [self.text(rollout.token_ids) for rollout in rollouts])
             for each, rollouts in zip(asked, drawn, strict=True)
         ]
 
@@ -95,23 +103,33 @@ class Lab:
         temperature = calibrate_temperature(self.utilities(asked, drawn))
         return make_labelers(_NUM_LABELERS, self.seed, temperature)
 
+    def sample(self, asked: Sequence[Asked], ks: range, salt: int) -> list[Sample]:
+        """Returns K completions of each prompt by the loaded policy, K drawn from `ks`, as a user would rank them."""
+        drawn_by = random.Random(self.seed * 7919 + salt)
+        sizes = [drawn_by.choice(ks) for _ in asked]
+        samples: dict[int, Sample] = {}
+        for k in sorted(set(sizes)):
+            indices = [index for index, size in enumerate(sizes) if size == k]
+            chosen = [asked[index] for index in indices]
+            drawn = self.draw(chosen, k, salt + k)
+            for index, each, rollouts in zip(indices, chosen, drawn, strict=True):
+                samples[index] = Sample(each, Group(each.token_ids, tuple(rollout.token_ids for rollout in rollouts)))
+        return [samples[index] for index in range(len(asked))]
+
+    def judge(self, samples: Sequence[Sample], labelers: Sequence[Labeler], first_seq: int = 0) -> list[RankedExample]:
+        """Returns one ranking of each sample, by one labeler; they take turns."""
+        examples = []
+        for seq, sample in enumerate(samples, first_seq):
+            labeler = labelers[seq % len(labelers)]
+            texts = [self.text(tokens) for tokens in sample.group.completions]
+            groups = labeler.rank(sample.asked.text, texts, measure(self.utility, sample.asked.text, texts))
+            ranks = {member: rank for rank, group in enumerate(groups) for member in group}
+            in_order = tuple(ranks[i] for i in range(len(texts)))
+            examples.append(RankedExample(sample.group, in_order, labeler.user_id, seq))
+        return examples
+
     def rank(
         self, asked: Sequence[Asked], labelers: Sequence[Labeler], ks: range, salt: int, first_seq: int = 0
     ) -> list[RankedExample]:
         """Returns one ranking of each prompt, by one labeler: of K completions by the loaded policy, K from `ks`."""
-        drawn_by = random.Random(self.seed * 7919 + salt)
-        sizes = [drawn_by.choice(ks) for _ in asked]
-        by_size = {k: [i for i, size in enumerate(sizes) if size == k] for k in sorted(set(sizes))}
-        examples: dict[int, RankedExample] = {}
-        for k, indices in by_size.items():
-            chosen = [asked[index] for index in indices]
-            drawn = self.draw(chosen, k, salt + k)
-            worth = self.utilities(chosen, drawn)
-            for index, each, rollouts, values in zip(indices, chosen, drawn, worth, strict=True):
-                labeler = labelers[(first_seq + index) % len(labelers)]
-                groups = labeler.rank(each.text, [self.text(rollout) for rollout in rollouts], values)
-                ranks = {member: rank for rank, group in enumerate(groups) for member in group}
-                group = Group(each.token_ids, tuple(rollout.token_ids for rollout in rollouts))
-                in_order = tuple(ranks[i] for i in range(k))
-                examples[index] = RankedExample(group, in_order, labeler.user_id, first_seq + index)
-        return [examples[index] for index in range(len(asked))]
+        return self.judge(self.sample(asked, ks, salt), labelers, first_seq)

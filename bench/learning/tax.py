@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bench.learning.data import data_file
+from policies.encoding import plain_token_ids
 from training.data.groups import Group
 from training.models.policy import SharedLayers, reference_logprobs
 
@@ -138,7 +139,7 @@ def wikitext_loss(
     Raises:
         ValueError: there are fewer than two windows.
     """
-    token_ids = _encode(tokenizer, text)[:num_tokens]
+    token_ids = plain_token_ids(tokenizer, text)[:num_tokens]
     starts = range(0, len(token_ids) - window + 1, window)
     windows = torch.tensor([token_ids[start : start + window] for start in starts], dtype=torch.long)
     return Measure(tuple(_window_loss(model, tokens_IT.to(model.device)) for tokens_IT in windows.split(1)))
@@ -182,11 +183,6 @@ def _group(tokenizer: PreTrainedTokenizerBase, item: HellaSwagItem) -> Group:
     An ending's tokens are what the whole text has beyond the context's tokens, since a space belongs to the word after
     it.
     """
-    context = tuple(_encode(tokenizer, item.context))
-    wholes = [_encode(tokenizer, f"{item.context} {ending}") for ending in item.endings]
+    context = tuple(plain_token_ids(tokenizer, item.context))
+    wholes = [plain_token_ids(tokenizer, f"{item.context} {ending}") for ending in item.endings]
     return Group(context, tuple(tuple(whole[len(context) :]) for whole in wholes))
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the token ids of plain text: no special token is added, nor found in it."""
-    return [int(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)]

@@ -2,9 +2,7 @@
 
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from typing import Annotated
 
@@ -12,11 +10,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from deploy.cli import policies, runs
+from deploy.apart import DiedError
+from deploy.cli import keys, policies, runs
+from deploy.cli.plain import plain
+from deploy.cli.process import EXIT_FAILED, fail, start, stop_on_signal, store_in_words, use_recipe
 from deploy.client import CallError
 from deploy.config import AligndConfig, ConfigError, load_config, resolved
-from deploy.endings import PASSING_CODE
+from deploy.data_dir import only_up
+from deploy.endings import GAVE_UP_CODE, PASSING_CODE
 from deploy.models import ModelError
+from policies.vllm_settings import MissingError
 
 app = typer.Typer(
     help="InstructGPT as a live service: sample, rank, learn, swap. Start with `alignd demo`, or `alignd up`.",
@@ -24,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys.app, name="keys")
 app.add_typer(policies.app, name="policies")
 app.add_typer(runs.app, name="runs")
 
@@ -32,8 +36,9 @@ Recipe = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")]
 
+logger = logging.getLogger(__name__)
+
 _EXIT_CONFIG = 2
-EXIT_FAILED = 1
 
 
 @app.command()
@@ -50,65 +55,126 @@ def up(
     recipe: Recipe = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Run everything on this machine: server, relay, ingest and trainer."""
-    from deploy.up import VERBS, Service, ServiceError, Supervisor, child_environment
+    """Run everything on this machine: server, gateway, relay, ingest and trainer."""
+    from deploy.up import VERBS, Service, ServiceError, Supervisor, child_environment, update_store
 
     unknown = sorted(set(without) - set(VERBS))
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: takes one of {', '.join(VERBS)}", param_hint="--without")
-    _use_recipe(recipe)
+    use_recipe(recipe)
     if model:
         from deploy.own_model import use_model
 
         use_model(model, dry_run)
-    config = _start(dry_run)
+    config = start(dry_run)
     if config:
-        services = [Service(verb) for verb in VERBS if verb not in without]
-        try:
-            Supervisor(config.data_dir, child_environment(config), services).run()
-        except ServiceError as error:
-            raise _fail(str(error)) from error
+        from deploy.apart import apart
+        from deploy.capacity import fitted_settings
+
+        verbs = [verb for verb in VERBS if verb not in without]
+        with only_up(config.data_dir):
+            environment = child_environment(config) | apart(fitted_settings, config, verbs)
+            if "serve" in verbs:
+                _import_first(config)
+            _make_operator_key(config)
+            update_store(config)
+            try:
+                Supervisor(config.data_dir, environment, [Service(verb) for verb in verbs]).run()
+            except ServiceError as error:
+                raise fail(str(error)) from error
 
 
 @app.command()
 def serve(dry_run: DryRun = False) -> None:
     """Run the gRPC server with its engine."""
-    config = _start(dry_run)
+    config = start(dry_run, "serve")
     if config:
         import asyncio
+        from functools import partial
 
-        from feedback.bus.contract import BusError
+        from deploy.importing.first import is_wanted
         from feedback.outbox.door import OutboxError
         from serving.bootstrap import NoPolicyError
+        from serving.listening import ListenError
         from serving.server import Places, serve
+        from serving.vllm_engine import EngineError
 
-        places = Places(config.bus_url, config.outbox_path, config.keyring_path, config.policies_dir)
+        places = Places(
+            config.bus_url, config.outbox_path, config.keyring_path, config.policies_dir, config.api_keys_path
+        )
+
+        def run() -> None:
+            asyncio.run(serve(config.serving, config.feedback, places, is_wanted=partial(is_wanted, config)))
+
         try:
-            asyncio.run(serve(config.serving, config.feedback, places))
+            # Where there is a version, the bus is not asked first: feedback is taken without it.
+            if not (config.policies_dir / "v1").exists():
+                _import_first(config)
+            _make_operator_key(config)
+            try:
+                run()
+            except NoPolicyError:
+                # The bus is back, or has been found empty beside a version 1 that was made from another model.
+                if not _import_first(config):
+                    raise
+                run()
         except NoPolicyError as error:
-            raise _fail(str(error)) from error
-        except (BusError, OutboxError) as error:
-            raise _fail(str(error), PASSING_CODE) from error
+            # Another start would end as this one did.
+            raise fail(str(error), GAVE_UP_CODE) from error
+        except ListenError as error:
+            raise fail(str(error)) from error
+        except OutboxError as error:
+            raise fail(str(error), PASSING_CODE) from error
+        except EngineError as error:
+            # In the form by which `alignd up` finds the cause in the log, unless vLLM has said it before.
+            raise fail(f"EngineError: {error}", GAVE_UP_CODE) from error
+
+
+@app.command()
+def gateway(dry_run: DryRun = False) -> None:
+    """Serve HTTP for the gRPC server: OpenAI's API, and feedback."""
+    config = start(dry_run, "gateway")
+    if config:
+        from policies.server_connection import ServerConnectionError
+        from serving.access.certificates import CertificateError
+        from serving.gateway.run import run_gateway
+
+        try:
+            run_gateway(config.gateway, config.server)
+        except (CertificateError, ServerConnectionError) as error:
+            raise fail(str(error)) from error
 
 
 @app.command()
 def relay(dry_run: DryRun = False) -> None:
     """Carry events from the outbox to the bus."""
-    config = _start(dry_run)
+    config = start(dry_run, "relay")
     if config:
         from feedback.outbox.relay import run_relay
 
-        run_relay(config.outbox_path, config.bus_url, _stop_on_signal(), config.feedback)
+        run_relay(config.outbox_path, config.bus_url, stop_on_signal(), config.feedback)
 
 
 @app.command()
-def ingest(dry_run: DryRun = False) -> None:
+def ingest(
+    dry_run: DryRun = False,
+    from_beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="Read the whole log again first. Nothing is stored twice.")
+    ] = False,
+) -> None:
     """Carry events from the bus to the store."""
-    config = _start(dry_run)
+    config = start(dry_run, "ingest")
     if config:
         from feedback.store.ingest import run_ingest
 
-        run_ingest(config.bus_url, config.store_url, _stop_on_signal(), config.feedback)
+        run_ingest(
+            config.bus_url,
+            config.store_url,
+            config.keyring_path,
+            stop_on_signal(),
+            config.feedback,
+            from_beginning=from_beginning,
+        )
 
 
 @app.command()
@@ -119,28 +185,28 @@ def train(
     recipe: Recipe = "",
 ) -> None:
     """Train on new rankings, and register each new policy. `alignd runs` operates it."""
-    _use_recipe(recipe)
-    config = _start(dry_run)
+    use_recipe(recipe)
+    config = start(dry_run, "train")
     if config:
-        from sqlalchemy.exc import OperationalError
-
+        from deploy.capacity import fitted_settings
         from deploy.up import run_in_ranks
         from policies.artifact import ArtifactError
         from training.loop import run_trainer
 
+        os.environ.update(fitted_settings(config, ["train"]))
+        config = load_config()
         run_in_ranks("train", config.training.num_processes)
         try:
-            run_trainer(
-                config.training,
-                store_url=config.store_url,
-                policies_dir=config.policies_dir,
-                runs_dir=config.runs_dir,
-                serving_address=config.server_address,
-            )
-        except OperationalError as error:
-            raise _fail(f"the store is away: {error.orig}", PASSING_CODE) from error
+            with store_in_words():
+                run_trainer(
+                    config.training,
+                    store_url=config.store_url,
+                    policies_dir=config.policies_dir,
+                    runs_dir=config.runs_dir,
+                    server=config.server,
+                )
         except ArtifactError as error:
-            raise _fail(str(error)) from error
+            raise fail(str(error)) from error
     else:
         from deploy.cli.train_plan import print_plan
 
@@ -151,46 +217,26 @@ def train(
 @app.command()
 def sft(dry_run: DryRun = False) -> None:
     """Fine-tune on demonstrations, and register the result: promoted, it is the new reference policy."""
-    config = _start(dry_run)
+    config = start(dry_run)
     if config:
+        from deploy.capacity import fitted_settings
         from policies.artifact import ArtifactError
         from training.errors import TrainingError
         from training.loop import run_sft_once
 
+        fitted_settings(config, ["sft"])
         try:
-            version = run_sft_once(
-                config.training,
-                store_url=config.store_url,
-                policies_dir=config.policies_dir,
-                runs_dir=config.runs_dir,
-                serving_address=config.server_address,
-            )
+            with store_in_words():
+                version = run_sft_once(
+                    config.training,
+                    store_url=config.store_url,
+                    policies_dir=config.policies_dir,
+                    runs_dir=config.runs_dir,
+                    server=config.server,
+                )
         except (TrainingError, ArtifactError) as error:
-            raise _fail(str(error)) from error
+            raise fail(str(error)) from error
         typer.echo(f"v{version} is registered. `alignd policies promote {version}` makes it live, and the reference.")
-
-
-def _use_recipe(name_or_path: str) -> None:
-    """Makes this process and its children use a recipe, if one is named.
-
-    Raises:
-        ConfigError: there is no such recipe, or it is bad.
-    """
-    from training.recipes import RecipeError, load_recipe
-
-    if not name_or_path:
-        return
-    try:
-        # A setting that the recipe does not name stays as alignd.toml has it.
-        os.environ["ALIGND_TRAINING"] = load_recipe(name_or_path).model_dump_json(exclude_unset=True)
-    except RecipeError as error:
-        raise ConfigError(f"recipe {name_or_path}: {error}") from error
-
-
-def _fail(message: str, code: int = EXIT_FAILED) -> typer.Exit:
-    """Prints an error that operators can fix, and returns the exception that ends the command."""
-    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
-    return typer.Exit(code)
 
 
 @app.command()
@@ -200,6 +246,14 @@ def status() -> None:
 
     if not print_status(load_config()):
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def audit(as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False) -> None:
+    """List who did what, when: changes of policies and of keys, the oldest first."""
+    from deploy.cli.audit import print_audit
+
+    print_audit(load_config(), as_json=as_json)
 
 
 @app.command()
@@ -218,7 +272,7 @@ def demo(
     set_up(quick, load_config())
     os.environ.update(child_environment(load_config()))
     simulated = load_simulation()
-    config = _start(dry_run)
+    config = start(dry_run)
     if config is None:
         typer.echo(resolved(simulated), nl=False)
         return
@@ -234,23 +288,30 @@ def show_config() -> None:
     typer.echo(resolved(load_config()), nl=False)
 
 
-def _start(dry_run: bool) -> AligndConfig | None:
-    """Returns the configuration and begins to log; on a dry run, prints the configuration and returns None."""
-    config = load_config()
-    if dry_run:
-        typer.echo(resolved(config), nl=False)
-        return None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    config.data_dir.mkdir(parents=True, exist_ok=True)
-    return config
+def _make_operator_key(config: AligndConfig) -> None:
+    from deploy.operator_key import make_operator_key
+    from serving.access.keys import KeysError
+
+    try:
+        make_operator_key(config)
+    except (KeysError, OSError) as error:
+        raise ConfigError(f"the keys of this machine: {error}") from error
 
 
-def _stop_on_signal() -> threading.Event:
-    """Returns an event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: stop.set())
-    return stop
+def _import_first(config: AligndConfig) -> bool:
+    """Makes serving.initial_model the first policy, if the bus answers and there is none. Returns whether it did.
+
+    Raises:
+        ConfigError: the model cannot be served or trained.
+    """
+    from deploy.importing.first import import_configured
+    from feedback.bus.contract import BusError
+
+    try:
+        return import_configured(config)
+    except BusError as error:
+        logger.warning("the bus does not answer, so whether there is a policy to serve is not known yet: %s", error)
+        return False
 
 
 def main(run: Callable[[], None] = app) -> None:
@@ -258,8 +319,12 @@ def main(run: Callable[[], None] = app) -> None:
     try:
         run()
     except ConfigError as error:
-        Console(stderr=True).print(f"[red]configuration[/]\n{escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[red]configuration[/]\n{escape(plain(error, lines=True))}", highlight=False, soft_wrap=True
+        )
         sys.exit(_EXIT_CONFIG)
-    except (CallError, ModelError) as error:
-        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+    except MissingError as error:
+        sys.exit(fail(str(error), _EXIT_CONFIG).exit_code)
+    except (CallError, DiedError, ModelError) as error:
+        Console(stderr=True).print(plain(error, lines=True), style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)

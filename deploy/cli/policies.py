@@ -7,15 +7,17 @@ from typing import Annotated, Any
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
 from alignd.v1 import policy_service_pb2 as pb
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
+from deploy.cli.plain import plain
 from deploy.client import TIMEOUT_SECONDS, Operator, connect
 from deploy.config import load_config
 
-app = typer.Typer(help="List, show, promote and roll back policy versions.", no_args_is_help=True)
+app = typer.Typer(help="Import, list, show, promote, roll back and repair policy versions.", no_args_is_help=True)
 console = Console()
 
 Version = Annotated[str, typer.Argument(help="A version such as v7, or `live`.")]
@@ -27,7 +29,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 @app.command("list")
 def list_policies(as_json: Json = False) -> None:
     """List the versions, newest first, and what each replica serves."""
-    with connect(load_config().server_address) as operator:
+    with connect(load_config().server) as operator:
         policies, response = _all_policies(operator)
     if as_json:
         found = pb.ListPoliciesResponse(policies=policies, replicas=response.replicas)
@@ -44,38 +46,55 @@ def list_policies(as_json: Json = False) -> None:
             str(policy.manifest.training.num_rankings or "-"),
             policy.manifest.create_time.ToDatetime().isoformat(" ", "seconds"),
             policy.manifest.weight_digest[:12],
-            ", ".join(served) or "-",
+            _shown(", ".join(served)) or "-",
         )
     console.print(table)
+    for each in response.replicas:
+        if each.state == pb.REPLICA_STATE_DEGRADED:
+            console.print(_shown(f"{each.replica_id} is DEGRADED: {each.error_message}"), soft_wrap=True)
+
+
+@app.command("import")
+def import_model(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face model folder, or a name on the hub (org/name[@revision]).")
+    ],
+) -> None:
+    """Make a model the first version: convert its weights, and try it in vLLM and in training. Starts nothing."""
+    from deploy.own_model import import_named
+
+    import_named(model)
 
 
 @app.command()
 def show(version: Version, as_json: Json = False) -> None:
     """Show one version: its stage, its history and its evaluations."""
-    with connect(load_config().server_address) as operator:
+    with connect(load_config().server) as operator:
         policy = _get(operator, version)
     if as_json:
         _print_json(policy)
         return
     console.print(f"[bold]v{policy.version}[/] {pb.Stage.Name(policy.stage).removeprefix('STAGE_')}")
-    console.print(f"files    {policy.artifact_uri}", soft_wrap=True, markup=False)
+    console.print(f"files    {plain(policy.artifact_uri)}", soft_wrap=True, markup=False)
     console.print(f"weights  {policy.manifest.weight_digest}")
     for change in policy.history:
         console.print(
             f"  {change.change_time.ToDatetime().isoformat(' ', 'seconds')}  "
-            f"{pb.Stage.Name(change.to_stage).removeprefix('STAGE_'):<10}{change.actor}: {change.reason}",
+            f"{pb.Stage.Name(change.to_stage).removeprefix('STAGE_'):<10}{plain(_who(change))}: {plain(change.reason)}",
             soft_wrap=True,
             markup=False,
         )
     for each in policy.manifest.evaluations:
         interval = f" [{each.low:.3f}, {each.high:.3f}]" if each.HasField("low") else ""
-        console.print(f"  {each.name} {each.value:.3f}{interval}, n = {each.count}", highlight=False, markup=False)
+        console.print(
+            f"  {plain(each.name)} {each.value:.3f}{interval}, n = {each.count}", highlight=False, markup=False
+        )
 
 
 @app.command()
 def promote(version: Version, reason: Reason = "", dry_run: DryRun = False) -> None:
     """Make a candidate live; the version that was live is retired."""
-    with connect(load_config().server_address) as operator:
+    with connect(load_config().server) as operator:
         policy = _get(operator, version)
         if _announce(f"v{policy.version} would become LIVE", dry_run):
             return
@@ -91,7 +110,7 @@ def rollback(
     dry_run: DryRun = False,
 ) -> None:
     """Make a retired version live again."""
-    with connect(load_config().server_address) as operator:
+    with connect(load_config().server) as operator:
         target = _get(operator, version).version if version else 0
         if _announce(f"{f'v{target}' if target else 'the version that was live before'} would become LIVE", dry_run):
             return
@@ -102,13 +121,64 @@ def rollback(
     console.print(f"v{policy.version} is live again. Replicas swap now: `alignd policies list` shows what each serves.")
 
 
+NeededReason = Annotated[str, typer.Option("--reason", "-m", help="Why; kept in the version's history. Required.")]
+
+
+@app.command()
+def reject(version: Version, reason: NeededReason, dry_run: DryRun = False) -> None:
+    """Reject a version on all replicas. If it is live, the one that was live before it is again."""
+    with connect(load_config().server) as operator:
+        policy = _get(operator, version)
+        if _announce(f"v{policy.version} would become REJECTED", dry_run):
+            return
+        request = pb.RejectRequest(version=policy.version, actor=_actor(), reason=reason)
+        operator.policies.Reject(request, timeout=TIMEOUT_SECONDS)
+    console.print(f"v{policy.version} is REJECTED. `alignd policies reinstate` takes that back.")
+
+
+@app.command()
+def reinstate(version: Version, reason: NeededReason, dry_run: DryRun = False) -> None:
+    """Take back the rejection of a version, if it was a mistake. This does not make it live."""
+    with connect(load_config().server) as operator:
+        policy = _get(operator, version)
+        if _announce(f"v{policy.version} would no longer be REJECTED", dry_run):
+            return
+        request = pb.ReinstateRequest(version=policy.version, actor=_actor(), reason=reason)
+        policy = operator.policies.Reinstate(request, timeout=TIMEOUT_SECONDS).policy
+    stage = pb.Stage.Name(policy.stage).removeprefix("STAGE_")
+    verb = "rollback" if policy.stage == pb.STAGE_RETIRED else "promote"
+    console.print(f"v{policy.version} is {stage}. `alignd policies {verb} v{policy.version}` makes it live.")
+
+
+@app.command()
+def repair(
+    live: Annotated[str, typer.Option(help="The version that is to be live. Default: by the log.")] = "",
+    reason: Reason = "repaired by an operator",
+    dry_run: DryRun = False,
+) -> None:
+    """Mend the policy log where no server can start: it was lost, or nothing in it that is live can be served.
+
+    Needs no server: it reads the versions' folders and the bus, and appends to the bus what is missing.
+    """
+    from deploy.cli.repair import repair_log
+
+    version = live.removeprefix("v")
+    if live and not (version.isascii() and version.isdigit() and int(version)):
+        raise typer.BadParameter(f"{live!r} is no version; give one such as v7", param_hint="--live")
+    said = repair_log(load_config(), int(version or 0), _actor(), reason, dry_run=dry_run)
+    for each in said:
+        console.print(f"{'Dry run: ' if dry_run else ''}{plain(each)}", soft_wrap=True, markup=False, highlight=False)
+
+
 @app.command()
 def lineage(version: Version = "live", as_json: Json = False) -> None:
     """Show what a version was trained from, back to the first version."""
-    with connect(load_config().server_address) as operator:
+    with connect(load_config().server) as operator:
         chain = [_get(operator, version)]
-        while chain[-1].manifest.parent_version:
-            chain.append(_get(operator, f"v{chain[-1].manifest.parent_version}"))
+        known = {policy.version: policy for policy in _all_policies(operator)[0]}
+        # After a repair, a version's parent may be one that was deleted.
+        while chain[-1].manifest.parent_version in known:
+            chain.append(known[chain[-1].manifest.parent_version])
     if as_json:
         typer.echo(json.dumps([MessageToDict(policy, preserving_proto_field_name=True) for policy in chain], indent=2))
         return
@@ -125,13 +195,19 @@ def _lineage_tree(manifests: list[PolicyManifest]) -> Tree:
             branch.add("imported")
             continue
         training = manifest.training
-        branch.add(f"{training.algorithm}, seed {training.seed}, run {training.run_id}")
-        branch.add(f"KL from v{manifest.reference_version}; reward model {training.reward_model_digest[:12]}")
+        branch.add(_shown(f"{training.algorithm}, seed {training.seed}, run {training.run_id}"))
+        branch.add(_shown(f"KL from v{manifest.reference_version}; reward model {training.reward_model_digest[:12]}"))
         rankings = branch.add(f"{training.num_rankings} rankings")
         for each in training.rankings:
-            rankings.add(f"{each.topic}/{each.partition}: offsets {each.first_offset} to {each.last_offset}")
-        branch.add(f"{training.num_prompts} prompts, digest {training.prompts_digest[:12]}")
+            place = f"{each.topic}/{each.partition}"
+            rankings.add(_shown(f"{place}: offsets {each.first_offset} to {each.last_offset}"))
+        branch.add(_shown(f"{training.num_prompts} prompts, digest {training.prompts_digest[:12]}"))
     return root
+
+
+def _shown(text: str) -> str:
+    """Returns what came from outside as rich prints it unchanged."""
+    return escape(plain(text))
 
 
 def _all_policies(operator: Operator) -> tuple[list[Any], Any]:
@@ -157,6 +233,11 @@ def _announce(what: str, dry_run: bool) -> bool:
     if dry_run:
         console.print(f"Dry run: {what}.")
     return dry_run
+
+
+def _who(change: pb.StageChange) -> str:
+    """Returns who made a change, and who that said to be."""
+    return f"{change.actor} ({change.claimed_actor})" if change.claimed_actor else change.actor
 
 
 def _actor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ class RunView:
 
     run: str
     state: str
-    """running, done or stopped. A run that was killed and will be resumed is running."""
+    """running, waiting, done or stopped. A run that was killed and will be resumed is running."""
     reason: str
     """Why it stopped, what it waits for, or which version it made."""
     phase: str
@@ -39,6 +38,11 @@ class RunView:
     """Of the last PPO round, in nats a completion."""
     updated: float | None
     """When it wrote its last record, in Unix seconds."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will resume the run."""
+        return self.state in ENDS
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
@@ -74,7 +78,7 @@ def view_run(folder: Path) -> RunView:
 
 
 def _state(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """Returns running, done or stopped, and the reason."""
+    """Returns the state, and the reason."""
     from training.runs.folder import RunFolder
 
     end = records[-1] if records and records[-1]["phase"] in ENDS else None
@@ -83,7 +87,7 @@ def _state(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, str
         if RunFolder(folder).ended:
             return "stopped", "it was killed, and left nothing to resume from"
         waits = RunFolder(folder).waits_for
-        return "running", "; ".join([*guards, f"waits: {waits}"] if waits else guards)
+        return ("waiting", "; ".join([*guards, waits])) if waits else ("running", "; ".join(guards))
     if end["phase"] == "stopped":
         return "stopped", str(end.get("reason", "no reason given"))
     return "done", "; ".join([f"made v{end['version']}", *guards] if "version" in end else guards)
@@ -114,7 +118,7 @@ def with_control(views: Sequence[RunView], control: Control) -> list[RunView]:
 
 def _reason(view: RunView, control: Control) -> str:
     """Returns a view's reason, with what operators ask of the trainer about this run."""
-    if view.state != "running":
+    if view.has_ended:
         return view.reason
     reasons = [view.reason] if view.reason else []
     if control.abort_run == view.run:
@@ -145,5 +149,5 @@ def _finite(value: object) -> float | None:
 
 
 def trainer_lives(control: Control) -> bool:
-    """Whether a trainer is at work: it holds the lease, which has not expired."""
-    return bool(control.holder) and control.expires_at > time.time()
+    """Whether a trainer is at work: it holds the lease, which has not expired, and has not ended on this machine."""
+    return bool(control.holder) and control.seconds_left > 0

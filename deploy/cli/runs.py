@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from deploy.cli.plain import plain
+from deploy.cli.process import fail
 from deploy.cli.run_view import (
     is_sft,
     is_worked_on,
@@ -40,14 +42,12 @@ errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as `alignd runs list` prints it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-EXIT_FAILED = 1
-
 
 @app.command("list")
 def list_runs(as_json: Json = False) -> None:
     """List the runs, newest first."""
     views = [view_run(folder) for folder in run_folders(load_config().runs_dir)]
-    if any(view.state == "running" for view in views):
+    if not all(view.has_ended for view in views):
         with _store_engine() as engine:
             views = with_control(views, _control_of(engine))
     if as_json:
@@ -60,7 +60,7 @@ def list_runs(as_json: Json = False) -> None:
     for view in views:
         done = progress(view) if view.phase else "-"
         figures = ("-" if each is None else f"{each:z.2f}" for each in (view.score, view.kl))
-        table.add_row(view.run, view.state, view.phase or "-", done, *figures, view.reason)
+        table.add_row(view.run, view.state, view.phase or "-", done, *figures, plain(view.reason))
     console.print(table, soft_wrap=False)
 
 
@@ -69,7 +69,7 @@ def show(run: RunId, as_json: Json = False) -> None:
     """Show one run: its state, where its recipe and report are, and the last metrics of each phase."""
     folder = _find_run(run)
     view = view_run(folder)
-    if view.state == "running":
+    if not view.has_ended:
         with _store_engine() as engine:
             (view,) = with_control([view], _control_of(engine))
     report = str(folder / REPORT_FILE) if (folder / REPORT_FILE).exists() else None
@@ -83,12 +83,12 @@ def show(run: RunId, as_json: Json = False) -> None:
     console.print(f"{view.run} {view.state}")
     for name, text in (whole | {"phase": phase, "updated": updated}).items():
         if text and name in ("reason", "phase", "updated", "recipe", "report"):
-            console.print(f"{name:<9}{text}")
+            console.print(f"{name:<9}{plain(text)}")
     for name, figures in metrics.items():
         console.print(name)
         for metric, value in figures.items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
-            console.print(f"  {metric} {shown}")
+            console.print(plain(f"  {metric} {shown}"))
 
 
 @app.command()
@@ -129,9 +129,9 @@ def abort(run: RunId) -> None:
     from training.runs.lease import request_abort
 
     view = view_run(_find_run(run))
-    if view.state != "running":
+    if view.has_ended:
         undo = " `alignd policies rollback` takes back the version that it made." if view.state == "done" else ""
-        raise _fail(f"{run} has ended already ({view.state}: {view.reason}), so there is nothing to abort.{undo}")
+        raise fail(f"{run} has ended already ({view.state}: {view.reason}), so there is nothing to abort.{undo}")
     with _store_engine() as engine:
         before = _control_of(engine)
         request_abort(engine, run)
@@ -153,7 +153,7 @@ def _find_run(run: str) -> Path:
     for folder in run_folders(runs_dir):
         if folder.name == run:
             return folder
-    raise _fail(f"there is no run {run} in {runs_dir}; `alignd runs list` shows which there are.")
+    raise fail(f"there is no run {run} in {runs_dir}; `alignd runs list` shows which there are.")
 
 
 def _control_of(engine: Engine) -> Control:
@@ -183,13 +183,6 @@ def _store_engine() -> Iterator[Engine]:
         finally:
             engine.dispose()
     except (SQLAlchemyError, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise _fail(
-            f"the store {make_url(url)!r} cannot be used: {reason}; `store` sets it, see `alignd config`."
+        raise fail(
+            f"the store {make_url(url)!r} cannot be used: {error}; `store` sets it, see `alignd config`."
         ) from error
-
-
-def _fail(message: str) -> typer.Exit:
-    """Prints what went wrong, and returns the exception that ends the command."""
-    errors.print(message, style="red")
-    return typer.Exit(EXIT_FAILED)

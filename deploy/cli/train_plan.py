@@ -12,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from alignd.v1 import policy_service_pb2 as pb
+from deploy.cli.plain import plain
 from deploy.client import CallError, connect
 from deploy.config import AligndConfig
 from policies.artifact import ArtifactError
-from policies.location import artifact_folder
+from policies.location import artifact_folder, version_folders
 from policies.precision import short_name
+from policies.server_connection import ServerConnection
 from training.planning.hardware import GIB, Hardware, this_machine
 from training.planning.memory import MOMENTS
 from training.planning.model_size import CONFIG_FILE, UnknownModelError, read_model
@@ -58,8 +60,10 @@ def print_plan(
     found = FoundModel(model_folder, "the given model") if model_folder else find_model(config)
     if found is None:
         console.print(
-            f"There is no model to plan for: no server answers at {config.server_address}, there is no policy in "
-            f"{config.policies_dir}, and serving.initial_model is not set. Set it to a model's folder.",
+            plain(
+                f"There is no model to plan for: no server answers at {config.server_address}, there is no policy in "
+                f"{config.policies_dir}, and serving.initial_model is not set. Set it to a model's folder."
+            ),
             soft_wrap=True,
             markup=False,
         )
@@ -67,7 +71,7 @@ def print_plan(
     try:
         model = read_model(found.folder)
     except UnknownModelError as error:
-        console.print(f"{found.what} cannot be planned for: {error}", soft_wrap=True, markup=False)
+        console.print(plain(f"{found.what} cannot be planned for: {error}"), soft_wrap=True, markup=False)
         return False
     plan = make_plan(config.training, model, hardware or this_machine())
     console.print(Group(*_page(plan, found)))
@@ -79,15 +83,15 @@ def find_model(config: AligndConfig) -> FoundModel | None:
 
     All versions have the shape of the model that the first was made of, so any of them will do.
     """
-    candidates = [_live(config.server_address), _newest(config.policies_dir)]
+    candidates = [_live(config.server), _newest(config.policies_dir)]
     if config.serving.initial_model:
         candidates.append(FoundModel(config.serving.initial_model, "serving.initial_model, which becomes v1"))
     return next((each for each in candidates if each), None)
 
 
-def _live(address: str) -> FoundModel | None:
+def _live(server: ServerConnection) -> FoundModel | None:
     try:
-        with connect(address) as operator:
+        with connect(server) as operator:
             policy = operator.policies.GetPolicy(pb.GetPolicyRequest(policy="live"), timeout=TIMEOUT_SECONDS).policy
         folder = artifact_folder(policy.artifact_uri)
     except (CallError, ArtifactError):
@@ -96,11 +100,11 @@ def _live(address: str) -> FoundModel | None:
 
 
 def _newest(policies_dir: Path) -> FoundModel | None:
-    folders = [file.parent for file in policies_dir.glob(f"v*/{CONFIG_FILE}") if file.parent.name[1:].isdecimal()]
-    if not folders:
+    folders = version_folders(policies_dir)
+    newest = max((version for version, folder in folders.items() if (folder / CONFIG_FILE).is_file()), default=0)
+    if not newest:
         return None
-    newest = max(folders, key=lambda folder: int(folder.name[1:]))
-    return FoundModel(newest, f"{newest.name}, the newest on disk, since no server says which is live")
+    return FoundModel(folders[newest], f"v{newest}, the newest on disk, since no server says which is live")
 
 
 def _page(plan: Plan, found: FoundModel) -> list[RenderableType]:
@@ -124,8 +128,8 @@ def _facts(plan: Plan, found: FoundModel) -> list[RenderableType]:
     products = f"multiplies {short_name(hardware.computes_in)} at {hardware.matmul_gflop_s:,.0f} GFLOP/s"
     devices = f"{hardware.num_devices} × {hardware.name}, a process each" if several else hardware.name
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("model", f"{work.model.name}, {amount(work.model.total)} parameters: {escape(found.what)}")
-    table.add_row("", escape(str(found.folder)))
+    table.add_row("model", f"{work.model.name}, {amount(work.model.total)} parameters: {escape(plain(found.what))}")
+    table.add_row("", escape(plain(found.folder)))
     table.add_row(
         "machine",
         f"{escape(devices)}: reads {hardware.bandwidth_gb_s:,.0f} GB/s, {products}, "

@@ -62,13 +62,16 @@ def read_run(runs_dir: Path) -> RunSoFar:
 
 
 def phase_seconds(view: RunSoFar, started: float) -> list[tuple[str, float]]:
-    """Returns the seconds that each phase took, in order. The first phase counts from `started`, in Unix time."""
+    """Returns the seconds that each phase took, in order. The first phase counts from `started`, in Unix time.
+
+    A run may have begun before that.
+    """
     spans: dict[str, float] = {}
     before = started
     for record in view.records:
         if record["phase"] not in ENDS:
             name = PHASES[record["phase"]]
-            spans[name] = spans.get(name, 0.0) + record["time"] - before
+            spans[name] = spans.get(name, 0.0) + max(record["time"] - before, 0.0)
         before = record["time"]
     return list(spans.items())
 
@@ -77,10 +80,11 @@ def swapped(response: pb.ListPoliciesResponse, version: int) -> pb.ReplicaStatus
     """Returns the status of a replica that serves `version`, or None while there is none.
 
     Raises:
-        RunError: a replica could not swap to it.
+        RunError: a replica could not swap to it, for a reason that will not pass by itself.
     """
     for replica in response.replicas:
-        if replica.error_message:
+        tries_again = replica.state == pb.REPLICA_STATE_DEGRADED and not replica.failed_version
+        if replica.error_message and not tries_again:
             raise RunError(f"{replica.replica_id} could not swap: {replica.error_message}")
         if replica.policy.version == version:
             return replica

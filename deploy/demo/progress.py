@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from deploy.cli.plain import plain
 from deploy.demo.result import Stage
 
 _LINE_EVERY_SECONDS = 15.0
@@ -46,11 +48,11 @@ class Bar:
     def update(self, done: float, total: float | None, detail: str = "") -> None:
         """Shows how far the stage is. `total` is None while it is not known."""
         if self.progress and self.task is not None:
-            self.progress.update(self.task, completed=done, total=total, detail=detail)
+            self.progress.update(self.task, completed=done, total=total, detail=escape(plain(detail)))
         elif time.monotonic() - self.spoke_at >= _LINE_EVERY_SECONDS:
             self.spoke_at = time.monotonic()
             share = f"{done:.0f} of {total:.0f}" if total else f"{self.spoke_at - self.started_at:.0f} s"
-            self.console.print(f"  {self.name}: {share}  {detail}".rstrip(), highlight=False, markup=False)
+            self.console.print(plain(f"  {self.name}: {share}  {detail}".rstrip()), highlight=False, markup=False)
 
 
 class Stages:

@@ -12,8 +12,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from deploy.cli.plain import plain
 from deploy.demo.plots import draw_plots
-from deploy.demo.result import DemoResult
+from deploy.demo.result import DemoResult, Gain
 from feedback.durable import replace_file, write_json
 from training.data.intervals import WinRate
 from training.report.page import write_report
@@ -32,8 +33,8 @@ def finish(result: DemoResult, folder: Path, console: Console) -> None:
     write_html(result, page)
     write_json(folder / "report.json", asdict(result))
     print_report(result, console)
-    console.print(f"This report, with its plots:  {page.resolve()}", highlight=False, soft_wrap=True)
-    console.print(f"The training run's report:    {run_page.resolve()}", highlight=False, soft_wrap=True)
+    for name, path in (("This report, with its plots:  ", page), ("The training run's report:    ", run_page)):
+        console.print(plain(f"{name}{path.resolve()}"), highlight=False, markup=False, soft_wrap=True)
 
 
 def write_html(result: DemoResult, path: Path) -> None:
@@ -74,6 +75,12 @@ def _figures(result: DemoResult) -> RenderableType:
     table.add_column(style=_QUIET)
     table.add_row("win rate by hidden utility", *_win_rate(result.by_utility))
     table.add_row("win rate by reward model", *_win_rate(result.by_reward_model))
+    frontier = result.frontier
+    for name, gain in (
+        ("new policy", frontier.new_policy),
+        *((f"best of {n}", g) for n, g in frontier.best_of_n.items()),
+    ):
+        table.add_row(f"utility gained by {name}", *_gain(gain))
     swap = (
         f"paused, after {result.swap.drain_seconds:.2f} s of draining; probes within {result.swap.probe_error:.2g} nats"
     )
@@ -94,6 +101,11 @@ def _win_rate(rate: WinRate) -> tuple[str, str]:
     return f"{rate.value:.1%}", f"95% interval {rate.low:.1%} to {rate.high:.1%}, {rate.count} held-out prompts"
 
 
+def _gain(gain: Gain) -> tuple[str, str]:
+    low, high = gain.utility.low, gain.utility.high
+    return f"{gain.utility.value:z.3f}", f"95% interval {low:z.3f} to {high:z.3f}, at a KL of {gain.kl:.2f} nats"
+
+
 def _examples(result: DemoResult) -> RenderableType:
     blocks: list[RenderableType] = []
     for example in result.examples:
@@ -101,9 +113,9 @@ def _examples(result: DemoResult) -> RenderableType:
         table.add_column(style=_QUIET, no_wrap=True)
         table.add_column(overflow="fold")
         # As Text, so that brackets in what a policy wrote are not taken for markup.
-        table.add_row("before", Text(example.before, style=OLD))
-        table.add_row("after", Text(example.after))
-        blocks += [Text(example.prompt, style="bold"), table, Text()]
+        table.add_row("before", Text(plain(example.before, lines=True), style=OLD))
+        table.add_row("after", Text(plain(example.after, lines=True)))
+        blocks += [Text(plain(example.prompt, lines=True), style="bold"), table, Text()]
     return Group(*blocks[:-1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from training.data.intervals import WinRate
+from training.data.intervals import Mean, WinRate
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,25 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """How much more users value a policy's completions than the reference policy's, and how far it is from that."""
+
+    kl: float
+    """KL from the reference policy, in nats a completion."""
+    utility: Mean
+    """Utility above the reference policy's, as the mean over prompts."""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What each step from the reference policy brings: true utility against KL, on the prompts of the evaluation."""
+
+    new_policy: Gain
+    best_of_n: Mapping[int, Gain]
+    """Of the reference policy's best of n completions by the reward model, for each n above 1."""
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Everything that the report shows."""
 
@@ -84,6 +103,7 @@ class DemoResult:
     """Of the new policy over the reference policy on held-out prompts, by what the users want."""
     by_reward_model: WinRate
     """The same by the reward model, on prompts that the trainer held out."""
+    frontier: Frontier
     run: TrainingRun
     users: Users
     examples: Sequence[Example]
@@ -105,9 +125,9 @@ class DemoResult:
     def verdict(self) -> str:
         """The finding of the demo, in one sentence."""
         won = self.by_utility
-        share = f"{won.value:.0%} of {won.count} held-out prompts"
+        share = f"{won.value:.0%} of pairs, on {won.count} held-out prompts"
         if won.low > 0.5:
-            return f"Users prefer the new policy on {share}."
+            return f"Users prefer the new policy in {share}."
         if won.high < 0.5:
-            return f"Users prefer the reference policy: the new one wins on only {share}."
-        return f"Users do not clearly prefer either policy: the new one wins on {share}."
+            return f"Users prefer the reference policy: the new one wins only {share}."
+        return f"Users do not clearly prefer either policy: the new one wins {share}."

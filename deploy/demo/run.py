@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,18 +23,23 @@ from alignd.client import AligndError
 from alignd.v1 import policy_service_pb2 as policy_pb
 from alignd.v1 import policy_service_pb2_grpc
 from alignd.v1.inference_service_pb2 import SampleResponse
+from deploy.apart import apart
+from deploy.capacity import fitted_settings
+from deploy.cli.plain import plain
 from deploy.config import AligndConfig
 from deploy.demo.follow import RunError, RunSoFar, phase_seconds, read_run, swapped
 from deploy.demo.progress import Bar, Stages
 from deploy.demo.report import finish
-from deploy.demo.summary import Observed, summarize
+from deploy.demo.summary import Observed, compare, summarize
 from deploy.demo.users import Tally, Traffic, answers
 from deploy.demo.waiting import POLL_SECONDS, DemoError, beside, until_ended, until_serving
+from deploy.importing.first import import_configured
 from deploy.simulation.config import SimulationConfig
 from deploy.simulation.labelers import Labeler
 from deploy.simulation.prompts import load_prompts
 from deploy.simulation.user import calibrated_labelers, run_users
-from deploy.up import child_environment
+from deploy.up import VERBS, child_environment, die_with_parent
+from feedback.bus.contract import BusError
 from training.runs.record import METRICS_FILE
 
 _TRAINING_TIMEOUT_SECONDS = 3600.0
@@ -49,35 +55,47 @@ def run_demo(config: AligndConfig, simulation: SimulationConfig, model: str, beg
         simulation: who the users are.
         model: name of the model that is served.
         began_at: when set-up began, in Unix time, if it was part of the run.
+
+    Raises:
+        ConfigError: the model cannot be served or trained.
     """
     console = Console()
     stages = Stages(console)
     tally = Tally()
     earlier = _earlier_data(config)
     if earlier:
-        console.print(f"[red]The demo needs a place of its own:[/] {earlier}", soft_wrap=True)
+        console.print(f"[red]The demo needs a place of its own:[/] {escape(plain(earlier))}", soft_wrap=True)
         return False
     console.print(
-        f"alignd demo: {model}. Everything it writes is in {config.data_dir}", highlight=False, soft_wrap=True
-    )
+        plain(f"alignd demo: {model}. Everything it writes is in {config.data_dir}"),
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    with stages.stage("import the model"), contextlib.suppress(BusError):
+        # Memory first: who lacks it should not wait for an import, which would lack it too.
+        os.environ.update(apart(fitted_settings, config, VERBS))
+        # Without the bus, this is left to the server.
+        import_configured(config)
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", "up"],
+        [sys.executable, "-m", "deploy.cli", "up", "--without", "gateway"],
         env=child_environment(config),
         stdout=(config.data_dir / "up.log").open("ab"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        # Whoever ends the demo ends the rest, in order.
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
     try:
         observed = asyncio.run(_run_stages_while_up(config, simulation, stages, tally, supervisor, began_at))
     except (DemoError, RunError, AligndError, grpc.aio.AioRpcError) as error:
-        console.print(
-            f"[red]The demo failed:[/] {escape(str(error))}\nThe logs are in {config.data_dir / 'logs'}", soft_wrap=True
-        )
+        logs = escape(plain(config.data_dir / "logs"))
+        console.print(f"[red]The demo failed:[/] {escape(plain(error))}\nThe logs are in {logs}", soft_wrap=True)
         return False
     finally:
         supervisor.send_signal(signal.SIGTERM)
         supervisor.wait()
-    result = summarize(config, simulation, model, observed, stages.finished, tally)
+    with stages.stage("compare both policies by the users' utility"):
+        compared = compare(config, simulation, observed)
+    result = summarize(config, simulation, model, observed, compared, stages.finished, tally)
     finish(result, config.data_dir, console)
     return not tally.failures
 
@@ -133,7 +151,7 @@ async def _run_stages(
     held_out = load_prompts("held_out")[: simulation.held_out_prompts]
     prompts = load_prompts("train")
     with stages.stage("start the server on vLLM") as bar:
-        await until_serving(address, config.data_dir / "logs" / "serve.log", bar)
+        await until_serving(config.server, config.data_dir / "logs" / "serve.log", bar)
     with stages.stage("calibrate the labelers") as bar:
         bar.update(0, None)
         # Calibration takes other prompts than ranking: a prompt belongs to the side of the split of the first user who
@@ -172,7 +190,7 @@ async def _ask_reference(
     while not read_run(config.runs_dir).records:
         await asyncio.sleep(POLL_SECONDS)
     responses = await answers(config.server_address, held_out, simulation, tally, lambda done: None)
-    if len({response.completions[0].policy.version for response in responses}) != 1:
+    if len({each.policy.version for response in responses for each in response.completions}) != 1:
         raise DemoError("the new policy went live before the reference had answered the held-out prompts")
     return responses
 
@@ -211,7 +229,7 @@ async def _until_swapped(
 ) -> tuple[RunSoFar, policy_pb.ReplicaStatus, policy_pb.Policy]:
     """Follows the trainer until the server serves what it made."""
     started = time.monotonic()
-    async with grpc.aio.insecure_channel(config.server_address) as channel:
+    async with config.server.async_channel() as channel:
         policies = policy_service_pb2_grpc.PolicyServiceStub(channel)
         while time.monotonic() - started < _TRAINING_TIMEOUT_SECONDS:
             run = read_run(config.runs_dir)
@@ -221,12 +239,16 @@ async def _until_swapped(
             for record in run.of("register"):
                 if not record["promoted"]:
                     raise RunError(f"the new policy did not pass: {run.of('evaluate')}")
-                response = await policies.ListPolicies(policy_pb.ListPoliciesRequest(), timeout=_CALL_TIMEOUT_SECONDS)
+                response = await policies.ListPolicies(
+                    policy_pb.ListPoliciesRequest(), timeout=_CALL_TIMEOUT_SECONDS, metadata=config.server.metadata()
+                )
                 replica = swapped(response, record["version"])
                 if replica:
                     name = f"v{record['version']}"
                     found = await policies.GetPolicy(
-                        policy_pb.GetPolicyRequest(policy=name), timeout=_CALL_TIMEOUT_SECONDS
+                        policy_pb.GetPolicyRequest(policy=name),
+                        timeout=_CALL_TIMEOUT_SECONDS,
+                        metadata=config.server.metadata(),
                     )
                     return run, replica, found.policy
             await asyncio.sleep(POLL_SECONDS)
@@ -242,12 +264,13 @@ def make_model(quick: bool, root: Path) -> str:
     from deploy.models import make_tiny_llama, prepare_smollm2
 
     if quick:
-        make_tiny_llama(_model_folder(quick, root))
+        apart(make_tiny_llama, _model_folder(quick, root))
         return "a tiny random Llama"
     folder = _model_folder(quick, root)
     if not folder.is_dir():
-        Console().print(f"writing SmolLM2-135M-Instruct to {folder} …", highlight=False, soft_wrap=True)
-    prepare_smollm2(folder)
+        told = plain(f"writing SmolLM2-135M-Instruct to {folder} …")
+        Console().print(told, highlight=False, markup=False, soft_wrap=True)
+    apart(prepare_smollm2, folder)
     return "SmolLM2-135M-Instruct"
 
 
@@ -266,7 +289,7 @@ def set_up(quick: bool, config: AligndConfig) -> None:
         "ALIGND_DATA_DIR": str(folder),
         "ALIGND_SERVING__INITIAL_MODEL": str(_model_folder(quick, config.data_dir)),
         "ALIGND_SERVING__PORT": "0",
-        **(QUICK if quick else {}),
+        **(QUICK if quick else REAL),
     }
     for variable, value in defaults.items():
         os.environ.setdefault(variable, value)
@@ -275,15 +298,21 @@ def set_up(quick: bool, config: AligndConfig) -> None:
         os.environ["ALIGND_BUS"] = f"{config.bus}/{folder.name}"
 
 
+# Short answers need little of the cache, and laptops of 8 GB are to run the demo.
+REAL = {"ALIGND_SERVING__KV_CACHE_MIB": "256", "ALIGND_TRAINING__KV_CACHE_MIB": "256"}
 # The same path in a minute, with fewer of everything. A random model has nothing to learn from, so the new policy
-# goes live whatever its win rate.
+# goes live whatever its win rate. Of 48 rankings, 12 are by the users who are held out.
 QUICK = {
     "ALIGND_SERVING__MAX_MODEL_LEN": "512",
+    "ALIGND_SERVING__KV_CACHE_MIB": "64",
+    "ALIGND_TRAINING__KV_CACHE_MIB": "64",
     "ALIGND_SIMULATION__NUM_RANKINGS": "48",
-    "ALIGND_SIMULATION__HELD_OUT_PROMPTS": "100",
+    "ALIGND_SIMULATION__HELD_OUT_PROMPTS": "50",
+    "ALIGND_SIMULATION__HELD_OUT_COMPLETIONS": "2",
     "ALIGND_SIMULATION__MAX_TOKENS": "24",
-    "ALIGND_TRAINING__MIN_NEW_RANKINGS": "48",
+    "ALIGND_TRAINING__MIN_NEW_RANKINGS": "36",
     "ALIGND_TRAINING__MIN_WIN_RATE": "0",
+    "ALIGND_TRAINING__COMPLETIONS_PER_EVALUATION_PROMPT": "2",
     "ALIGND_TRAINING__PPO__NUM_ROUNDS": "4",
     "ALIGND_TRAINING__PPO__MAX_TOKENS": "24",
 }

@@ -4,21 +4,24 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignd.v1 import policy_service_pb2 as pb
 from alignd.v1.inference_service_pb2 import SampleResponse
 from deploy.config import AligndConfig
 from deploy.demo.follow import RunSoFar
-from deploy.demo.result import DemoResult, Example, Stage, Swap, Traffic, TrainingRun, Users
+from deploy.demo.frontier import as_sent, frontier_of
+from deploy.demo.result import DemoResult, Example, Frontier, Stage, Swap, Traffic, TrainingRun, Users
 from deploy.demo.users import Tally
 from deploy.machine import machine, versions
 from deploy.simulation.config import SimulationConfig
 from deploy.simulation.prompts import load_prompts
-from deploy.simulation.utility import Utility, load_utility
+from deploy.simulation.utility import Utility, load_utility, measure
 from training.data.intervals import WinRate, win_rate
 from training.report.history import read_run
-from training.report.summary import WIN_RATE, finding
+from training.report.summary import KL, WIN_RATE, finding
 from training.runs.folder import REPORT_FILE
+from training.runs.record import Record
 
 _NUM_EXAMPLES = 3
 
@@ -35,23 +38,45 @@ class Observed:
     seconds_to_first_ranking: float | None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Both policies by what users want."""
+
+    won: WinRate
+    frontier: Frontier
+
+
+def compare(config: AligndConfig, simulation: SimulationConfig, observed: Observed) -> Compared:
+    """Compares both policies by the users' utility, of what they answered here and of what the run evaluated.
+
+    Raises:
+        UtilityError: a utility is not a finite number.
+    """
+    prompts, utility = load_prompts("held_out")[: len(observed.before)], load_utility(simulation.utility)
+    before, after = _utilities(utility, prompts, observed.before), _utilities(utility, prompts, observed.after)
+    samples = read_run(_folder(config, observed.policy)).samples
+    sent = [as_sent(simulation, prompt) for prompt in load_prompts("train")]
+    kl = observed.run.of("evaluate")[-1][KL]
+    return Compared(win_rate(after, before), frontier_of(samples, kl, utility, sent))
+
+
 def summarize(
     config: AligndConfig,
     simulation: SimulationConfig,
     model: str,
     observed: Observed,
+    compared: Compared,
     stages: Sequence[Stage],
     tally: Tally,
 ) -> DemoResult:
     """Returns the result of the demo."""
     prompts = load_prompts("held_out")[: len(observed.before)]
-    utility = load_utility(simulation.utility)
-    before, after = _utilities(utility, prompts, observed.before), _utilities(utility, prompts, observed.after)
     where = machine()
     return DemoResult(
         model=model,
-        by_utility=win_rate(after, before),
-        by_reward_model=_reward_model_win_rate(observed.run),
+        by_utility=compared.won,
+        by_reward_model=_reward_model_win_rate(observed.run.of("evaluate")[-1]),
+        frontier=compared.frontier,
         run=training_run(config, observed.policy),
         users=Users(simulation.num_users, simulation.agreement, simulation.utility),
         examples=_examples(prompts, observed),
@@ -65,19 +90,19 @@ def summarize(
     )
 
 
-def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[SampleResponse]) -> list[float]:
-    """Returns the utility of each prompt's only completion."""
+def _utilities(utility: Utility, prompts: Sequence[str], responses: Sequence[SampleResponse]) -> list[list[float]]:
+    """Returns the utility of each prompt's completions."""
     pairs = zip(prompts, responses, strict=True)
-    return [utility(prompt, response.completions[0].text) for prompt, response in pairs]
+    return [measure(utility, prompt, [each.text for each in response.completions]) for prompt, response in pairs]
 
 
-def _reward_model_win_rate(run: RunSoFar) -> WinRate:
+def _reward_model_win_rate(record: Record) -> WinRate:
     """Returns the win rate that the trainer measured by its reward model, on prompts that it held out itself."""
-    record = run.of("evaluate")[-1]
     return WinRate(
         value=record[WIN_RATE],
         low=record["low"],
         high=record["high"],
+        count=int(record["prompts"]),
         wins=int(record["wins"]),
         ties=int(record["ties"]),
         losses=int(record["losses"]),
@@ -95,7 +120,7 @@ def _examples(prompts: Sequence[str], observed: Observed) -> list[Example]:
 
 def training_run(config: AligndConfig, policy: pb.Policy) -> TrainingRun:
     """Returns the run that made the new policy, with what its own report says of it."""
-    folder = config.runs_dir / policy.manifest.training.run_id
+    folder = _folder(config, policy)
     return TrainingRun(
         run_id=folder.name,
         version=policy.version,
@@ -104,6 +129,11 @@ def training_run(config: AligndConfig, policy: pb.Policy) -> TrainingRun:
         finding=finding(read_run(folder)),
         report=(folder / REPORT_FILE).relative_to(config.data_dir.resolve()).as_posix(),
     )
+
+
+def _folder(config: AligndConfig, policy: pb.Policy) -> Path:
+    """Returns the folder of the run that made a policy."""
+    return config.runs_dir / policy.manifest.training.run_id
 
 
 def _bus(config: AligndConfig) -> str:

@@ -70,7 +70,7 @@ class Traffic:
 async def answers(
     address: str, prompts: Sequence[str], config: SimulationConfig, tally: Tally, on_answer: Callable[[int], None]
 ) -> list[SampleResponse]:
-    """Returns one completion of each prompt from the live policy, for people to compare.
+    """Returns completions of each prompt from the live policy, which users compare and nobody ranks.
 
     Raises:
         AligndError: a request failed; none is tried twice.
@@ -84,7 +84,7 @@ async def answers(
                 response = await client.sample(
                     as_prompt(config.system_prompt, prompt),
                     user_id="demo-held-out",
-                    num_completions=1,
+                    num_completions=config.held_out_completions,
                     sampling=SamplingParams(max_tokens=config.max_tokens),
                 )
             tally.samples += 1

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.demo.progress import Bar
 from deploy.endings import cause
+from policies.server_connection import ServerConnection
 
 START_TIMEOUT_SECONDS = 300.0
 POLL_SECONDS = 0.5
@@ -48,14 +49,14 @@ async def beside(other: asyncio.Task[None], work: Awaitable[T]) -> T:
     return await working
 
 
-async def until_serving(address: str, log: Path, bar: Bar) -> None:
+async def until_serving(server: ServerConnection, log: Path, bar: Bar) -> None:
     """Waits for the health of the server that writes to `log`.
 
     Raises:
         DemoError: the server was not ready in START_TIMEOUT_SECONDS.
     """
     started = time.monotonic()
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with server.async_channel() as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         while time.monotonic() - started < START_TIMEOUT_SECONDS:
             with contextlib.suppress(grpc.aio.AioRpcError):

@@ -39,6 +39,9 @@ class SimulationConfig(BaseModel):
     held_out_prompts: int = Field(
         128, ge=1, le=200, description="Prompts kept from users and trainer, on which policies are compared."
     )
+    held_out_completions: int = Field(
+        4, ge=1, le=16, description="Completions of each held-out prompt by each policy; every pair is compared."
+    )
     deadline_seconds: float = Field(
         120.0, gt=0, description="Seconds that a user waits for completions, or for a ranking to be accepted."
     )

@@ -5,6 +5,7 @@ Offsets of a partition only grow, and may have gaps. Records with the same key g
 which they were published. A record may be delivered more than once; readers recognise it by its event id.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,14 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 
 class BusError(Exception):
     """The bus failed. It may have done a part of what was asked; it is safe to try again."""
+
+
+class PublishError(BusError):
+    """Some records were not published. `outcomes` says for each record that was given what became of it."""
+
+    def __init__(self, message: str, outcomes: "Sequence[Outcome]") -> None:
+        super().__init__(message)
+        self.outcomes = outcomes
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class Record:
     value: bytes
     event_id: str
 
+    @property
+    def size_bytes(self) -> int:
+        """What counts towards MAX_RECORD_BYTES."""
+        return len(self.key) + len(self.value)
+
 
 @dataclass(frozen=True)
 class Position:
@@ -45,13 +59,30 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """The bus will never take this record, however often it is tried. It was not appended."""
+
+    reason: str
+
+
+# None: the record may have been appended or not; it is safe to try again.
+Outcome = Position | Refused | None
+
+
+@dataclass(frozen=True)
 class Delivered:
-    """A record as it was read."""
+    """A record as it was read. `fault` says why it is not what was published; it is empty if it is."""
 
     position: Position
     key: bytes
     value: bytes
     event_id: str
+    fault: str = ""
+
+    @property
+    def digest(self) -> bytes:
+        """Tells this record from another at the same place of the log."""
+        return record_digest(self)
 
 
 class Consumer(Protocol):
@@ -81,8 +112,12 @@ class Bus(Protocol):
         """Creates the topics that do not exist yet, and returns when they can be used."""
         ...
 
-    def publish(self, records: Sequence[Record]) -> None:
-        """Appends the records, and returns when all are durable. If it raises, any of them may have been appended."""
+    def publish(self, records: Sequence[Record]) -> list[Position]:
+        """Appends the records, and returns when all are durable, with their positions.
+
+        A record that the bus refuses for good does not keep the others from being appended. If it raises PublishError,
+        that says what became of each record; after any other BusError, any of them may have been appended.
+        """
         ...
 
     def consume(self, topics: Sequence[str], start: Mapping[tuple[str, int], int]) -> Consumer:
@@ -91,6 +126,13 @@ class Bus(Protocol):
 
     def end_offsets(self, topic: str) -> dict[int, int]:
         """Returns the end of each partition: the next record will have this offset or a greater one."""
+        ...
+
+    def read_at(self, positions: Sequence[Position]) -> dict[Position, Delivered]:
+        """Returns for each position the record there, or the first one after it; nothing if there is none.
+
+        `positions` has one position at most of each partition.
+        """
         ...
 
     def log_id(self, topic: str) -> str:
@@ -102,12 +144,38 @@ class Bus(Protocol):
         ...
 
 
-def check_sizes(records: Sequence[Record]) -> None:
-    """Checks that no record is too large for an engine.
+def record_digest(record: Record | Delivered) -> bytes:
+    """Returns the SHA-256 of what a record says, wherever it stands."""
+    found = hashlib.sha256()
+    for part in (record.event_id.encode(errors="replace"), record.key, record.value):
+        found.update(len(part).to_bytes(8) + part)
+    return found.digest()
+
+
+def outcomes_by_size(records: Sequence[Record]) -> list[Outcome]:
+    """Returns Refused for each record that is too large for an engine, and None for the others."""
+    return [
+        Refused(f"it has {record.size_bytes} bytes; a record may have {MAX_RECORD_BYTES}")
+        if record.size_bytes > MAX_RECORD_BYTES
+        else None
+        for record in records
+    ]
+
+
+def settled(records: Sequence[Record], outcomes: Sequence[Outcome], cause: str = "") -> list[Position]:
+    """Returns the positions of records that were all published.
 
     Raises:
-        BusError: a record has more than MAX_RECORD_BYTES bytes.
+        PublishError: at least one was not; the message names the first.
     """
-    for record in records:
-        if len(record.key) + len(record.value) > MAX_RECORD_BYTES:
-            raise BusError(f"event {record.event_id} has more than {MAX_RECORD_BYTES} bytes")
+    positions = [outcome for outcome in outcomes if isinstance(outcome, Position)]
+    if len(positions) == len(records):
+        return positions
+    record, outcome = next(
+        (record, outcome)
+        for record, outcome in zip(records, outcomes, strict=True)
+        if not isinstance(outcome, Position)
+    )
+    reason = outcome.reason if isinstance(outcome, Refused) else cause
+    count = len(records) - len(positions)
+    raise PublishError(f"{count} of {len(records)} events not published; {record.event_id}: {reason}", outcomes)

@@ -15,8 +15,10 @@ TOPICS = (
     TopicSpec(RANKINGS, partitions=4),
     TopicSpec(DEMONSTRATIONS, partitions=4),
     TopicSpec(POLICIES, partitions=1, compacted=True),
-    TopicSpec(DEAD_LETTERS, partitions=1),
+    TopicSpec(DEAD_LETTERS, partitions=4),
 )
 
-# The topics that ingest reads.
+# The topics of what users asked for and said.
 FEEDBACK_TOPICS = (SAMPLES, RANKINGS, DEMONSTRATIONS)
+# The topics that ingest reads: also what relays gave up, so that the store tells of it.
+INGESTED_TOPICS = (*FEEDBACK_TOPICS, DEAD_LETTERS)

@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 
 from feedback.bus.contract import MAX_RECORD_BYTES, Record
-from feedback.outbox.file import Entry, OutboxConflict, OutboxError, OutboxFile, OutboxFull, Receipt
+from feedback.outbox.file import Entry, OutboxConflict, OutboxError, OutboxFile, OutboxFull, Receipt, RequestKey
+from feedback.outbox.room import room_bytes
 
-__all__ = ["Outbox", "OutboxConflict", "OutboxError", "OutboxFull", "Receipt"]
+__all__ = ["Outbox", "OutboxConflict", "OutboxError", "OutboxFull", "Receipt", "RequestKey"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,18 @@ class Outbox:
         Raises:
             OutboxError: the file cannot be used.
         """
+        self._path, self._max_bytes = path, max_bytes
         self._file = OutboxFile(path, max_bytes)
+        self._reader, self._reading = OutboxFile(path, max_bytes), threading.Lock()
         self._file.pending(limit=1)  # Fails now, and not at the first request, if the file cannot be used.
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._closed = False
         self._writer = threading.Thread(target=self._write, name="outbox", daemon=True)
         self._writer.start()
 
-    async def append(self, record: Record, content_digest: bytes, acknowledge_time: datetime) -> Receipt:
+    async def append(
+        self, record: Record, content_digest: bytes, acknowledge_time: datetime, request: RequestKey | None = None
+    ) -> Receipt:
         """Stores an event, and returns when it is durable.
 
         If the event was stored before, the receipt has the time of the first call. `content_digest` covers what the
@@ -53,20 +58,47 @@ class Outbox:
             OutboxError: the disk fails, or this outbox is closed.
             ValueError: the record is too large for the bus.
         """
-        if len(record.key) + len(record.value) > MAX_RECORD_BYTES:
+        if record.size_bytes > MAX_RECORD_BYTES:
             raise ValueError(f"event {record.event_id} has more than {MAX_RECORD_BYTES} bytes")
         if self._closed:
             raise OutboxError("the outbox is closed")
-        waiting = _Waiting(Entry(record, content_digest, acknowledge_time), asyncio.get_running_loop().create_future())
+        entry = Entry(record, content_digest, acknowledge_time, request)
+        waiting = _Waiting(entry, asyncio.get_running_loop().create_future())
         self._queue.put(waiting)
         # A caller that goes away does not withdraw its event, which may be written by now.
         return await waiting.receipt
+
+    async def find_request(self, key: bytes) -> tuple[bytes, bytes] | None:
+        """Returns the digest of an earlier request with this key, and the value of its event; None if there is none.
+
+        Raises:
+            OutboxError: the disk fails.
+        """
+        return await asyncio.to_thread(self._find_request, key)
+
+    def _find_request(self, key: bytes) -> tuple[bytes, bytes] | None:
+        # A connection of its own: the writer's is for its thread alone.
+        with self._reading:
+            return self._reader.find_request(key)
+
+    async def check_room(self, num_bytes: int) -> None:
+        """Checks that an event of this size would be taken now, for who would work in vain otherwise.
+
+        Raises:
+            OutboxFull: it would not.
+            OutboxError: the disk fails.
+        """
+        room = await asyncio.to_thread(room_bytes, self._path, self._max_bytes)
+        if num_bytes > room:
+            raise OutboxFull(f"the outbox has room for {max(0, room)} bytes, and {num_bytes} may be needed")
 
     def close(self) -> None:
         """Writes the events that it was given, and closes the file. Safe to call twice."""
         self._closed = True
         self._queue.put(None)
         self._writer.join()
+        with self._reading:
+            self._reader.close()
 
     def _write(self) -> None:
         while (group := self._next_group()) is not None:

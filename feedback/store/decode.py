@@ -1,22 +1,25 @@
 """Turns records of the bus into rows of the store, or into dead letters with the reason."""
 
 import hashlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
+from alignd.client.rules import broken_rules
 from alignd.v1 import events_pb2, types_pb2
-from feedback.bus.contract import MAX_RECORD_BYTES, Delivered, Position
+from feedback.bus.contract import Delivered, Position
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
+from feedback.dead_letters import OUTBOX_PREFIX, dead_letter_event
+from feedback.identity import qualified
+from feedback.signature import SignatureError, check_signature
+from feedback.store.prompt_identity import prompt_identity
+from feedback.token import Keyring
 
 _MAX_ID_BYTES = 256
-# A dead letter keeps no more than this of a record, so that it fits into a record itself.
-_MAX_KEPT_KEY_BYTES = 4096
-_MAX_KEPT_VALUE_BYTES = MAX_RECORD_BYTES - 64 * 1024
+# Two attempts to submit the same thing differ in these.
+_OF_AN_ATTEMPT = ("event_time", "key_id", "signature")
 
 _E = TypeVar("_E", events_pb2.SampleEvent, events_pb2.RankingEvent, events_pb2.DemonstrationEvent)
 
@@ -48,12 +51,30 @@ class DeadLetter:
     event: bytes
 
 
-def decode(delivered: Delivered) -> Row | DeadLetter:
-    """Returns a record as a row of its topic's table, or as a dead letter if it is not a valid event."""
+def decode(delivered: Delivered, keyring: Keyring) -> Row | DeadLetter:
+    """Returns a record as a row of its topic's table, or as a dead letter if it is not a valid event of ours."""
+    if delivered.fault:
+        return dead_letter(delivered, delivered.fault)
     try:
-        return _ROWS[delivered.position.topic](delivered)
-    except _UnusableError as error:
+        kind, to_row = _ROWS[delivered.position.topic]
+        # Before the event is parsed, which takes many times its size in memory if somebody means harm.
+        check_signature(kind, delivered.value, keyring)
+        return to_row(delivered, _parse(kind, delivered))
+    except (_UnusableError, SignatureError) as error:
         return dead_letter(delivered, str(error))
+
+
+def relays_dead_letter(delivered: Delivered) -> DeadLetter | None:
+    """Returns a record of the topic of dead letters if a relay wrote it; None for one of ingest's own."""
+    if delivered.fault or not delivered.event_id.startswith(OUTBOX_PREFIX):
+        return None
+    try:
+        event = events_pb2.DeadLetterEvent.FromString(delivered.value)
+        time_us = event.event_time.ToMicroseconds()
+        _check_ids([event.event_id], "event_id")
+    except (DecodeError, ValueError, OverflowError):
+        return None
+    return DeadLetter(event.event_id, time_us, event.reason.replace("\0", ""), delivered.value)
 
 
 def dead_letter(delivered: Delivered, reason: str) -> DeadLetter:
@@ -61,55 +82,44 @@ def dead_letter(delivered: Delivered, reason: str) -> DeadLetter:
     position = delivered.position
     # The digest distinguishes records at the same position of a topic that was lost and created again.
     digest = hashlib.sha256(delivered.key + b"\0" + delivered.value).hexdigest()[:16]
-    now_ns = time.time_ns()
-    event = events_pb2.DeadLetterEvent(
-        event_id=f"{position.topic}/{position.partition}/{position.offset}/{digest}",
-        event_time=Timestamp(seconds=now_ns // 10**9, nanos=now_ns % 10**9),
-        position=events_pb2.LogPosition(topic=position.topic, partition=position.partition, offset=position.offset),
-        key=delivered.key[:_MAX_KEPT_KEY_BYTES],
-        value=delivered.value[:_MAX_KEPT_VALUE_BYTES],
-        reason=reason,
-    )
-    return DeadLetter(event.event_id, now_ns // 1000, reason, event.SerializeToString())
+    event_id = f"{position.topic}/{position.partition}/{position.offset}/{digest}"
+    event = dead_letter_event(event_id, position, delivered.key, delivered.value, reason)
+    return DeadLetter(event_id, event.event_time.ToMicroseconds(), reason, event.SerializeToString())
 
 
 def _content_digest(event: Message) -> bytes:
-    """Returns the SHA-256 of an event without its time, which differs between attempts to submit the same thing."""
-    timeless = type(event)()
-    timeless.CopyFrom(event)
-    timeless.ClearField("event_time")
-    return hashlib.sha256(timeless.SerializeToString(deterministic=True)).digest()
+    """Returns the SHA-256 of an event without what differs between attempts to submit the same thing."""
+    content = type(event)()
+    content.CopyFrom(event)
+    for name in _OF_AN_ATTEMPT:
+        content.ClearField(name)
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
 
 
-def _sample(delivered: Delivered) -> Row:
-    event = _parse(events_pb2.SampleEvent, delivered)
-    if event.prompt.WhichOneof("content") is None:
-        raise _UnusableError("no prompt")
+def _sample(delivered: Delivered, event: events_pb2.SampleEvent) -> Row:
+    _check_rules(event)
+    _check_turns(event.prompt.chat.messages)
     _check_ids([completion.completion_id for completion in event.completions], "completion_id")
-    return _row(delivered, event, {"prompt_digest": _prompt_digest(event.prompt)})
+    return _row(delivered, event, {"prompt_digest": prompt_identity(event.prompt)})
 
 
-def _ranking(delivered: Delivered) -> Row:
-    event = _parse(events_pb2.RankingEvent, delivered)
+def _ranking(delivered: Delivered, event: events_pb2.RankingEvent) -> Row:
     _check_ids([event.sample_id], "sample_id")
+    _check_rules(event)
     _check_ids([each for group in event.groups for each in group.completion_ids], "completion_ids")
-    if any(not group.completion_ids for group in event.groups):
-        raise _UnusableError("an empty group")
     return _row(delivered, event, {"sample_id": event.sample_id})
 
 
-def _demonstration(delivered: Delivered) -> Row:
-    event = _parse(events_pb2.DemonstrationEvent, delivered)
+def _demonstration(delivered: Delivered, event: events_pb2.DemonstrationEvent) -> Row:
     _check_ids([event.sample_id], "sample_id")
-    if not event.text:
-        raise _UnusableError("no text")
+    _check_rules(event)
     return _row(delivered, event, {"sample_id": event.sample_id})
 
 
-_ROWS: Mapping[str, Callable[[Delivered], Row]] = {
-    SAMPLES: _sample,
-    RANKINGS: _ranking,
-    DEMONSTRATIONS: _demonstration,
+_ROWS: Mapping[str, tuple[type[Any], Callable[[Delivered, Any], Row]]] = {
+    SAMPLES: (events_pb2.SampleEvent, _sample),
+    RANKINGS: (events_pb2.RankingEvent, _ranking),
+    DEMONSTRATIONS: (events_pb2.DemonstrationEvent, _demonstration),
 }
 
 
@@ -124,6 +134,32 @@ def _parse(kind: type[_E], delivered: Delivered) -> _E:
     if not event.HasField("event_time"):
         raise _UnusableError("no event_time")
     return event
+
+
+def _check_turns(messages: Sequence[types_pb2.Message]) -> None:
+    """Checks what the contract says of turns, but no rule of a single field can.
+
+    Raises:
+        _UnusableError: the last turn is a system's, or a turn is empty that must not be.
+    """
+    if messages and messages[-1].role == types_pb2.ROLE_SYSTEM:
+        raise _UnusableError("breaks the contract: prompt.chat.messages: the last one is the system's")
+    for index, message in enumerate(messages):
+        is_earlier_answer = message.role == types_pb2.ROLE_ASSISTANT and index < len(messages) - 1
+        if not message.content and not is_earlier_answer:
+            raise _UnusableError(f"breaks the contract: prompt.chat.messages[{index}].content: is empty")
+
+
+def _check_rules(event: Message) -> None:
+    """Checks an event against the contract's rules, up to the first that it breaks, which takes no time to speak of.
+
+    What breaks a rule could end whoever reads the store, such as a prompt without a text, which has no tokens.
+
+    Raises:
+        _UnusableError: it breaks a rule.
+    """
+    for found in broken_rules(event, first_only=True):
+        raise _UnusableError(f"breaks the contract: {found.field}: {found.description}")
 
 
 def _check_ids(ids: Sequence[str], name: str) -> None:
@@ -142,14 +178,9 @@ def _row(delivered: Delivered, event: _E, own: Mapping[str, object]) -> Row:
     return Row(
         delivered.position,
         event.event_id,
-        event.user_id,
+        qualified(event.application, event.user_id),
         event.event_time.ToMicroseconds(),
         delivered.value,
         _content_digest(event),
         own,
     )
-
-
-def _prompt_digest(prompt: types_pb2.Prompt) -> bytes:
-    """Returns the SHA-256 of a prompt. Equal prompts have equal digests."""
-    return hashlib.sha256(prompt.SerializeToString(deterministic=True)).digest()

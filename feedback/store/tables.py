@@ -32,7 +32,7 @@ def _event_columns() -> tuple[Column[object], ...]:
     )
 
 
-# `seq` grows in the order in which rows became visible.
+# `seq` grows in the order in which rows became visible, and within a partition in the order of the log.
 SAMPLES = Table(
     "samples",
     METADATA,
@@ -42,10 +42,12 @@ SAMPLES = Table(
     *_event_columns(),
     UniqueConstraint("event_id", name="samples_event_id"),
     Index("samples_prompt", "prompt_digest", "seq"),
+    Index("samples_first", "prompt_digest", "event_time_us", "event_id"),
     Index("samples_user", "user_id"),
     sqlite_autoincrement=True,
 )
 
+# Two replicas may acknowledge two contents under one id: rankings and demonstrations have a row for each.
 RANKINGS = Table(
     "rankings",
     METADATA,
@@ -53,8 +55,8 @@ RANKINGS = Table(
     Column("event_id", Text, nullable=False),
     Column("sample_id", Text, nullable=False),
     *_event_columns(),
-    UniqueConstraint("event_id", name="rankings_event_id"),
-    Index("rankings_sample", "sample_id", "user_id", "event_time_us", "event_id"),
+    UniqueConstraint("event_id", "content_digest", name="rankings_event_id"),
+    Index("rankings_sample", "sample_id", "user_id", "seq"),
     Index("rankings_user", "user_id"),
     sqlite_autoincrement=True,
 )
@@ -66,7 +68,7 @@ DEMONSTRATIONS = Table(
     Column("event_id", Text, nullable=False),
     Column("sample_id", Text, nullable=False),
     *_event_columns(),
-    UniqueConstraint("event_id", name="demonstrations_event_id"),
+    UniqueConstraint("event_id", "content_digest", name="demonstrations_event_id"),
     Index("demonstrations_sample", "sample_id"),
     Index("demonstrations_user", "user_id"),
     sqlite_autoincrement=True,
@@ -80,6 +82,10 @@ OFFSETS = Table(
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("log_id", Text, nullable=False),
     Column("next_offset", BigInteger, nullable=False),
+    # Of the record before `next_offset`, to notice that the log was set back and has grown past it since.
+    Column("last_digest", LargeBinary),
+    # How often the log was found to have lost records that were read.
+    Column("num_losses", Integer, nullable=False, server_default="0"),
 )
 
 DEAD_LETTERS = Table(
@@ -107,5 +113,8 @@ TRAINER = Table(
     Column("paused", Integer, nullable=False),
     # The run that is to end; empty for none.
     Column("abort_run", Text, nullable=False),
+    # How long the holder takes the lease at a time, and which process it is; see training/runs/lease.py.
+    Column("lease_us", BigInteger, nullable=False, server_default="0"),
+    Column("process", Text, nullable=False, server_default=""),
     CheckConstraint("id = 1", name="trainer_one_row"),
 )

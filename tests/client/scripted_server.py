@@ -117,7 +117,10 @@ def serving(script: Script, port: int = 0, credentials: grpc.ServerCredentials |
     thread.start()
 
     async def start() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(interceptors=[Boundary()], options=[("grpc.max_receive_message_length", 1 << 20)])
+        server = grpc.aio.server(
+            interceptors=[Boundary(stall_seconds=30.0, check_first={})],
+            options=[("grpc.max_receive_message_length", 1 << 20)],
+        )
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(Inference(script), server)
         feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(Feedback(script), server)
         address = f"127.0.0.1:{port}"

@@ -95,8 +95,8 @@ def test_a_server_that_does_not_answer_meets_the_deadline(call: Call) -> None:
     with serving(script) as address, pytest.raises(AligndError) as raised:
         call(address, "sample", "Hello", client={"timeout": 0.3}, **ASK)
     assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - began < 5
-    assert script.cancelled.wait(5)
+    assert time.monotonic() - began < 20
+    assert script.cancelled.wait(30)
 
 
 def test_a_long_request_is_tried_again_and_one_too_long_is_refused_at_once(call: Call) -> None:
@@ -109,7 +109,7 @@ def test_a_long_request_is_tried_again_and_one_too_long_is_refused_at_once(call:
         with pytest.raises(AligndError, match="RESOURCE_EXHAUSTED"):
             call(address, "sample", [turn] * 18, **ASK)
     # Four more tries would take 13 s at least.
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 12
 
 
 def test_a_stream_is_tried_again_until_it_has_begun(call: Call) -> None:

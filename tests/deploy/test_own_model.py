@@ -13,20 +13,23 @@ from pathlib import Path
 import pytest
 
 from deploy.config import AligndConfig, ConfigError, load_config
+from deploy.importing.first import import_configured
 from deploy.models import ModelError, make_tiny_llama
-from deploy.own_model import is_served_already, use_model
+from deploy.own_model import import_named, is_served_already, use_model
 from feedback.bus.topics import TOPICS
 from feedback.bus.url import open_bus
-from serving.bootstrap import startable_policy
-from serving.config import ServingConfig
+from policies.artifact import verify_artifact
+from serving.bootstrap import imported_policy, register_first
 from serving.policy_log import PolicyLog
 from tests.deploy.cli.test_main import alignd
+from tests.deploy.importing.folders import renamed, with_config, without
+from tests.first_version import write_first
 from tests.kafka_broker import free_port
 
 # Two of these tests load vLLM, which takes a while on a busy machine.
 pytestmark = pytest.mark.timeout(300)
 
-PICKLED, GGUF = "pytorch_model.bin", "model-q4.gguf"
+GGUF = "model-q4.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -41,40 +44,19 @@ def mine(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "mine"))
 
 
-def renamed(old: str, new: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / old).rename(folder / new)
-
-
-def without(*names: str) -> Callable[[Path], object]:
-    return lambda folder: [(folder / name).unlink() for name in names]
-
-
-def with_config(**values: object) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, **values}))
-
-    return change
-
-
-def with_missing_shard(folder: Path) -> None:
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (shutil.rmtree, "there is no such folder"),
         (without("config.json"), "there is no config.json"),
-        (without("model.safetensors"), "there are no weights (*.safetensors)"),
+        (without("model.safetensors"), "there are no weights (model.safetensors, or several with"),
         (renamed("model.safetensors", GGUF), "its weights are GGUF alone; name the safetensors model"),
-        (renamed("model.safetensors", PICKLED), f"its weights are pickled alone ({PICKLED})"),
+        (renamed("model.safetensors", "weights.pt"), "its weights are in a form of their own (weights.pt)"),
         (renamed("config.json", "adapter_config.json"), "it is an adapter (LoRA); merge it into its base model"),
         (without("tokenizer.json", "tokenizer_config.json"), "there is no tokenizer"),
+        (with_config(num_attention_heads=0), "config.json: num_attention_heads is 0, and must be 1 or more"),
         (with_config(architectures=[]), "config.json names no architecture"),
         (with_config(quantization_config={"quant_method": "gptq"}), "its weights are quantised (gptq)"),
-        (with_missing_shard, "1 of its files of weights are missing, such as model-00002-of-00002.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no JSON object"),
     ],
@@ -88,6 +70,12 @@ def test_what_cannot_be_served_is_said(
         use_model(str(mine), dry_run=False)
     assert str(raised.value).startswith(f"--model {mine}: {says}")
     assert "ALIGND_SERVING__INITIAL_MODEL" not in os.environ
+
+
+def test_a_name_that_breaks_a_line_is_said_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^mi\\nne: there is no such folder$"):
+        import_named("mi\nne")
 
 
 def test_nothing_is_started_for_a_model_that_cannot_be_served(tmp_path: Path) -> None:
@@ -115,9 +103,15 @@ def test_a_model_without_a_chat_template_is_served_with_a_word_on_it(
     monkeypatch.setenv("ALIGND_DATA_DIR", str(tmp_path / "var"))
     monkeypatch.delenv("ALIGND_SERVING__INITIAL_MODEL", raising=False)
     (mine / "chat_template.jinja").unlink()
+    # A folder's name can hold what would change the terminal.
+    mine = mine.rename(mine.with_name("mi\x1b[31mne"))
     use_model(str(mine), dry_run=False)
     assert load_config().serving.initial_model == mine
-    assert f"--model {mine}: it has no chat template, so it serves plain text alone" in capsys.readouterr().err
+    import_configured(load_config())
+    told = capsys.readouterr().err
+    assert "mi\\x1b[31mne: it has no chat template, so it serves plain text alone" in told
+    assert "\x1b[31mne" not in told
+    assert verify_artifact(tmp_path / "var" / "policies" / "v1").probes
 
 
 NOT_FOR_VLLM = {
@@ -129,9 +123,9 @@ NOT_FOR_VLLM = {
         with_config(model_type="ours"),
         "has model type `ours` but Transformers does not recognize this architecture",
     ),
-    "short context": (
+    "length that the model does not take": (
         with_config(max_position_embeddings=128),
-        "User-specified max_model_len (1024) is greater than the derived max_model_len",
+        "serving.max_model_len: 1024 is more than the model takes (128); lower it, or leave it out",
     ),
     "classifier": (
         with_config(architectures=["LlamaForSequenceClassification"]),
@@ -147,10 +141,11 @@ TRY_ALL = """
 import json, sys
 from pathlib import Path
 from serving.config import ServingConfig
-from serving.vllm_engine import EngineError, try_model
+from serving.vllm_engine import EngineError
+from serving.vllm_trial import try_model
 for folder in sys.argv[1:]:
     try:
-        print(json.dumps(try_model(Path(folder), ServingConfig())))
+        print(json.dumps(try_model(Path(folder), ServingConfig(max_model_len=1024))))
     except EngineError as error:
         print(json.dumps(str(error)))
 """
@@ -163,21 +158,21 @@ def test_what_vllm_would_not_take_is_said_in_a_sentence(tiny: Path, tmp_path: Pa
         spoil(folders[-1])
     command = [sys.executable, "-c", TRY_ALL, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
-    whole, *refused = (json.loads(line) for line in done.stdout.splitlines() if line[:1] in {'"', "t"})
-    assert whole is True
+    whole, *refused = (json.loads(line) for line in done.stdout.splitlines() if line[:1] in {'"', "n"})
+    assert whole is None
     for said, (name, (_, says)) in zip(refused, NOT_FOR_VLLM.items(), strict=True):
         assert says in said, name
         assert len(said) < 250
 
 
 async def imported(config: AligndConfig, model: Path) -> None:
-    """Makes a model version 1, as the server does at its first start."""
-    config.data_dir.mkdir(exist_ok=True)
+    """Makes a model version 1 and registers it, as a server does at its first start."""
+    write_first(config.policies_dir, model)
     with contextlib.closing(open_bus(config.bus_url)) as bus:
         bus.create_topics(TOPICS)
         policies = PolicyLog(bus)
         await policies.start()
-        await startable_policy(ServingConfig(initial_model=model), config.policies_dir, policies)
+        await register_first(imported_policy(config.policies_dir), policies)
         await policies.stop()
 
 
@@ -197,13 +192,11 @@ def test_where_another_policy_is_live_the_model_is_not_ignored_in_silence(tiny: 
 
 
 def test_an_import_that_the_bus_knows_nothing_of_is_not_taken_for_another_model(tiny: Path, tmp_path: Path) -> None:
-    """The server would take it up, whatever model it was told to begin with."""
     config = AligndConfig(data_dir=tmp_path / "var")
     asyncio.run(imported(config, tiny))
     (tmp_path / "var" / "bus.db").rename(tmp_path / "bus.db")
-    assert not is_served_already(tiny, config)
-    with pytest.raises(ModelError, match=r"policies/v1 holds another model, which the bus does not know; remove it"):
-        is_served_already(make_tiny_llama(tmp_path / "other", seed=1), config)
+    assert is_served_already(tiny, config)
+    assert not is_served_already(make_tiny_llama(tmp_path / "other", seed=1), config)
 
 
 def test_a_bus_that_does_not_answer_is_said(tiny: Path, tmp_path: Path) -> None:

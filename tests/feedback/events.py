@@ -1,6 +1,7 @@
 """Events as the server writes them, made up for tests."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -8,7 +9,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from alignd.v1 import events_pb2, types_pb2
 from feedback.bus.contract import Delivered, Position, Record
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
+from feedback.signature import signed
+from feedback.token import read_keyring
 
+KEYRING_FILE = Path(__file__).with_name("feedback_keys")
+KEYRING = read_keyring(KEYRING_FILE)
 TIME_SECONDS = 1_700_000_000
 TOPIC_OF = {
     events_pb2.SampleEvent: SAMPLES,
@@ -41,6 +46,13 @@ def sample(
     )
 
 
+def chat(*contents: str) -> types_pb2.Prompt:
+    """Returns a chat in which the user says the first message, and then speaks by turns with the assistant."""
+    roles = (types_pb2.ROLE_USER, types_pb2.ROLE_ASSISTANT)
+    messages = [types_pb2.Message(role=roles[n % 2], content=content) for n, content in enumerate(contents)]
+    return types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))
+
+
 def ranking(
     ranking_id: str, sample_id: str = "s1", order: Sequence[Sequence[int]] = ((0,), (1,), (2,)), time_seconds: int = 0
 ) -> Message:
@@ -67,9 +79,9 @@ def demonstration(demonstration_id: str, sample_id: str = "s1", text: str = "Tha
 
 
 def record(event: Message) -> Record:
-    """Returns the event as it is published."""
+    """Returns the event as it is published: signed by the keyring of the tests."""
     key = getattr(event, "sample_id", None) or event.event_id  # type: ignore[attr-defined]
-    return Record(TOPIC_OF[type(event)], key.encode(), event.SerializeToString(), event.event_id)  # type: ignore[attr-defined]
+    return Record(TOPIC_OF[type(event)], key.encode(), signed(event, KEYRING), event.event_id)  # type: ignore[attr-defined]
 
 
 def delivered(event: Message, offset: int, partition: int = 0) -> Delivered:

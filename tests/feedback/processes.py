@@ -34,8 +34,9 @@ def ingest(bus_url: str, store_url: str) -> None:
     """Runs ingest until SIGTERM."""
     # Imported here, so that the processes that need no database start sooner.
     from feedback.store.ingest import run_ingest
+    from tests.feedback.events import KEYRING_FILE
 
-    run_ingest(bus_url, store_url, _stop_on_sigterm(), QUICK)
+    run_ingest(bus_url, store_url, KEYRING_FILE, _stop_on_sigterm(), QUICK)
 
 
 def append(outbox: str) -> None:

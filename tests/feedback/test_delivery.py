@@ -21,11 +21,12 @@ from feedback.bus.url import open_bus
 from feedback.outbox.file import Entry, OutboxFile
 from feedback.outbox.relay import run_relay
 from feedback.retry import backoff_seconds
+from feedback.signature import signed
 from feedback.store.ingest import run_ingest
 from feedback.store.reader import Store
 from tests.conftest import new_database
 from tests.feedback import processes
-from tests.feedback.events import ranking, record, sample
+from tests.feedback.events import KEYRING, KEYRING_FILE, ranking, record, sample
 from tests.kafka_broker import free_port, running_tansu
 
 NUM_RANKINGS = 600
@@ -115,7 +116,7 @@ def test_all_arrives_once_while_relay_and_ingest_are_killed(bus_url: str, store_
         killer.join()
     with (
         thread(run_relay, outbox, bus_url),
-        thread(run_ingest, bus_url, store_url_for),
+        thread(run_ingest, bus_url, store_url_for, KEYRING_FILE),
         closing(Store(store_url_for)) as store,
     ):
         wait_until(lambda: store.num_rankings() >= NUM_RANKINGS and len(store.ranked_groups()) >= NUM_RANKINGS)
@@ -130,7 +131,7 @@ def test_a_poison_message_is_reported_and_the_rest_goes_on(bus_url: str, store_u
     with closing(open_bus(bus_url)) as bus:
         bus.create_topics(TOPICS)
         bus.publish([Record(RANKINGS, b"k", b"\xff not an event", "x"), record(ranking("r1"))])
-        with thread(run_ingest, bus_url, store_url_for), closing(Store(store_url_for)) as store:
+        with thread(run_ingest, bus_url, store_url_for, KEYRING_FILE), closing(Store(store_url_for)) as store:
             wait_until(lambda: store.num_rankings() == 1 and sum(bus.end_offsets(DEAD_LETTERS).values()) > 0)
             assert store.num_dead_letters() == 1
         with closing(bus.consume([DEAD_LETTERS], {})) as consumer:
@@ -145,8 +146,8 @@ def test_two_ingests_at_once_store_each_event_once(bus_url: str, store_url_for: 
     acknowledge(outbox, 0, 200)
     with (
         thread(run_relay, outbox, bus_url),
-        thread(run_ingest, bus_url, store_url_for),
-        thread(run_ingest, bus_url, store_url_for),
+        thread(run_ingest, bus_url, store_url_for, KEYRING_FILE),
+        thread(run_ingest, bus_url, store_url_for, KEYRING_FILE),
         closing(Store(store_url_for)) as store,
     ):
         wait_until(lambda: len(store.ranked_groups()) >= 200)
@@ -203,9 +204,11 @@ def test_sigterm_ends_relay_and_ingest(tmp_path: Path, outbox: Path) -> None:
 
 
 def test_retries_wait_longer_and_longer_up_to_the_limit() -> None:
-    waits = [backoff_seconds(failures, 5.0) for failures in range(1, 100)]
-    assert 0.05 <= waits[0] <= 0.1
-    assert all(2.5 <= wait <= 5.0 for wait in waits[10:])
+    whole = [min(0.1 * 2**failures, 5.0) for failures in range(100)]
+    waits = [backoff_seconds(failures, 5.0) for failures in range(1, 101)]
+    assert all(longest / 2 <= wait <= longest for wait, longest in zip(waits, whole, strict=True))
+    assert 1.5 <= backoff_seconds(2, 300.0, 3.0) / 2 <= 3.0
+    assert 150 <= backoff_seconds(5_000, 300.0, 3.0) <= 300, "no failure is one too many"
 
 
 def test_partitions_that_are_added_are_read(kafka_url: str, tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_partitions_that_are_added_are_read(kafka_url: str, tmp_path: Path) -> N
     with closing(open_bus(kafka_url)) as bus, closing(Store(store_url)) as store:
         bus.create_topics(TOPICS)
         bus.publish([record(ranking("first"))])
-        with thread(run_ingest, kafka_url, store_url):
+        with thread(run_ingest, kafka_url, store_url, KEYRING_FILE):
             wait_until(lambda: store.num_rankings() == 1)
             admin = KafkaAdminClient(bootstrap_servers=servers)
             try:
@@ -226,7 +229,7 @@ def test_partitions_that_are_added_are_read(kafka_url: str, tmp_path: Path) -> N
             try:
                 for number in range(8):
                     event = ranking(f"later-{number}")
-                    producer.send(f"{name}.{RANKINGS}", event.SerializeToString(), partition=number).get(10)
+                    producer.send(f"{name}.{RANKINGS}", signed(event, KEYRING), partition=number).get(10)
             finally:
                 producer.close()
             wait_until(lambda: store.num_rankings() == 9)

@@ -1,8 +1,10 @@
 """A policy version is complete and as it was written, or it is refused."""
 
+import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,11 +23,13 @@ from policies.artifact import (
     MANIFEST,
     ArtifactError,
     ComparisonError,
+    UnreadableError,
     read_manifest,
     verify_artifact,
     weight_digest,
     write_artifact,
 )
+from policies.weights import INDEX_FILE
 
 
 def make_manifest(version: int = 1) -> PolicyManifest:
@@ -178,12 +182,56 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+UNREADABLE = {"missing", "truncated", "emptied", "swapped", "no manifest", "folder gone"}
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_version_is_refused(version: Path, damage: str) -> None:
+def test_a_damaged_version_is_refused_and_only_what_was_read_counts_against_it(version: Path, damage: str) -> None:
+    """A folder that is not mounted, or is being copied, says nothing about the version."""
     verify_artifact(version)
     DAMAGES[damage](version)
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError) as raised:
         verify_artifact(version)
+    assert isinstance(raised.value, UnreadableError) == (damage in UNREADABLE)
+
+
+def test_running_out_of_descriptors_says_nothing_about_a_version(version: Path) -> None:
+    limits, manifest = resource.getrlimit(resource.RLIMIT_NOFILE), read_manifest(version)
+    taken = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 8, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(2):
+            for known in (None, manifest):
+                with pytest.raises(UnreadableError):
+                    verify_artifact(version, manifest=known)
+            os.close(taken.pop())
+    finally:
+        for each in taken:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    verify_artifact(version)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", [MANIFEST, "config.json"])
+def test_a_pipe_or_a_link_in_place_of_a_file_is_refused_at_once(version: Path, tmp_path: Path, name: str) -> None:
+    (version / name).rename(tmp_path / name)
+    os.mkfifo(version / name)
+    with pytest.raises(ArtifactError, match="is not a plain file"):
+        verify_artifact(version)
+    (version / name).unlink()
+    (version / name).symlink_to(tmp_path / name)
+    with pytest.raises(ArtifactError, match="is not a plain file"):
+        verify_artifact(version)
+
+
+def test_a_folder_behind_a_link_is_refused(version: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(version)
+    with pytest.raises(ArtifactError, match="link"):
+        verify_artifact(tmp_path / "link")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -249,3 +297,32 @@ def test_what_it_is_compared_with_is_at_fault_if_it_cannot_be_read(version: Path
     with pytest.raises(ArtifactError) as raised:
         verify_artifact(version, shapes_like=tmp_path / "elsewhere")
     assert not isinstance(raised.value, ComparisonError)
+
+
+INDICES: dict[str, dict[str, str]] = {
+    "a tensor that is not there": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors"},
+    "a tensor too few": {"a": "m-1.safetensors"},
+    "a tensor in another file": {"a": "m-2.safetensors", "b": "m-1.safetensors"},
+    "a file that is not there": {"a": "m-1.safetensors", "b": "m-3.safetensors"},
+    "a file elsewhere": {"a": "../m-1.safetensors", "b": "m-2.safetensors"},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_index_that_is_not_that_of_the_files_is_refused(tmp_path: Path, name: str) -> None:
+    """Nobody could load the version: an index that was copied with another version's files."""
+
+    def write(index: dict[str, str]) -> Callable[[Path], None]:
+        def write_files(path: Path) -> None:
+            for number, tensor in enumerate("ab", start=1):
+                save_file({tensor: np.ones(3, np.float32)}, path / f"m-{number}.safetensors")
+            (path / INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+
+        return write_files
+
+    right = {"a": "m-1.safetensors", "b": "m-2.safetensors"}
+    verify_artifact(write_artifact(tmp_path / "right", make_manifest(), write(right))[0])
+    wrong = write_artifact(tmp_path / "wrong", make_manifest(), write(INDICES[name]))[0]
+    with pytest.raises(ArtifactError, match=r"index"):
+        verify_artifact(wrong)

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from alignd.v1 import events_pb2
 from alignd.v1.policy_service_pb2 import STAGE_CANARY, STAGE_UNSPECIFIED, Stage
-from policies.state import ALLOWED, Outcome, PolicyState, apply, as_policy, previous_live
+from policies.state import ALLOWED, Outcome, PolicyState, apply, as_policy, previous_live, reinstated_stage
 from tests.serving.policy_events import (
     STAGE_CANDIDATE,
     STAGE_LIVE,
@@ -26,7 +26,7 @@ STAGES = st.sampled_from([STAGE_UNSPECIFIED, *ALLOWED, 99])
 EVENTS = st.one_of(
     st.builds(registered, VERSIONS, st.sampled_from("ab"), parent=VERSIONS, reference=VERSIONS),
     st.builds(moved, VERSIONS, STAGES, STAGES, expected_live=VERSIONS),
-    st.builds(reported, st.sampled_from(["one", "two"]), VERSIONS),
+    st.builds(reported, st.sampled_from(["one", "two", ""]), VERSIONS, VERSIONS, st.sampled_from([0.0, 3600.0, 2e4])),
     st.just(events_pb2.PolicyEvent()),
 )
 
@@ -56,7 +56,7 @@ class Rollout(RuleBasedStateMachine):
             assert after.manifest == record.manifest, "a version is immutable"
             assert after.history[: len(record.history)] == record.history, "history only grows"
             if record.stage == STAGE_REJECTED:
-                assert after.stage == STAGE_REJECTED
+                assert after.stage in (STAGE_REJECTED, reinstated_stage(record)), "only a reinstatement leads back"
         self.state = outcome.state
         return outcome
 
@@ -73,7 +73,8 @@ class Rollout(RuleBasedStateMachine):
     def move(self, version: int, to_stage: Stage) -> None:
         record = self.state.policies.get(version)
         outcome = self.take(moved(version, record.stage if record else STAGE_CANDIDATE, to_stage))
-        if record is None or to_stage not in ALLOWED[record.stage]:
+        back = record is not None and record.stage == STAGE_REJECTED
+        if record is None or to_stage not in ALLOWED[record.stage] or (back and to_stage != reinstated_stage(record)):
             assert outcome.refusal
         else:
             assert self.state.policies[version].stage == to_stage
@@ -105,6 +106,13 @@ class Rollout(RuleBasedStateMachine):
         assert all(self.state.policies[version].stage == STAGE_RETIRED for version in order[:-1])
 
     @invariant()
+    def only_replicas_that_report_have_a_say(self) -> None:
+        here = self.state.replicas.keys()
+        assert self.state.heard_since.keys() == here
+        assert all(since.keys() <= here - {name} for name, since in self.state.heard_since.items())
+        assert self.state.found_wrong_by <= here
+
+    @invariant()
     def histories_lead_to_the_stages(self) -> None:
         for version, record in self.state.policies.items():
             steps = [(change.from_stage, change.to_stage) for change in record.history]
@@ -126,6 +134,100 @@ def test_a_replica_that_stops_and_goes_on_comes_to_the_same(events: list[events_
     again = [events_pb2.PolicyEvent.FromString(raw) for raw in wire]
     half = replay(again[:at])
     assert functools.reduce(lambda state, event: apply(state, event).state, again[at:], half) == replay(events)
+
+
+HOUR = 3600.0
+
+
+def both(two: PolicyState, *reports: events_pb2.PolicyEvent) -> PolicyState:
+    """Returns the state after two replicas have said that they serve v2, and then these reports."""
+    events = [reported("one", 2, at_seconds=0), reported("two", 2, at_seconds=1), *reports]
+    return functools.reduce(lambda state, event: apply(state, event).state, events, two)
+
+
+def rejected_by_replicas(version: int) -> events_pb2.PolicyEvent:
+    event = moved(version, STAGE_LIVE, STAGE_REJECTED)
+    event.stage_changed.needs_quorum = True
+    return event
+
+
+def test_one_replica_of_two_does_not_decide_for_both(two: PolicyState) -> None:
+    one = both(two, reported("one", 1, failed=2, at_seconds=5))
+    assert apply(one, rejected_by_replicas(2)) == Outcome(one, refusal="not every replica has found version 2 wrong")
+    both_ = both(two, reported("one", 1, failed=2), reported("two", 1, failed=2))
+    assert stages(apply(both_, rejected_by_replicas(2)).state) == {1: STAGE_LIVE, 2: STAGE_REJECTED}
+    healed = apply(both_, reported("two", 2)).state
+    assert apply(healed, rejected_by_replicas(2)).refusal
+    assert not apply(one, moved(2, STAGE_LIVE, STAGE_REJECTED)).refusal, "an operator may"
+
+
+def test_a_single_replica_is_every_replica(two: PolicyState) -> None:
+    assert apply(two, rejected_by_replicas(2)).refusal, "nobody has found anything"
+    alone = apply(two, reported("one", 1, failed=2)).state
+    assert apply(alone, rejected_by_replicas(2)).state.live_version == 1
+
+
+def test_what_was_found_wrong_of_an_earlier_time_as_live_does_not_count(two: PolicyState) -> None:
+    found = apply(two, reported("one", 1, failed=2)).state
+    again = functools.reduce(
+        lambda state, event: apply(state, event).state,
+        [moved(1, STAGE_RETIRED, STAGE_LIVE), moved(2, STAGE_RETIRED, STAGE_LIVE)],
+        found,
+    )
+    assert again.live_version == 2
+    assert apply(again, rejected_by_replicas(2)).refusal
+
+
+def test_a_replica_that_is_silent_while_another_reports_is_gone_whatever_their_clocks_say(two: PolicyState) -> None:
+    """The clock of one is a day ahead. Only times of one and the same clock are compared."""
+    day = 24 * HOUR
+    hourly = [reported("one", 1, failed=2, at_seconds=day + hour * HOUR) for hour in range(4)]
+    waiting = both(two, *hourly[:3])
+    assert waiting.replicas.keys() == {"one", "two"}
+    assert apply(waiting, rejected_by_replicas(2)).refusal
+    assert both(two, hourly[0], reported("two", 2, at_seconds=HOUR), *hourly[1:]).replicas.keys() == {"one", "two"}
+    alone = apply(waiting, hourly[3]).state
+    assert alone.replicas.keys() == {"one"}
+    assert apply(alone, rejected_by_replicas(2)).state.live_version == 1
+    assert apply(alone, reported("two", 2)).state.replicas.keys() == {"one", "two"}
+
+
+def test_a_rejection_is_taken_back_to_the_stage_that_the_version_can_have(two: PolicyState) -> None:
+    events = [moved(2, STAGE_LIVE, STAGE_REJECTED), registered(3, "c"), moved(3, STAGE_CANDIDATE, STAGE_REJECTED)]
+    state = functools.reduce(lambda state, event: apply(state, event).state, events, two)
+    assert apply(state, moved(2, STAGE_REJECTED, STAGE_CANDIDATE)).refusal == "version 2 would be STAGE_RETIRED"
+    assert apply(state, moved(3, STAGE_REJECTED, STAGE_RETIRED)).refusal == "version 3 would be STAGE_CANDIDATE"
+    for version, stage in ((2, STAGE_RETIRED), (3, STAGE_CANDIDATE)):
+        state = apply(state, moved(version, STAGE_REJECTED, stage)).state
+    assert stages(state) == {1: STAGE_LIVE, 2: STAGE_RETIRED, 3: STAGE_CANDIDATE}
+    assert apply(state, moved(2, STAGE_RETIRED, STAGE_LIVE)).state.live_version == 2
+
+
+def test_a_retired_version_that_is_rejected_is_not_rolled_back_to(two: PolicyState) -> None:
+    state = apply(two, moved(1, STAGE_RETIRED, STAGE_REJECTED)).state
+    assert (state.live_version, previous_live(state)) == (2, 0)
+
+
+def unusable(version: int, **changes: object) -> events_pb2.PolicyEvent:
+    event = registered(version)
+    for name, value in changes.items():
+        setattr(event.registered, name, value)
+    return event
+
+
+@pytest.mark.parametrize("uri", ["relative/path", "", "s3://bucket/v3", "file://elsewhere/v3", "/policies/\0"])
+def test_a_version_at_no_place_of_a_machine_is_passed_over_and_so_is_its_promotion(two: PolicyState, uri: str) -> None:
+    outcome = apply(two, unusable(3, artifact_uri=uri))
+    assert "version 3 cannot be used: artifact URI" in outcome.refusal
+    assert apply(outcome.state, moved(3, STAGE_CANDIDATE, STAGE_LIVE)) == Outcome(
+        two, refusal="version 3 is not registered"
+    )
+
+
+def test_a_version_whose_manifest_breaks_the_contract_is_passed_over(two: PolicyState) -> None:
+    event = registered(3)
+    event.registered.manifest.files[0].path = "../../etc/passwd"
+    assert "the manifest is not valid" in apply(two, event).refusal
 
 
 @pytest.fixture
@@ -168,7 +270,7 @@ def test_a_canary_goes_live_or_is_rejected(two: PolicyState) -> None:
     [
         (moved(1, STAGE_CANDIDATE, STAGE_LIVE), "version 1 is now STAGE_RETIRED"),
         (moved(1, STAGE_RETIRED, STAGE_LIVE, expected_live=1), "version 2 is live, not 1"),
-        (moved(1, STAGE_RETIRED, STAGE_REJECTED), "STAGE_RETIRED → STAGE_REJECTED is not allowed"),
+        (moved(1, STAGE_RETIRED, STAGE_CANDIDATE), "STAGE_RETIRED → STAGE_CANDIDATE is not allowed"),
         (moved(1, STAGE_RETIRED, 99), "STAGE_RETIRED → 99 is not allowed"),  # type: ignore[arg-type]
         (moved(2, STAGE_LIVE, STAGE_LIVE), "STAGE_LIVE → STAGE_LIVE is not allowed"),
         (moved(3, STAGE_CANDIDATE, STAGE_LIVE), "version 3 is not registered"),

@@ -20,6 +20,8 @@ from alignd.v1 import (
 )
 
 TIMEOUT_SECONDS = 60.0
+# Of the shared server's model.
+END_TOKEN_IDS = [2, 0]
 
 
 class Stubs:
@@ -36,6 +38,13 @@ def chat(content: str = "Why is the sky blue?") -> types_pb2.Prompt:
     """Returns a conversation of one turn."""
     message = types_pb2.Message(role=types_pb2.ROLE_USER, content=content)
     return types_pb2.Prompt(chat=types_pb2.Chat(messages=[message]))
+
+
+def conversation(*turns: tuple[str, str]) -> types_pb2.Prompt:
+    """Returns a conversation of turns such as ("user", "Why?")."""
+    roles = {"system": types_pb2.ROLE_SYSTEM, "user": types_pb2.ROLE_USER, "assistant": types_pb2.ROLE_ASSISTANT}
+    messages = [types_pb2.Message(role=roles[role], content=content) for role, content in turns]
+    return types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))
 
 
 def sample_request(**fields: Any) -> inference_service_pb2.SampleRequest:

@@ -1,35 +1,39 @@
 """One real server, with vLLM on a tiny Llama, that the tests of this room share; and stubs to talk to it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 from alignd.v1.policy_service_pb2 import RollbackRequest
-from tests.serving.calls import TIMEOUT_SECONDS, Stubs
+from deploy.models import make_tiny_llama
+from tests.serving.calls import END_TOKEN_IDS, TIMEOUT_SECONDS, Stubs
 from tests.serving.processes import Server, running_server
 from tests.serving.rollout import live_version, wait_served
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server. It must end cleanly after the last test."""
-    with running_server(tmp_path_factory.mktemp("server")) as running:
+    """The server. It must end cleanly after the last test. Its model has two end tokens, as many have."""
+    folder = tmp_path_factory.mktemp("server")
+    generation = make_tiny_llama(folder / "tiny") / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": END_TOKEN_IDS}))
+    with running_server(folder) as running:
         yield running
 
 
 @pytest.fixture
 def stubs(server: Server) -> Iterator[Stubs]:
     """Stubs to it, on a channel of their own."""
-    with grpc.insecure_channel(server.address) as channel:
+    with server.channel() as channel:
         yield Stubs(channel)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(server: Server) -> Path:
-    """The folder of the model that it was started on."""
-    return Path(server.environment["ALIGND_SERVING__INITIAL_MODEL"])
+    """The folder of the version that it was started on."""
+    return server.data_dir / "policies" / "v1"
 
 
 @pytest.fixture

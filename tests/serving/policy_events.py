@@ -1,5 +1,7 @@
 """Events of the policies topic, made up for tests."""
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from alignd.v1 import events_pb2, policy_manifest_pb2
 from alignd.v1.policy_service_pb2 import (
     STAGE_CANDIDATE,
@@ -18,7 +20,12 @@ __all__ = ["STAGE_CANDIDATE", "STAGE_LIVE", "STAGE_REJECTED", "STAGE_RETIRED", "
 def registered(version: int, weights: str = "a", parent: int = 0, reference: int = 0) -> events_pb2.PolicyEvent:
     """Returns a registration; `weights` is one character, of which the digest consists."""
     manifest = policy_manifest_pb2.PolicyManifest(
-        version=version, parent_version=parent, reference_version=reference or version, weight_digest=weights * 64
+        version=version,
+        parent_version=parent,
+        reference_version=reference or version,
+        weight_digest=weights * 64,
+        files=[policy_manifest_pb2.ArtifactFile(path="model.safetensors", sha256=weights * 64)],
+        create_time=Timestamp(seconds=1_700_000_000),
     )
     change = new_change(version, STAGE_UNSPECIFIED, STAGE_CANDIDATE, "trainer", "learned")
     event = events_pb2.PolicyRegistered(manifest=manifest, artifact_uri=f"/policies/v{version}", change=change)
@@ -33,8 +40,9 @@ def moved(version: int, from_stage: Stage, to_stage: Stage, expected_live: int =
     )
 
 
-def reported(replica_id: str, version: int) -> events_pb2.PolicyEvent:
-    """Returns a replica's report of what it serves."""
-    status = ReplicaStatus(replica_id=replica_id)
+def reported(replica_id: str, version: int, failed: int = 0, at_seconds: float = 0.0) -> events_pb2.PolicyEvent:
+    """Returns a replica's report of what it serves, and of which version it has found wrong."""
+    status = ReplicaStatus(replica_id=replica_id, failed_version=failed)
     status.policy.version = version
+    status.report_time.FromMilliseconds(round(1000 * at_seconds))
     return events_pb2.PolicyEvent(replica_status=status)

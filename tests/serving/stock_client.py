@@ -32,8 +32,9 @@ class StockClient:
     name: str
     methods: Callable[[str], Sequence[str]]
     """The full names of all methods of the server at an address."""
-    call: Callable[[str, str, object], Answer]
-    """Calls the method of this full name, such as alignd.v1.PolicyService/Promote, of the server at an address."""
+    call: Callable[[str, str, object, str], Answer]
+    """Calls the method of this full name, such as alignd.v1.PolicyService/Promote, of the server at an address, with an
+    API key."""
 
 
 def stock_clients() -> list[StockClient]:
@@ -58,8 +59,8 @@ def _buf_methods(address: str) -> Sequence[str]:
     return _buf("--list-methods", f"http://{address}").stdout.split()
 
 
-def _buf_call(address: str, method: str, data: object) -> Answer:
-    done = _buf("--data", json.dumps(data), f"http://{address}/{method}")
+def _buf_call(address: str, method: str, data: object, key: str) -> Answer:
+    done = _buf("-H", f"authorization: Bearer {key}", "--data", json.dumps(data), f"http://{address}/{method}")
     if done.returncode == 0:
         return Answer(json.loads(done.stdout))
     error = json.loads(done.stderr)
@@ -82,8 +83,9 @@ def _grpcurl_methods(address: str) -> Sequence[str]:
     return ["/".join(method.rsplit(".", 1)) for method in methods]
 
 
-def _grpcurl_call(address: str, method: str, data: object) -> Answer:
-    done = _grpcurl("-format-error", "-d", json.dumps(data), address, method)
+def _grpcurl_call(address: str, method: str, data: object, key: str) -> Answer:
+    header = f"authorization: Bearer {key}"
+    done = _grpcurl("-H", header, "-format-error", "-d", json.dumps(data), address, method)
     if done.returncode == 0:
         return Answer(json.loads(done.stdout))
     error = json.loads(done.stderr)

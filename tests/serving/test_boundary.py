@@ -18,6 +18,7 @@ from alignd.v1 import policy_service_pb2 as policies
 from serving.boundary import parse, request_class
 from serving.errors import Refusal
 from tests.serving.calls import chat, groups, sample_request
+from tests.serving.wire_fields import lengthy, varint
 
 SERVICES = (
     inference.DESCRIPTOR.services_by_name["InferenceService"],
@@ -42,16 +43,6 @@ def fields_at_fault(raw: bytes, kind: type[Message]) -> list[str]:
         return [each.field for each in refusal.violations]
     assert isinstance(message, kind)
     return []
-
-
-def varint(number: int) -> bytes:
-    head, rest = number & 0x7F, number >> 7
-    return bytes([head | 0x80]) + varint(rest) if rest else bytes([head])
-
-
-def lengthy(number: int, value: bytes) -> bytes:
-    """Returns a field of the wire type of strings and messages."""
-    return varint(number << 3 | 2) + varint(len(value)) + value
 
 
 @st.composite
@@ -128,6 +119,8 @@ def in_order(kind: type[Any]) -> Any:
         policies.RegisterPolicyRequest: {"manifest": manifest, "artifact_uri": "/v2", "actor": "ada"},
         policies.GetPolicyRequest: {"policy": "live"},
         policies.PromoteRequest: {"version": 2, "actor": "ada"},
+        policies.RejectRequest: {"version": 2, "actor": "ada", "reason": "worse"},
+        policies.ReinstateRequest: {"version": 2, "actor": "ada", "reason": "rejected by mistake"},
         policies.RollbackRequest: {"actor": "ada"},
     }
     return kind(**fields.get(kind, {}))
@@ -160,7 +153,6 @@ SAMPLING_FAULTS = [
     (conversation(*[ASKED] * 65), "prompt.chat.messages"),
     (conversation(ASKED, types_pb2.Message(content="Why?")), "prompt.chat.messages[1].role"),
     (conversation(types_pb2.Message(role=9, content="Why?")), "prompt.chat.messages[0].role"),  # type: ignore[arg-type]
-    (conversation(types_pb2.Message(role=types_pb2.ROLE_USER)), "prompt.chat.messages[0].content"),
     (conversation(types_pb2.Message(role=types_pb2.ROLE_USER, content="t" * 65537)), "prompt.chat.messages[0].content"),
     ({"num_completions": 0}, "num_completions"),
     ({"num_completions": 17}, "num_completions"),

@@ -11,9 +11,13 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from alignd.v1 import feedback_token_pb2
+from alignd.v1 import events_pb2, feedback_token_pb2
 from alignd.v1.feedback_service_pb2 import SubmitDemonstrationRequest
-from feedback.store.reader import RankedGroup, Store
+from feedback.bus.contract import Record
+from feedback.bus.topics import RANKINGS
+from feedback.bus.url import open_bus
+from feedback.store.reader import Store
+from feedback.store.stored import RankedGroup
 from feedback.token import load_keyring, sign, verify
 from tests.serving.calls import (
     TIMEOUT_SECONDS,
@@ -71,6 +75,21 @@ def test_a_ranking_arrives_as_it_was_given(stubs: Stubs, server: Server) -> None
         each.completion_id: each.text for each in sample.completions
     }
     assert {each.policy_version for each in group.completions} == {1}
+
+
+def test_what_is_written_to_the_bus_by_others_is_not_learned_from(stubs: Stubs, server: Server) -> None:
+    sample = draw(stubs)
+    mine = [each.completion_id for each in sample.completions]
+    forged = events_pb2.RankingEvent(event_id="forged", user_id="never seen", sample_id=sample.sample_id)
+    forged.groups.extend(groups(mine[:1], mine[1:]))
+    forged.event_time.GetCurrentTime()
+    with closing(Store(server.store_url)) as store, closing(open_bus(f"sqlite:///{server.data_dir}/bus.db")) as bus:
+        before = store.num_dead_letters()
+        bus.publish([Record(RANKINGS, b"k", forged.SerializeToString(), "forged")])
+        wait_until(lambda: store.num_dead_letters() > before, 30, "the dead letter")
+        response = stubs.feedback.SubmitRanking(ranking_request(sample), timeout=TIMEOUT_SECONDS)
+        stored(server, response.ranking_id)
+        assert "forged" not in {group.ranking_id for group in store.ranked_groups()}
 
 
 def test_a_retry_is_the_same_ranking_and_is_stored_once(stubs: Stubs, server: Server) -> None:
@@ -193,6 +212,6 @@ def test_rankings_are_taken_while_the_engine_is_busy(stubs: Stubs) -> None:
     done = threading.Event()
     future = stubs.feedback.SubmitRanking.future(ranking_request(sample), timeout=TIMEOUT_SECONDS)
     future.add_done_callback(lambda _: done.set())
-    assert done.wait(5)
+    assert done.wait(30)
     assert future.code() is grpc.StatusCode.OK
     busy.cancel()

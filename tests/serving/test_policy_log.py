@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -132,6 +133,24 @@ async def test_what_is_no_event_or_came_twice_is_passed_over(bus_url: str) -> No
         assert again.state == followed.state
 
 
+async def test_what_can_never_be_used_is_passed_over_by_all_alike(
+    bus_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two such events, a version at a relative path and its promotion, once kept every server from starting."""
+    nowhere = registered(3, parent=2, reference=1)
+    nowhere.registered.artifact_uri = "relative/path"
+    async with replica(bus_url) as followed:
+        await rolled_out(followed)
+        before = followed.state
+        for event in (nowhere, moved(3, STAGE_CANDIDATE, STAGE_LIVE), reported("", 3)):
+            assert (await followed.propose(event)).refusal
+        assert followed.state == before
+    assert "passed over: version 3 cannot be used: artifact URI 'relative/path'" in caplog.text
+    async with replica(bus_url) as again:
+        assert again.state == before
+        assert len(again.passed_over) == 3
+
+
 async def watched(followed: PolicyLog, after_revision: int, count: int) -> list[WatchResponse]:
     """Returns the first changes that a watcher sees, who reads more slowly than they come."""
     seen = []
@@ -203,7 +222,7 @@ async def test_nothing_is_said_of_policies_before_the_log_was_read(bus_url: str)
         await first.propose(registered(1))
         bus = await asyncio.to_thread(open_bus, bus_url)
         starting = PolicyLog(bus)
-        service = PolicyService(starting)
+        service = PolicyService(starting, Path("/policies"))
         for call, request in (
             (service.ListPolicies, ListPoliciesRequest()),
             (service.GetPolicy, GetPolicyRequest(policy="v1")),

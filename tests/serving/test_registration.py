@@ -1,5 +1,7 @@
 """What may be registered and promoted, and what is refused; the server still serves version 1 whatever it is given."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +40,30 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("version_1_again
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 
 
+def make_the_manifest_a_pipe(path: Path) -> None:
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+
+
+def make_a_file_a_link(path: Path) -> None:
+    (path / "config.json").rename(path.parent.parent / f"{path.name}-config.json")
+    (path / "config.json").symlink_to(path.parent.parent / f"{path.name}-config.json")
+
+
+@pytest.mark.parametrize("damage", [remove_a_file, remove_all, truncate], ids=lambda each: each.__name__)
+def test_files_that_cannot_be_read_may_come_back_so_the_trainer_is_told_to_wait(
+    stubs: Stubs, root: Path, damage: Callable[[Path], None]
+) -> None:
+    path, manifest = write_version(root, root / "v1", next_version(root))
+    damage(path)
+    error = refused(stubs.policies.RegisterPolicy, registration(path, manifest), grpc.StatusCode.UNAVAILABLE)
+    assert detail(error, error_details_pb2.ErrorInfo).reason == "ARTIFACT_UNREADABLE"
+    assert "Traceback" not in error.details()
+
+
 @pytest.mark.parametrize(
     "damage",
-    [truncate, flip_a_bit, remove_a_file, add_a_file, add_a_pickle, remove_all],
+    [flip_a_bit, add_a_file, add_a_pickle, make_the_manifest_a_pipe, make_a_file_a_link],
     ids=lambda each: each.__name__,
 )
 def test_damaged_files_are_not_registered(stubs: Stubs, root: Path, damage: Callable[[Path], None]) -> None:
@@ -78,13 +101,81 @@ def test_a_version_with_another_tokenizer_is_not_registered(stubs: Stubs, root: 
 
 
 @pytest.mark.parametrize(
-    "uri", ["policies/v2", "./v2", "~/v2", "http://host/v2", "s3://bucket/v2", "http://[v2", "file:v2", "file://v2"]
+    "uri",
+    [
+        "policies/v2",
+        "./v2",
+        "~/v2",
+        "http://host/v2",
+        "s3://bucket/v2",
+        "http://[v2",
+        "file:v2",
+        "file://v2",
+        "file://evilhost/policies/v2",
+        "file:///policies/v2%00",
+    ],
 )
 def test_a_place_that_is_not_absolute_is_refused(stubs: Stubs, root: Path, uri: str) -> None:
     manifest = get(stubs, 1).manifest
     manifest.version = next_version(root)
     request = registration(root / "v1", manifest, artifact_uri=uri)
     refused(stubs.policies.RegisterPolicy, request, grpc.StatusCode.INVALID_ARGUMENT, "artifact_uri")
+
+
+def test_what_lies_elsewhere_is_refused_in_the_same_words_whatever_lies_there(
+    stubs: Stubs, root: Path, tmp_path: Path
+) -> None:
+    path, manifest = write_version(root, root / "v1", next_version(root))
+    shutil.copytree(path, tmp_path / "real")
+    (root / "link").symlink_to(tmp_path)
+    (tmp_path / "to-root").symlink_to(root)
+    elsewhere = [tmp_path / "real", tmp_path / "nothing", Path("/etc/passwd"), root / "link" / "real", root]
+    behind = [tmp_path / "to-root" / path.name, root / ".." / root.name / path.name]
+    try:
+        said = []
+        for uri in (*elsewhere, *behind):
+            request = registration(path, manifest, artifact_uri=str(uri))
+            error = refused(stubs.policies.RegisterPolicy, request, grpc.StatusCode.INVALID_ARGUMENT, "artifact_uri")
+            said.append(error.details())
+        assert len(set(said[: len(elsewhere)])) == 1
+        assert not any(str(tmp_path) in each or "passwd" in each for each in said)
+        path.rename(root.parent / "moved")
+        path.symlink_to(root.parent / "moved")
+        refused(stubs.policies.RegisterPolicy, registration(path, manifest), PRECONDITION, "artifact_uri")
+    finally:
+        (root / "link").unlink()
+
+
+def lose_a_logprob(manifest: PolicyManifest) -> None:
+    del manifest.probes[0].logprobs[-1]
+
+
+def make_nan(manifest: PolicyManifest) -> None:
+    manifest.probes[0].logprobs[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change_manifest", "field"),
+    [
+        (lambda manifest: manifest.ClearField("probes"), "manifest.probes"),
+        (lose_a_logprob, "manifest.probes[0].logprobs"),
+        (make_nan, "manifest.probes[0].logprobs"),
+    ],
+)
+def test_a_version_that_could_not_be_proved_is_not_registered(
+    stubs: Stubs, root: Path, change_manifest: Callable[[PolicyManifest], None], field: str
+) -> None:
+    """Weights that are finite and no model's, such as a model's times 1e30, would go live without a proof."""
+    path, manifest = write_version(root, root / "v1", next_version(root), change_manifest=change_manifest)
+    refused(stubs.policies.RegisterPolicy, registration(path, manifest), grpc.StatusCode.INVALID_ARGUMENT, field)
+
+
+def test_who_and_why_have_no_control_characters(stubs: Stubs, root: Path) -> None:
+    """They are printed on terminals, where an escape code or a new line would forge history."""
+    for field in ("actor", "reason"):
+        for text in ("\x1b[2J", "one\nOPERATOR: two", "\x9b1m"):
+            request = PromoteRequest(version=1, **{"actor": "a", "reason": "b", field: text})
+            refused(stubs.policies.Promote, request, grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
 def test_a_manifest_of_other_files_is_refused(stubs: Stubs, root: Path) -> None:

@@ -21,6 +21,7 @@ from tests.serving.calls import (
     TIMEOUT_SECONDS,
     Stubs,
     chat,
+    conversation,
     detail,
     draw,
     long_request,
@@ -72,6 +73,13 @@ def test_a_seed_makes_the_draw_repeatable(stubs: Stubs) -> None:
     assert len(draw(stubs, sampling=sampling(seed=2**63 - 1)).completions) == 4
 
 
+@pytest.mark.parametrize(("seed", "other"), [(7, 8), (0, 2**32), (3, 2**62 + 3)])
+def test_seeds_share_no_completion(stubs: Stubs, seed: int, other: int) -> None:
+    """vLLM gives completion i the seed plus i, and torch takes the lowest 32 bits of it on a CPU."""
+    ours, theirs = (texts(draw(stubs, num_completions=8, sampling=sampling(seed=each))) for each in (seed, other))
+    assert len({*ours, *theirs}) == 16
+
+
 def test_temperature_zero_is_greedy(stubs: Stubs) -> None:
     response = draw(stubs, sampling=sampling(temperature=0))
     assert len(set(texts(response))) == 1
@@ -99,12 +107,21 @@ def test_control_tokens_in_what_a_user_says_are_read_as_text(stubs: Stubs, tiny_
 
 
 def test_a_conversation_of_several_turns(stubs: Stubs) -> None:
-    turns = [(types_pb2.ROLE_SYSTEM, "Be brief."), (types_pb2.ROLE_USER, "Why?"), (types_pb2.ROLE_ASSISTANT, "So.")]
-    messages = [types_pb2.Message(role=role, content=content) for role, content in turns]
-    prompt = types_pb2.Prompt(chat=types_pb2.Chat(messages=messages))
-    refused(stubs.inference.Sample, sample_request(prompt=prompt), INVALID, "prompt.chat.messages")
-    prompt.chat.messages.add(role=types_pb2.ROLE_USER, content="And?")
+    prompt = conversation(("system", "Be brief."), ("user", "Why?"), ("assistant", "So."), ("user", "And?"))
     assert draw(stubs, prompt=prompt).num_prompt_tokens > draw(stubs).num_prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("turns", "field"),
+    [
+        ([("user", "Why?"), ("system", "Be brief.")], "prompt.chat.messages"),
+        ([("user", ""), ("assistant", "So."), ("user", "And?")], "prompt.chat.messages[0].content"),
+        ([("system", ""), ("user", "And?")], "prompt.chat.messages[0].content"),
+        ([("user", "Why?"), ("assistant", "")], "prompt.chat.messages[1].content"),
+    ],
+)
+def test_turns_that_have_no_meaning_are_refused(stubs: Stubs, turns: list[tuple[str, str]], field: str) -> None:
+    refused(stubs.inference.Sample, sample_request(prompt=conversation(*turns)), INVALID, field)
 
 
 def test_a_prompt_that_fills_the_context_is_refused(stubs: Stubs) -> None:
@@ -211,7 +228,7 @@ def test_a_deadline_ends_the_call_and_gives_the_room_back(stubs: Stubs) -> None:
     began = time.monotonic()
     calls = [stubs.inference.StreamSample(long_request(num_completions=16), timeout=0.3) for _ in range(QUOTA // 16)]
     assert {call.code() for call in calls} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     wait_until(lambda: all_room_is_free(stubs), 20, "room given back")
 
 

@@ -2,22 +2,26 @@
 
 import os
 import socket
-import struct
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from alignd.v1 import feedback_service_pb2, inference_service_pb2, policy_service_pb2
 from serving.config import ServingConfig
+from tests.serving import raw_http2
 from tests.serving.calls import TIMEOUT_SECONDS, Stubs, detail, draw, fields_of, refused, sample_request
 from tests.serving.processes import Server
+from tests.serving.raw_http2 import ACK, GOAWAY, PING, PREFACE, frame, message
 from tests.serving.stock_client import StockClient, stock_clients
+from tests.serving.wire_fields import lengthy
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -32,7 +36,6 @@ SERVICES = [
     )
 ]
 METHODS = [method for service in SERVICES for method in service.methods]
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 GARBAGE = [b"\xff", b"\x0a\xff\xff\xff\xff\xff", b"\x0a\x05a", os.urandom(1000) + b"\x07"]
 
 
@@ -64,7 +67,7 @@ def test_invalid_utf8_is_refused_by_every_method_and_named(stubs: Stubs, method:
     for field in strings:
         raw = bytes([field.number << 3 | 2, 2]) + b"\xc3\x28"
         refused(raw_method(stubs, method), raw, INVALID, field.name)
-    assert strings or method.name == "Watch"
+    assert strings or method.name in ("Watch", "ListModels")
 
 
 def test_invalid_utf8_deep_inside_is_named(stubs: Stubs) -> None:
@@ -93,39 +96,52 @@ def test_a_message_just_under_the_limit_is_read(stubs: Stubs) -> None:
     refused(stubs.inference.Sample, request, INVALID, "user_id")
 
 
-def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+def empty_turns() -> tuple[Any, bytes, str]:
+    """Returns a chat of 500,000 empty messages, with its method and the field at fault."""
+    prompt = lengthy(1, b"\x0a\0" * 500_000)
+    return METHODS[0], lengthy(2, prompt), "prompt.chat.messages"
 
 
-def http2_call(address: str, path: str, data: bytes) -> bytes:
-    """Makes a call by hand, leaves the stream open, and returns the payload of the trailers that end it."""
-    headers = {
-        ":method": "POST",
-        ":scheme": "http",
-        ":path": path,
-        ":authority": address,
-        "te": "trailers",
-        "content-type": "application/grpc",
-    }
-    literal = b"".join(b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in headers.items())
-    host, port = address.split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
-        connection.sendall(PREFACE + http2_frame(4, 0, 0, b""))
-        connection.sendall(http2_frame(1, 4, 1, literal) + http2_frame(0, 0, 1, data))
-        received = connection.makefile("rb")
-        while True:
-            head = received.read(9)
-            payload = received.read(int.from_bytes(head[:3], "big"))
-            kind, flags = head[3], head[4]
-            if kind == 1 and flags & 1:
-                return payload
+def empty_groups() -> tuple[Any, bytes, str]:
+    """Returns a ranking of 500,000 empty groups without a token, with its method and the field at fault."""
+    (method,) = (each for each in METHODS if each.name == "SubmitRanking")
+    return method, b"\x22\0" * 500_000, "groups"
 
 
 @pytest.mark.parametrize("claimed", [LIMIT + 1, 1 << 30, 2**32 - 1])
 def test_a_message_that_claims_to_be_large_is_refused_before_it_comes(server: Server, claimed: int) -> None:
-    data = b"\0" + struct.pack(">I", claimed) + b"\x0a\x03ada"
-    trailers = http2_call(server.address, "/alignd.v1.InferenceService/Sample", data)
-    assert b"grpc-status\x018" in trailers, trailers
+    with raw_http2.connect(server.address) as connection:
+        connection.call("/alignd.v1.InferenceService/Sample", message(b"\x0a\x03ada", claimed), ended=False)
+        *_, trailers = connection.frames()
+    assert b"grpc-status\x018" in trailers.payload, trailers
+
+
+@pytest.mark.parametrize("request_of", [empty_turns, empty_groups])
+def test_a_megabyte_of_empty_elements_costs_nothing(
+    stubs: Stubs, server: Server, request_of: Callable[[], tuple[Any, bytes, str]]
+) -> None:
+    method, raw, field = request_of()
+    process = psutil.Process(server.pids["serve"])
+    before, memory = process.cpu_times().user, process.memory_info().rss
+    for _ in range(5):
+        refused(raw_method(stubs, method), raw, INVALID, field)
+    assert process.cpu_times().user - before < 1
+    assert process.memory_info().rss - memory < 32 << 20
+
+
+def test_clients_may_ping_each_second(server: Server) -> None:
+    """A client behind a load balancer pings so as to be kept, and was cut off for that."""
+    with raw_http2.connect(server.address) as connection:
+        answered = 0
+        for number in range(4):
+            time.sleep(1.05 if number else 0)
+            connection.send(frame(PING, 0, 0, bytes(8)))
+            for received in connection.frames():
+                assert received.kind != GOAWAY, received.payload
+                if received.kind == PING and received.flags & ACK:
+                    answered += 1
+                    break
+        assert answered == 4
 
 
 def test_what_is_not_http2_is_hung_up_on(server: Server) -> None:
@@ -157,16 +173,24 @@ def test_every_service_is_healthy_and_an_unknown_one_is_not_known(stubs: Stubs) 
     refused(health.Check, unknown, grpc.StatusCode.NOT_FOUND)
 
 
-def test_reflection_tells_the_services_and_their_rules(stubs: Stubs) -> None:
-    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(stubs.channel)
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_tells_the_services_and_their_rules(stubs: Stubs, version: str) -> None:
+    name = f"grpc.reflection.{version}.ServerReflection"
+    ask: Any = stubs.channel.stream_stream(
+        f"/{name}/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
     asked = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="alignd.v1.InferenceService"),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=name),
     ]
-    services, file = reflection.ServerReflectionInfo(iter(asked), timeout=TIMEOUT_SECONDS)
+    services, file, itself = ask(iter(asked), timeout=TIMEOUT_SECONDS)
     names = {each.name for each in services.list_services_response.service}
-    assert names >= {"grpc.health.v1.Health", *(service.full_name for service in SERVICES)}
+    assert names >= {"grpc.health.v1.Health", name, *(service.full_name for service in SERVICES)}
     assert any(b"buf.validate" in each for each in file.file_descriptor_response.file_descriptor_proto)
+    assert len(itself.file_descriptor_response.file_descriptor_proto) == 1
 
 
 @pytest.fixture(params=stock_clients(), ids=lambda each: each.name)
@@ -174,29 +198,35 @@ def client(request: pytest.FixtureRequest) -> StockClient:
     return request.param  # type: ignore[no-any-return]
 
 
-def test_a_stock_client_samples_and_ranks(server: Server, client: StockClient) -> None:
+@pytest.fixture
+def key(server: Server) -> str:
+    """That of the machine's own operator."""
+    return (server.data_dir / "operator_key").read_text().strip()
+
+
+def test_a_stock_client_samples_and_ranks(server: Server, client: StockClient, key: str) -> None:
     assert "alignd.v1.FeedbackService/SubmitRanking" in client.methods(server.address)
     prompt = {"chat": {"messages": [{"role": "ROLE_USER", "content": "Why?"}]}}
     asked = {"user_id": "curl", "prompt": prompt, "num_completions": 2, "sampling": {"max_tokens": 4}}
-    sample = client.call(server.address, "alignd.v1.InferenceService/Sample", asked).message
+    sample = client.call(server.address, "alignd.v1.InferenceService/Sample", asked, key).message
     ranking = {
         "request_id": str(uuid.uuid4()),
         "feedback_token": sample["feedbackToken"],
         "user_id": "curl",
         "groups": [{"completion_ids": [each["completionId"]]} for each in sample["completions"]],
     }
-    assert client.call(server.address, "alignd.v1.FeedbackService/SubmitRanking", ranking).message["rankingId"]
+    assert client.call(server.address, "alignd.v1.FeedbackService/SubmitRanking", ranking, key).message["rankingId"]
 
 
-def test_a_stock_client_promotes(server: Server, client: StockClient) -> None:
+def test_a_stock_client_promotes(server: Server, client: StockClient, key: str) -> None:
     promotion = {"version": 1, "actor": "curl", "reason": "again"}
-    promoted = client.call(server.address, "alignd.v1.PolicyService/Promote", promotion).message
+    promoted = client.call(server.address, "alignd.v1.PolicyService/Promote", promotion, key).message
     assert promoted["policy"]["stage"] == "STAGE_LIVE"
 
 
-def test_a_stock_client_reads_the_fields_of_an_error(server: Server, client: StockClient) -> None:
-    refused = client.call(server.address, "alignd.v1.InferenceService/Sample", {"num_completions": 17})
+def test_a_stock_client_reads_the_fields_of_an_error(server: Server, client: StockClient, key: str) -> None:
+    refused = client.call(server.address, "alignd.v1.InferenceService/Sample", {"num_completions": 17}, key)
     assert refused.code == "invalid_argument"
     assert set(refused.fields) == {"user_id", "prompt", "num_completions"}
-    missing = client.call(server.address, "alignd.v1.PolicyService/Promote", {"version": 99, "actor": "curl"})
+    missing = client.call(server.address, "alignd.v1.PolicyService/Promote", {"version": 99, "actor": "curl"}, key)
     assert missing.code == "not_found"

@@ -15,6 +15,7 @@ from policies.artifact import write_artifact
 from policies.precision import compute_dtype
 from training.handover.probes import probes_of
 from training.models.device import training_device
+from training.models.tensor_file import save_model_tensors
 
 Weights = dict[str, torch.Tensor]
 PROBE_SEQUENCES = [tuple(range(3, 40)), (1, 50, 60, 70, 2), tuple(range(300, 340))]
@@ -64,6 +65,13 @@ def with_another_template(folder: Path) -> None:
     """Changes how conversations are rendered."""
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "user"))
+
+
+def in_shards(folder: Path) -> None:
+    """Writes the weights as the trainer does where they are larger than a file may be."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_model_tensors(folder, weights, max_shard_bytes=60_000)
 
 
 def write_version(

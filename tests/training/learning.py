@@ -11,10 +11,10 @@ from tests.training.sampling import PlainSampler
 from training.config import PpoConfig, RewardModelConfig
 from training.data.groups import Group, RankedExample
 from training.models.parallel import ALONE, Ranks
-from training.models.policy import SharedLayers, upper_layers_of
+from training.models.policy import SharedLayers
 from training.models.reward import RewardModel
 from training.ppo import rounds as ppo
-from training.ppo.learner import Learner, make_learner
+from training.ppo.learner import Learner, load_policy, make_learner
 from training.ppo.rollouts import Request
 from training.rewards.fit import fit
 
@@ -24,7 +24,7 @@ REWARD_MODEL = RewardModelConfig(num_layers=1, num_heads=2, l2=0.01)
 PPO = PpoConfig(
     num_rounds=16, prompts_per_round=16, rollouts_per_prompt=4, max_tokens=8, num_minibatches=2, num_frozen_layers=0,
     learning_rate=2e-3, value_learning_rate=1e-2, kl_coef=0.02, missing_eos_penalty=0.0, num_warmup_rounds=0,
-    max_sampler_gap=1.0,
+    max_sampler_gap=1.0, num_decay_rounds=0,
 )  # fmt: skip
 
 
@@ -59,11 +59,15 @@ def fitted(shared: SharedLayers, config: RewardModelConfig = REWARD_MODEL, count
 
 
 def learner_of(
-    shared: SharedLayers, folder: Path, config: PpoConfig, rewards: RewardModel, ranks: Ranks = ALONE
+    shared: SharedLayers,
+    folder: Path,
+    config: PpoConfig,
+    rewards: RewardModel,
+    ranks: Ranks = ALONE,
+    held_out_model: RewardModel | None = None,
 ) -> Learner:
-    """Returns a learner that starts from the policy in `folder`."""
-    policy = upper_layers_of(folder, shared, config.num_frozen_layers, config.lora, ranks)
-    return make_learner(policy, rewards, rewards, config, ranks)
+    """Returns a learner that starts from the policy in `folder`. `rewards` is the held-out model too, unless given."""
+    return make_learner(load_policy(folder, shared, config, ranks), rewards, held_out_model or rewards, config, ranks)
 
 
 def hooks_of(folder: Path, config: PpoConfig, log: ppo.Log = silent, **more: Any) -> tuple[ppo.PpoHooks, PlainSampler]:

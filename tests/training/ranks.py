@@ -1,11 +1,14 @@
 """Runs work in two processes that communicate over gloo as they would over NCCL, each with a tiny policy."""
 
+import faulthandler
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from tests.training.learning import EOS, PROMPTS, learner_of, ranked_examples
 from tests.training.sampling import PlainSampler
 from training.config import PpoConfig, RewardModelConfig
 from training.errors import TrainingError
+from training.models.masters import trained_weights
 from training.models.parallel import Ranks, gathered, join, led, whole
 from training.models.policy import SharedLayers, load_model
 from training.models.reward import RewardModel
 from training.ppo import rounds as ppo
-from training.ppo.learner import Learner, trained_weights
+from training.ppo.learner import Learner
 from training.ppo.rollouts import Request, Rollout
 from training.rewards.fit import fit
 
@@ -37,7 +41,25 @@ Work = Callable[..., None]
 
 
 def on_two_ranks(work: Work, *arguments: Any) -> list[int | None]:
-    """Calls `work(ranks, *arguments)` in two processes. Returns their exit codes, the first rank's first."""
+    """Calls `work(ranks, *arguments)` in two processes. Returns their exit codes, the first rank's first.
+
+    The last path among the arguments is the folder that they write to. Once a rank died by SIGSEGV inside torch, for
+    which there is no better cure than the launcher's: both start again. Where it happened is on standard error.
+    """
+    *_, out = [None, *(each for each in arguments if isinstance(each, Path))]
+    with tempfile.TemporaryDirectory() as kept:
+        if out:
+            shutil.copytree(out, kept, dirs_exist_ok=True)
+        codes = _run(work, arguments)
+        if -signal.SIGSEGV in codes:
+            if out:
+                shutil.rmtree(out)
+                shutil.copytree(kept, out)
+            codes = _run(work, arguments)
+    return codes
+
+
+def _run(work: Work, arguments: Sequence[Any]) -> list[int | None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,6 +75,7 @@ def on_two_ranks(work: Work, *arguments: Any) -> list[int | None]:
 
 
 def _start(rank: int, port: int, work: Work, arguments: Sequence[Any]) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in variables.items()})

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from feedback.store.reader import Store
+from policies.artifact import UnreadableError
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.attempts import MOST_ATTEMPTS, retry_until_done, run_once
 from training.config import TrainingConfig
@@ -32,6 +34,40 @@ def test_a_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
     assert (line["phase"], str(MOST_ATTEMPTS) in line["reason"]) == ("stopped", True)
 
 
+def test_a_run_that_signals_end_twice_at_the_same_place_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    folder.log("normalise", 0, 1, {})
+    how = "was ended by SIGKILL from the kernel, which had no memory left for it"
+    assert folder.begin_attempt() == 1
+    RunFolder.note_end(tmp_path, how, "", 0.0)
+    assert folder.waits_for == f"after sampling the reference policy the trainer {how}"
+    # Further on, it counts from one again.
+    folder.log("ppo", 0, 10, {})
+    (folder.state / "ppo" / "round-1").mkdir(parents=True)
+    for attempt in (1, 2):
+        assert folder.begin_attempt() == attempt
+        RunFolder.note_end(tmp_path, how, "", 0.0)
+        # The next trainer does not come as far as to the run, which is not what ends it.
+        RunFolder.note_end(tmp_path, how, "", time.time() + 1)
+        assert folder.waits_for == f"before it came to the run, the trainer {how}"
+    assert run_once(cast(TrainerContext, None), folder)
+    line = json.loads((folder.path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["phase"] == "stopped"
+    assert line["reason"].startswith(f"in PPO, after round 1 of 10 the trainer {how}, for the second time")
+
+
+def test_a_run_that_hangs_at_one_place_is_given_up_with_what_alignd_up_has_seen(tmp_path: Path) -> None:
+    """The trainer's own log does not say how it ended."""
+    folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
+    for _ in range(MOST_ATTEMPTS):
+        folder.begin_attempt()
+        RunFolder.note_end(tmp_path, "", "had made no progress for 600 s, and was killed", 0.0)
+    assert run_once(cast(TrainerContext, None), folder)
+    (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    how = "the last time, at its beginning the trainer had made no progress for 600 s, and was killed"
+    assert line["reason"] == f"{MOST_ATTEMPTS} attempts came to an end at the same place; {how}"
+
+
 def context_where(tmp_path: Path, error: BaseException, ranks: Ranks = ALONE) -> TrainerContext:
     """Returns a context in which a run raises this error as soon as it begins."""
 
@@ -48,8 +84,8 @@ STORE_AWAY = OperationalError("UPDATE trainer", {}, Exception("the database syst
 
 @pytest.mark.parametrize(
     "error",
-    [DISK_FULL, STORE_AWAY, AWAY],
-    ids=["the disk is full", "the store is away", "serving is away"],
+    [DISK_FULL, STORE_AWAY, AWAY, UnreadableError("v1 cannot be read now")],
+    ids=["the disk is full", "the store is away", "serving is away", "a version cannot be read"],
 )
 def test_a_run_whose_attempts_do_not_kill_the_trainer_is_not_given_up(tmp_path: Path, error: Exception) -> None:
     """However often it is attempted, the run waits, and reports what it waits for."""
@@ -72,8 +108,8 @@ def test_a_run_with_too_little_to_learn_from_ends_at_once_and_says_so(tmp_path: 
     with closing(Store(f"sqlite:///{tmp_path}/store.db")) as store:
         context = TrainerContext(store, nobody, client, tmp_path, nobody, lambda run_id: None, ALONE)
         assert run_once(context, folder)
-    (line,) = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
-    assert line["phase"] == "stopped"
+    read, line = map(json.loads, (folder.path / "metrics.jsonl").read_text().splitlines())
+    assert (read["phase"], read["rankings/read"], line["phase"]) == ("data", 0, "stopped")
     assert line["reason"].startswith("too little to learn from: 0 rankings with a comparison, 0 prompts to train on")
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from alignd.v1 import policy_service_pb2, policy_service_pb2_grpc
 from policies.artifact import verify_artifact
-from tests.training.test_loop import CONFIG, TRAINER, Serving, finished_run, lines, policy_service, write_rankings
+from tests.training.stored_feedback import write_rankings
+from tests.training.trainer_process import CONFIG, TRAINER, Serving, finished_run, lines, policy_service
 from training.loop import Cursor
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")

@@ -77,7 +77,7 @@ def test_a_recipe_of_ones_own_is_found_by_its_path(tmp_path: Path) -> None:
         ("[ppo]\nkl_coef = 0\ntarget_kl = 6", "mine.toml: ppo: kl_coef must be above 0 where target_kl is set"),
         (
             "num_processes = 3",
-            "prompts_per_round (16) must be a multiple of ppo.num_minibatches (2) times num_processes (3)",
+            "prompts_per_round (16) must be a multiple of ppo.num_minibatches (4) times num_processes (3)",
         ),
         ("[sft]\nvalidation_share = 1.0", "mine.toml: sft.validation_share: Input should be less than 1"),
         ("seed = ", "mine.toml: Invalid value"),

@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from training.config import SftConfig
+from training.data.demonstrations import Demonstration
 from training.errors import TrainingError
-from training.models.logprobs import label_logprobs
-from training.models.policy import load_model, load_weights
-from training.sft import Demonstration, Epoch, fine_tune
+from training.models.logprobs import Head, label_logprobs
+from training.models.policy import load_model
+from training.models.tensor_file import load_weights
+from training.sft import Epoch, fine_tune
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
@@ -29,7 +31,7 @@ def mean_logprob(folder: Path, weights: dict[str, Tensor], which: slice) -> floa
     places = range(tokens_NT.shape[1])[which]
     hidden_MD = hidden_NTD[:, [place - 1 for place in places]].flatten(0, 1)
     head_VD = model.get_output_embeddings().weight
-    return float(label_logprobs(hidden_MD, head_VD, tokens_NT[:, list(places)].flatten()).mean())
+    return float(label_logprobs(hidden_MD, Head(head_VD), tokens_NT[:, list(places)].flatten()).mean())
 
 
 def test_the_epoch_with_the_highest_score_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
@@ -55,6 +57,20 @@ def test_the_epoch_with_the_highest_score_is_kept(tiny_folder: Path, tmp_path: P
     assert mean_logprob(tiny_folder, weights, completion) > mean_logprob(tiny_folder, before, completion) + 1
     # Only prompts have the second token, one of 24 of the vocabulary, so that it is never trained on.
     assert mean_logprob(tiny_folder, weights, prompt) < mean_logprob(tiny_folder, before, prompt) + 1
+
+
+def test_micro_batches_change_memory_and_not_what_is_learned(tiny_folder: Path, tmp_path: Path, in_fp32: None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    losses, likelier = [], []
+    for size in (8, 2):
+        config = CONFIG.model_copy(update={"num_epochs": 2, "micro_batch_size": size})
+        weights, epochs = fine_tune(
+            tiny_folder, tokenizer, DEMONSTRATIONS, lambda _: 0.0, config, tmp_path / str(size), seed=0, log=str
+        )
+        losses += [[epoch.loss for epoch in epochs]]
+        likelier.append(mean_logprob(tiny_folder, weights, slice(3, 7)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert likelier[0] == pytest.approx(likelier[1], rel=1e-2)
 
 
 class KilledError(Exception):

@@ -10,6 +10,7 @@ import pytest
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
 from feedback.store.engine import open_engine
 from policies.artifact import ArtifactError, write_artifact
+from policies.server_connection import ServerConnection
 from tests.policies.test_artifact import make_manifest, make_writer
 from tests.training.serving_errors import AWAY, REFUSAL, Answer
 from training.config import TrainingConfig
@@ -76,7 +77,7 @@ def run_once(folder: Path, config: TrainingConfig) -> int:
         store_url=f"sqlite:///{folder}/store.db",
         policies_dir=folder,
         runs_dir=folder / "runs",
-        serving_address="127.0.0.1:1",
+        server=ServerConnection("127.0.0.1:1"),
     )
 
 

@@ -1,21 +1,26 @@
 """Makes the data of a run from the store's rankings and prompts: in tokens, and split by user.
 
-A hash of their id decides whether a user is held out. A prompt is held out if the first user who sent it is. So the
-split stays the same at every refresh. Rankings by held-out users of held-out prompts only measure; the reward model
-learns from rankings by the other users of the other prompts; all remaining rankings are left out.
+Who is held out says training.data.split; the split stays the same at every refresh. Rankings by held-out users of
+held-out prompts only measure; the reward model learns from rankings by the other users of the other prompts; all
+remaining rankings are left out. All that is left out is counted, with the reason.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from alignd.v1 import types_pb2
-from feedback.store.reader import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
-from policies.rendering import prompt_token_ids
+from feedback import heartbeat
+from feedback.store.stored import RankedGroup, StoredPrompt
+from training.data import census
+from training.data.census import Census, LeftOut, not_rendered, take_census
 from training.data.groups import Group, RankedExample
+from training.data.readable import differ, has_comparison, lost_comparison, readable
+from training.data.rendering import NotRenderedError, rendered_prompt, rendered_sample
+from training.data.split import Side, is_held_out, side_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,8 +57,8 @@ class Dataset:
     held_out_prompts: tuple[TokenizedPrompt, ...]
     rankings: tuple[LogRange, ...]
     """Where in the log the training rankings are."""
-    held_out_texts: frozenset[str]
-    """The texts of all held-out prompts, also of those that are too long."""
+    censuses: tuple[Census, Census]
+    """What became of the rankings and prompts that were given."""
 
 
 def make_dataset(
@@ -68,73 +73,82 @@ def make_dataset(
     """Splits rankings and prompts by user and tokenizes them.
 
     Prompts longer than `max_prompt_tokens` are left out, and so are the longest completions of a ranking that is longer
-    than `max_group_tokens`. So no row needs more memory than there is, whatever users send.
+    than `max_group_tokens`. So no row needs more memory than there is, whatever users send. A sample that cannot be
+    rendered is left out too, by whichever template.
     """
-    held_out_texts = _held_out_texts(groups, prompts, held_out_share)
-    tokenized = [_tokenize(tokenizer, prompt) for prompt in _distinct(prompts)]
-    short = [prompt for prompt in tokenized if len(prompt.token_ids) <= max_prompt_tokens]
-    sides = [(is_held_out(g.user_id, held_out_share), text_of(g.prompt) in held_out_texts, g) for g in groups]
-    learned = [group for by_held_out, of_held_out, group in sides if not (by_held_out or of_held_out)]
-    measured = [group for by_held_out, of_held_out, group in sides if by_held_out and of_held_out]
+    as_example = partial(example_of, tokenizer, max_prompt_tokens=max_prompt_tokens, max_group_tokens=max_group_tokens)
+    by_side, of_rankings = _split_rankings(groups, held_out_share, as_example)
+    asked, of_prompts = _split_prompts(tokenizer, prompts, held_out_share, max_prompt_tokens)
+    learned = {example.seq for example in by_side[Side.LEARNED]}
     return Dataset(
-        training=_examples(tokenizer, learned, max_prompt_tokens, max_group_tokens),
-        held_out=_examples(tokenizer, measured, max_prompt_tokens, max_group_tokens),
-        training_prompts=tuple(prompt for prompt in short if prompt.text not in held_out_texts),
-        held_out_prompts=tuple(prompt for prompt in short if prompt.text in held_out_texts),
-        rankings=log_ranges(learned),
-        held_out_texts=held_out_texts,
-    )  # fmt: skip
-
-
-def split_demonstrations(
-    stored: Sequence[StoredDemonstration],
-    prompts: Sequence[StoredPrompt],
-    *,
-    held_out_share: float,
-    validation_share: float,
-) -> tuple[list[StoredDemonstration], list[StoredDemonstration]]:
-    """Returns the demonstrations that SFT learns from, and those whose prompts are used to choose its best epoch.
-
-    The rule is that for rankings. SFT learns nothing from users and prompts that rankings hold out by `held_out_share`,
-    as far as `prompts` lists who was the first to send a prompt.
-    """
-    share = max(held_out_share, validation_share)
-    texts = _held_out_texts(stored, prompts, share)
-    return (
-        [each for each in stored if not (is_held_out(each.user_id, share) or text_of(each.prompt) in texts)],
-        [each for each in stored if is_held_out(each.user_id, validation_share) and text_of(each.prompt) in texts],
+        training=tuple(by_side[Side.LEARNED]),
+        held_out=tuple(by_side[Side.MEASURED]),
+        training_prompts=tuple(asked[Side.LEARNED]),
+        held_out_prompts=tuple(asked[Side.MEASURED]),
+        rankings=log_ranges([group for group in groups if group.seq in learned]),
+        censuses=(of_rankings, of_prompts),
     )
 
 
-def _held_out_texts(
-    feedback: Sequence[RankedGroup] | Sequence[StoredDemonstration], prompts: Sequence[StoredPrompt], share: float
-) -> frozenset[str]:
-    listed = {text_of(each.prompt) for each in prompts}
-    # Only the newest prompts are listed. Another prompt counts as first sent by whoever ranked or demonstrated it.
-    senders = [(text_of(each.prompt), each.first_user_id) for each in prompts] + [
-        (text, each.user_id) for each in feedback if (text := text_of(each.prompt)) not in listed
-    ]
-    return frozenset(text for text, user in senders if is_held_out(user, share))
+def _split_rankings(
+    groups: Sequence[RankedGroup], held_out_share: float, as_example: Callable[[RankedGroup], RankedExample | LeftOut]
+) -> tuple[dict[Side, list[RankedExample]], Census]:
+    by_side: dict[Side, list[RankedExample]] = {Side.LEARNED: [], Side.MEASURED: []}
+    left_out: list[tuple[str, LeftOut]] = []
+    num_shortened = 0
+    for group in heartbeat.each(groups):
+        side = side_of(group.user_id, group.first_user_id, held_out_share)
+        found = LeftOut(census.HELD_OUT_IN_PART) if side is Side.NEITHER else as_example(group)
+        if isinstance(found, LeftOut):
+            left_out.append((group.sample_id, found))
+            continue
+        by_side[side].append(found)
+        num_shortened += len(found.ranks) < len(readable(group))
+    num_learned, num_measured = len(by_side[Side.LEARNED]), len(by_side[Side.MEASURED])
+    return by_side, take_census(census.RANKINGS, num_learned, num_measured, left_out, num_shortened)
 
 
-def is_held_out(user_id: str, share: float) -> bool:
-    """Whether this user is held out. About `share` of all users are; for the same share the answer never changes."""
-    digest = hashlib.sha256(b"alignd held-out users\n" + user_id.encode()).digest()
-    return int.from_bytes(digest[:8]) < share * 2**64
+def _split_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[StoredPrompt], held_out_share: float, max_prompt_tokens: int
+) -> tuple[dict[Side, list[TokenizedPrompt]], Census]:
+    by_side: dict[Side, list[TokenizedPrompt]] = {Side.LEARNED: [], Side.MEASURED: []}
+    left_out: list[tuple[str, LeftOut]] = []
+    for each in heartbeat.each(prompts):
+        try:
+            tokens = rendered_prompt(tokenizer, each.prompt)
+        except NotRenderedError as error:
+            left_out.append((each.sample_id, not_rendered(error)))
+            continue
+        if len(tokens) > max_prompt_tokens:
+            left_out.append((each.sample_id, LeftOut(census.TOO_LONG)))
+            continue
+        side = Side.MEASURED if is_held_out(each.first_user_id, held_out_share) else Side.LEARNED
+        by_side[side].append(TokenizedPrompt(each.sample_id, text_of(each.prompt), tokens))
+    num_learned, num_measured = len(by_side[Side.LEARNED]), len(by_side[Side.MEASURED])
+    return by_side, take_census(census.PROMPTS, num_learned, num_measured, left_out)
 
 
-def completion_token_ids(tokenizer: PreTrainedTokenizerBase, completion: RankedCompletion) -> tuple[int, ...]:
-    """Returns a stored completion's text in tokens, with the end token if the policy ended it."""
-    return completion_token_ids_of(tokenizer, completion.text, ended=completion.ended)
-
-
-def completion_token_ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, ended: bool) -> tuple[int, ...]:
-    """Returns a completion's text in tokens, with the end token if the completion has `ended`."""
-    # Text that looks like a special token is only text: the server leaves special tokens out when it decodes.
-    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    if ended:
-        tokens.append(int(tokenizer.eos_token_id))
-    return tuple(tokens)
+def example_of(
+    tokenizer: PreTrainedTokenizerBase, group: RankedGroup, *, max_prompt_tokens: int, max_group_tokens: int
+) -> RankedExample | LeftOut:
+    """Returns a ranking in tokens, or why nothing can be learned from it; see `make_dataset`."""
+    if not has_comparison(group):
+        return LeftOut(census.SPANS_SWAP if lost_comparison(group) else census.NO_COMPARISON)
+    try:
+        prompt, encoded = rendered_sample(tokenizer, group.prompt, group.completions)
+    except NotRenderedError as error:
+        return not_rendered(error)
+    if len(prompt) > max_prompt_tokens:
+        return LeftOut(census.PROMPT_TOO_LONG)
+    # A completion that was cut off before its first character has no token to score.
+    scored = [(tokens, each.rank) for tokens, each in zip(encoded, group.completions, strict=True) if tokens]
+    if not differ(rank for _, rank in scored):
+        return LeftOut(census.NO_COMPARISON)
+    fitting = _fitting(scored, max_group_tokens - len(prompt))
+    if not differ(rank for _, rank in fitting):
+        return LeftOut(census.TOO_LONG)
+    tokens, ranks = zip(*fitting, strict=True)
+    return RankedExample(Group(prompt, tokens), ranks, group.user_id, group.seq)
 
 
 def log_ranges(groups: Sequence[RankedGroup]) -> tuple[LogRange, ...]:
@@ -147,21 +161,6 @@ def log_ranges(groups: Sequence[RankedGroup]) -> tuple[LogRange, ...]:
     )
 
 
-def _examples(
-    tokenizer: PreTrainedTokenizerBase, groups: Sequence[RankedGroup], max_prompt_tokens: int, max_group_tokens: int
-) -> tuple[RankedExample, ...]:
-    examples = []
-    for group in groups:
-        prompt = tuple(prompt_token_ids(tokenizer, group.prompt))
-        encoded = [(completion_token_ids(tokenizer, each), each.rank) for each in group.completions]
-        # A completion that was cut off before its first character has no token to score.
-        scored = _fitting([(tokens, rank) for tokens, rank in encoded if tokens], max_group_tokens - len(prompt))
-        if len(prompt) <= max_prompt_tokens and len({rank for _, rank in scored}) > 1:
-            tokens, ranks = zip(*scored, strict=True)
-            examples.append(RankedExample(Group(prompt, tokens), ranks, group.user_id, group.seq))
-    return tuple(examples)
-
-
 def _fitting(scored: list[tuple[tuple[int, ...], int]], room: int) -> list[tuple[tuple[int, ...], int]]:
     """Removes the longest completions until the others have room, and returns these in their order."""
     while scored and sum(len(tokens) for tokens, _ in scored) > room:
@@ -169,16 +168,8 @@ def _fitting(scored: list[tuple[tuple[int, ...], int]], room: int) -> list[tuple
     return scored
 
 
-def _distinct(prompts: Sequence[StoredPrompt]) -> list[StoredPrompt]:
-    return list({text_of(prompt.prompt): prompt for prompt in prompts}.values())
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: StoredPrompt) -> TokenizedPrompt:
-    return TokenizedPrompt(prompt.sample_id, text_of(prompt.prompt), tuple(prompt_token_ids(tokenizer, prompt.prompt)))
-
-
 def text_of(prompt: types_pb2.Prompt) -> str:
-    """Returns all that a prompt says, one turn a line. Prompts with the same text count as the same prompt."""
+    """Returns all that a prompt says, one turn a line, for people to read."""
     if prompt.WhichOneof("content") == "text":
         return prompt.text
     return "\n".join(message.content for message in prompt.chat.messages)

@@ -10,7 +10,7 @@ Shapes: G groups, T tokens of the longest row, N completions over all groups, C 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,13 +45,25 @@ class RankedExample:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Tokens `begin` to `end` of a row: each attends to the row's first `seen` tokens, and to the span's up to itself.
+
+    A prompt has seen nothing before, and a completion has seen its prompt.
+    """
+
+    begin: int
+    end: int
+    seen: int
+
+
+@dataclass(frozen=True)
 class PackedGroups:
     """Groups as tensors. A place is an index into the rows laid end to end, that is into a tensor of G * T."""
 
     tokens_GT: Tensor
     positions_GT: Tensor
-    attends_GTT: Tensor
-    """True where the token of the second axis attends to that of the third."""
+    segments_GT: Tensor
+    """0 for a prompt's tokens, 1 to K for those of each completion, -1 for padding."""
     labels_NC: Tensor
     """The completions' tokens; 0 beyond their ends."""
     mask_NC: Tensor
@@ -62,11 +74,27 @@ class PackedGroups:
     """The place of each completion's last token, where the completion is scored."""
     group_sizes: tuple[int, ...]
     """Completions of each group."""
+    spans: tuple[tuple[Span, ...], ...]
+    """Each row's prompt and completions."""
 
     def to(self, device: torch.device) -> Self:
         """Returns the same groups on another device."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "group_sizes"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+        return replace(self, **moved)
+
+    def attends(self) -> Tensor:
+        """Returns the mask of attention [G, T, T]: True where the token of the second axis attends to the third's.
+
+        Padding attends to padding, because a softmax over nothing is NaN.
+        """
+        num_tokens, segments_GT = self.segments_GT.shape[1], self.segments_GT
+        causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_GT.device).tril()
+        same_GTT = segments_GT[:, :, None] == segments_GT[:, None, :]
+        prompt_GTT = (segments_GT == PROMPT)[:, None, :].expand_as(same_GTT)
+        return causal_TT & (same_GTT | prompt_GTT)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -98,12 +126,13 @@ def pack(groups: Sequence[Group]) -> PackedGroups:
     return PackedGroups(
         tokens_GT=tokens_GT,
         positions_GT=positions_GT,
-        attends_GTT=_attends(segments_GT),
+        segments_GT=segments_GT,
         labels_NC=labels_NC,
         mask_NC=mask_NC,
         before_NC=before_NC,
         last_N=_last(groups, num_tokens),
         group_sizes=tuple(len(group.completions) for group in groups),
+        spans=tuple(map(_spans, groups)),
     )
 
 
@@ -118,16 +147,10 @@ def _row(group: Group) -> tuple[list[int], list[int], list[int]]:
     return tokens, positions, segments
 
 
-def _attends(segments_GT: Tensor) -> Tensor:
-    """Returns the causal mask: tokens attend to the prompt and to their own completion.
-
-    Padding attends to padding, because a softmax over nothing is NaN.
-    """
-    num_tokens = segments_GT.shape[1]
-    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
-    same_GTT = segments_GT[:, :, None] == segments_GT[:, None, :]
-    prompt_GTT = (segments_GT == PROMPT)[:, None, :].expand_as(same_GTT)
-    return causal_TT & (same_GTT | prompt_GTT)
+def _spans(group: Group) -> tuple[Span, ...]:
+    num_prompt = len(group.prompt)
+    places = zip(_starts(group), group.completions, strict=True)
+    return Span(0, num_prompt, 0), *(Span(start, start + len(each), num_prompt) for start, each in places)
 
 
 def _starts(group: Group) -> list[int]:

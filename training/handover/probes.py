@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from alignd.v1 import policy_manifest_pb2
+from training.models.anatomy import head_of, parts_of
 from training.models.logprobs import label_logprobs
 from training.models.policy import load_model
 
@@ -25,11 +26,11 @@ def probes_of(policy_folder: Path, sequences: Sequence[Sequence[int]], most: int
     """
     probed = [sequence for sequence in sequences if len(sequence) > 1][:most]
     model = load_model(policy_folder)
-    head_VD = model.get_output_embeddings().weight
+    body, head = parts_of(model).body, head_of(model)
     probes = []
     for sequence in probed:
         token_ids = list(sequence[:MAX_PROBE_TOKENS])
-        hidden_TD = model.model(torch.tensor([token_ids], device=head_VD.device)).last_hidden_state[0]
-        logprobs_T = label_logprobs(hidden_TD[:-1], head_VD, torch.tensor(token_ids[1:], device=head_VD.device))
+        hidden_TD = body.forward(torch.tensor([token_ids], device=model.device)).last_hidden_state[0]
+        logprobs_T = label_logprobs(hidden_TD[:-1], head, torch.tensor(token_ids[1:], device=model.device))
         probes.append(policy_manifest_pb2.Probe(token_ids=token_ids, logprobs=logprobs_T.tolist()))
     return probes

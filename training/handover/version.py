@@ -12,7 +12,9 @@ from torch import Tensor
 
 from alignd.v1.policy_manifest_pb2 import Evaluation, LogRange, PolicyManifest, TrainingLineage
 from alignd.v1.policy_service_pb2 import STAGE_CANDIDATE, Policy
-from policies.artifact import MANIFEST, ArtifactError, read_manifest, write_artifact
+from feedback import heartbeat
+from policies.artifact import MANIFEST, ArtifactError, UnreadableError, read_manifest, write_artifact
+from policies.location import version_folders
 from policies.manifest import new_manifest
 from training.context import Rewards, Run, TrainerContext
 from training.data.intervals import Mean, WinRate
@@ -73,7 +75,7 @@ def write_files(
         save_weights(draft, weights, settings_from)
         manifest.probes.extend(probes_of(draft, probed, num_probes))
 
-    written, _ = write_artifact(context.policies_dir, manifest, write)
+    written, _ = write_artifact(context.policies_dir, manifest, write, heartbeat.beat)
     return written
 
 
@@ -123,7 +125,7 @@ def next_version(context: TrainerContext) -> int:
     A folder that was never registered belongs to a run that was given up: its number stays unused.
     """
     registered = (policy.version for policy in context.client.newest(1))
-    return max([*registered, *_folders(context.policies_dir)], default=0) + 1
+    return max([*registered, *version_folders(context.policies_dir)], default=0) + 1
 
 
 def _registered_by(client: PolicyClient, run_id: str) -> Policy | None:
@@ -133,19 +135,19 @@ def _registered_by(client: PolicyClient, run_id: str) -> Policy | None:
 
 def _written_by(policies_dir: Path, run_id: str) -> Path | None:
     """Returns the folder of the version that this run has written: an attempt may have ended before registration."""
-    folders = _folders(policies_dir)
+    folders = version_folders(policies_dir)
     recent = [folders[version] for version in sorted(folders, reverse=True)[:_RECENT]]
     return next((folder for folder in recent if _run_of(folder) == run_id), None)
-
-
-def _folders(policies_dir: Path) -> dict[int, Path]:
-    """Returns the folders of versions, by version."""
-    return {int(path.name[1:]): path for path in policies_dir.glob("v*") if path.name[1:].isdecimal()}
 
 
 def _run_of(folder: Path) -> str:
     try:
         return read_manifest(folder).training.run_id
+    except UnreadableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return ""
+        # What cannot be read now may be what is looked for: without it, the run would make its version twice.
+        raise OSError(str(error)) from error
     except ArtifactError:
         return ""
 

@@ -20,3 +20,11 @@ def autocast(device: torch.device) -> torch.autocast:
     enabled = compute_dtype(device) is torch.bfloat16
     # A pass uses each weight once. A cache would only keep a bf16 copy of every weight until the pass ends.
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def copy_dtype(device: torch.device, *, stochastic_rounding: bool) -> torch.dtype:
+    """Returns the dtype of the copies of trained weights that models compute with (training.models.masters).
+
+    Without stochastic rounding there are no copies: each pass rounds the weights themselves, to the nearest.
+    """
+    return compute_dtype(device) if stochastic_rounding else torch.float32

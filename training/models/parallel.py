@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.data.groups import micro_batches
@@ -90,16 +90,19 @@ def join(num_processes: int) -> Ranks:
     return Ranks(distributed.get_rank(), num_processes, init_device_mesh(device, (num_processes,)), talk)
 
 
-def shard(ranks: Ranks, *modules: nn.Module) -> None:
+def shard(ranks: Ranks, *modules: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Divides the parameters of each module among the ranks, except those of modules named before it.
 
-    While a module runs, forward or backward, its parameters are gathered in their own type, so that the results stay
-    the same. Gradients become the sum over ranks.
+    While a module runs, forward or backward, its parameters are gathered, in `dtype` if one is given and else in their
+    own type, so that the results stay the same. Gradients become the sum over ranks, in the parameters' own type.
     """
     if ranks.mesh is None:
         return
     for module in modules:
-        divided = fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+        )
+        divided = fully_shard(module, mesh=ranks.mesh, reshard_after_forward=True, mp_policy=policy)
         # The loss is already divided by the tokens of all ranks, and gloo has no other reduction than the sum.
         divided.set_gradient_divide_factor(1.0)
         divided.set_force_sum_reduction_for_comms(True)
@@ -108,6 +111,11 @@ def shard(ranks: Ranks, *modules: nn.Module) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """Returns the whole of a tensor that may be in shards; a collective if it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns this rank's shard of a tensor; all of it if it is not in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:

@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.config import RewardModelConfig
 from training.data.groups import Group, PackedGroups, micro_batches, pack
 from training.errors import TrainingError
+from training.models.anatomy import Angles
 from training.models.device import autocast
 from training.models.policy import SCORING_TOKENS, SharedLayers, run_layers
-from training.models.tensor_file import save_tensors
+from training.models.tensor_file import load_tensors, save_tensors
 
 
 class RewardModel(nn.Module):
@@ -45,12 +45,11 @@ class RewardModel(nn.Module):
         super().__init__()
         # SharedLayers is no torch module, so that the reference policy's weights are not in this model's state.
         self.shared = shared
-        body: Any = shared.model.model
         self.level = min(config.num_layers, shared.num_layers)
         self.first = self.level - min(config.num_trained_layers, self.level)
-        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in body.layers[self.first : self.level])
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for layer in shared.parts.layers[self.first : self.level])
         # Above the topmost layer the heads read normed states, as the policy's output embedding does.
-        self.norm = copy.deepcopy(body.norm) if self.level == shared.num_layers else nn.Identity()
+        self.norm = copy.deepcopy(shared.parts.norm) if self.level == shared.num_layers else nn.Identity()
         self.norm.requires_grad_(False)
         width = 2 * shared.head_VD.shape[1]
         # Zero, so that a model that has learned nothing prefers no completion.
@@ -66,10 +65,10 @@ class RewardModel(nn.Module):
         """The mean of the heads, which gives the score."""
         return self.heads_FE.mean(1)
 
-    def hidden(self, hidden_GTD: Tensor, packed: PackedGroups, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def hidden(self, hidden_GTD: Tensor, packed: PackedGroups, angles: Angles) -> Tensor:
         """Returns the hidden states that the heads read, from those that enter layer `first`."""
         with autocast(hidden_GTD.device):
-            read_GTD: Tensor = self.norm(run_layers(self.layers, hidden_GTD, packed, angles))
+            read_GTD: Tensor = self.norm(run_layers(self.layers, hidden_GTD, packed, angles, self.first))
         return read_GTD
 
     def score(self, features: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ def load(model: RewardModel, path: Path, reference_digest: str) -> bool:
         facts = json.loads(file.metadata()["reward_model"])
     if facts != {"first": model.first, "level": model.level, "reference": reference_digest}:
         return False
-    tensors = load_file(path)
+    tensors = load_tensors(path)
     if tensors["heads_FE"].shape != model.heads_FE.shape:
         return False
     model.load_state_dict(tensors)

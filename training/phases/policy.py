@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from training.context import Rewards, Run
+from training.models.masters import Weights, noise_source
 from training.models.parallel import led
-from training.models.policy import merged_weights, upper_layers_of
+from training.models.policy import merged_weights
 from training.ppo import ptx
 from training.ppo import rounds as ppo
-from training.ppo.learner import Weights, make_learner
+from training.ppo.learner import load_policy, make_learner
 from training.runs.checkpoint import newest_checkpoint
 from training.runs.folder import RunFolder
 
@@ -23,11 +24,10 @@ logger = logging.getLogger(__name__)
 def optimise(run: Run, rewards: Rewards) -> Weights:
     """Returns the new policy's weights, whole and in bf16 as they will be served; only the first rank gets them."""
     config, folder, shared, ranks = run.config.ppo, run.folder, run.shared, run.context.ranks
-    frozen = min(config.num_frozen_layers, shared.num_layers - 1)
     # Adapters start at random. This makes them the same on all ranks, whichever fitted the reward model, and in every
     # attempt.
     torch.manual_seed(run.config.seed)
-    policy = upper_layers_of(run.parents.live_folder, shared, frozen, config.lora, ranks)
+    policy = load_policy(run.parents.live_folder, shared, config, ranks)
     learner = make_learner(policy, rewards.model, rewards.held_out_model, config, ranks)
     checkpoints = folder.state / "ppo"
     found = newest_checkpoint(checkpoints)
@@ -41,7 +41,8 @@ def optimise(run: Run, rewards: Rewards) -> Weights:
         between_rounds=lambda: run.context.between_rounds(folder.path.name),
     )
     ppo.train(learner, config, hooks, seed=run.config.seed)
-    return merged_weights(shared, policy, kept=ranks.leads)
+    noise = noise_source(shared.device, run.config.seed) if config.stochastic_rounding else None
+    return merged_weights(shared, policy, noise=noise, kept=ranks.leads)
 
 
 def _log_round(folder: RunFolder, index: int, count: int, metrics: dict[str, Any]) -> None:

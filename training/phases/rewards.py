@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from statistics import fmean
 
 import torch
 
 from training.context import Rewards, Run
-from training.data.dataset import is_held_out, text_of
-from training.models.policy import load_weights
+from training.data.best_of_n import best_of_n
+from training.data.split import Side, side_of
 from training.models.reward import RewardModel, normalise, save, score_groups
-from training.ppo.rollouts import Request, from_row, to_row
+from training.models.tensor_file import load_weights
+from training.ppo.rollouts import from_rows, to_rows
 from training.rewards.label_next import label_next
 from training.rewards.refresh import REWARD_MODEL_FILE, Fitted, accept, fit_held_out_model, refresh
 from training.runs.checkpoint import newest_checkpoint, save_checkpoint
@@ -32,7 +34,7 @@ def load_rewards(run: Run) -> Rewards | None:
     if run.context.ranks.leads:
         # Accepted again: the attempt that wrote it may have been killed before it could accept it.
         accept(run.folder.path.parent, fitted)
-    return Rewards(model, held_out_model, fitted, [from_row(each) for each in found.facts["before"]])
+    return Rewards(model, held_out_model, fitted, from_rows(found.facts["before"]))
 
 
 def make_rewards(run: Run) -> Rewards:
@@ -42,7 +44,7 @@ def make_rewards(run: Run) -> Rewards:
     _name_what_to_label(run, rewards.model)
     tensors = {f"model.{name}": tensor for name, tensor in rewards.model.state_dict().items()}
     tensors |= {f"held_out_model.{name}": tensor for name, tensor in rewards.held_out_model.state_dict().items()}
-    facts = {"before": [to_row(each) for each in rewards.before], "fitted": asdict(rewards.fitted)}
+    facts = {"before": to_rows(rewards.before), "fitted": asdict(rewards.fitted)}
     save_checkpoint(run.folder.state / "rewards", 0, tensors, facts)
     accept(run.folder.path.parent, rewards.fitted)
     return rewards
@@ -57,27 +59,23 @@ def _fit(run: Run) -> Rewards:
     held_out_model = fit_held_out_model(
         config.reward_model, shared, run.data.held_out or run.data.training, seed=config.seed
     )
-    before = run.context.draw(_reference_answers(run))
-    rollouts = [each[0] for each in before]
-    references = run.groups(rollouts)
+    before = run.context.draw(run.ask(load_weights(run.parents.reference_folder), again=False))
+    references = run.groups(before)
     deviation = normalise(model, torch.cat(score_groups(model, references)))
     if fitted.run_id == folder.path.name:
         # Saved again, now normalised: whoever loads it from here, such as SFT, gets the same scores as this run.
         fitted = replace(fitted, digest=save(model, folder.path / REWARD_MODEL_FILE, digest))
     normalise(held_out_model, torch.cat(score_groups(held_out_model, references)))
-    folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation})
-    return Rewards(model, held_out_model, fitted, rollouts)
+    rewards = Rewards(model, held_out_model, fitted, before)
+    folder.log("normalise", 0, 1, {"reward_model/reference_std": deviation, "best_of_n": _best_of_n(run, rewards)})
+    return rewards
 
 
-def _reference_answers(run: Run) -> Request:
-    """Asks for one completion of each evaluation prompt by the reference policy."""
-    return Request(
-        weights=load_weights(run.parents.reference_folder).items(),
-        prompts=[prompt.token_ids for prompt in run.evaluation_prompts],
-        num_completions=1,
-        max_tokens=run.config.ppo.max_tokens,
-        seed=run.config.seed,
-    )
+def _best_of_n(run: Run, rewards: Rewards) -> list[list[float]]:
+    """Returns how both reward models score the reference policy's best of n by the reward model, as PPO is to do."""
+    scores, held_out_scores = (run.scores(each, rewards.before) for each in (rewards.model, rewards.held_out_model))
+    by_both = zip(best_of_n(scores, scores), best_of_n(scores, held_out_scores), strict=True)
+    return [[one.n, one.kl, fmean(one.values), fmean(other.values)] for one, other in by_both]
 
 
 def _name_what_to_label(run: Run, model: RewardModel) -> None:
@@ -85,12 +83,8 @@ def _name_what_to_label(run: Run, model: RewardModel) -> None:
     origin = run.folder.origin()
     unranked = run.context.store.unranked(_MAX_UNRANKED, origin.last_ranking_seq, origin.last_sample_seq)
     # The model learns nothing from rankings of held-out prompts or by held-out users; only its user ranks a sample.
-    teaching = [
-        each
-        for each in unranked
-        if text_of(each.prompt) not in run.data.held_out_texts
-        and not is_held_out(each.user_id, run.config.reward_model.held_out_share)
-    ]
+    share = run.config.reward_model.held_out_share
+    teaching = [each for each in unranked if side_of(each.user_id, each.first_user_id, share) is Side.LEARNED]
     found = label_next(
         model, run.context.tokenizer, teaching,
         max_prompt_tokens=run.config.ppo.max_prompt_tokens,

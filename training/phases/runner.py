@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from feedback import heartbeat
+from policies.host_memory import give_back
 from training.context import TrainerContext
 from training.models.parallel import led
 
@@ -40,8 +42,11 @@ def perform(context: TrainerContext, run_id: str, phase: Phase[T]) -> T:
         RunAbortedError: an operator has asked for the run to end.
         TrainingError: the first rank could not make the phase; the first rank raises the cause itself.
     """
+    heartbeat.beat()
     context.between_rounds(run_id)
     logger.info("run %s: %s", run_id, phase.name)
+    # What the phase before needed alone may be most of what there is.
+    give_back()
     if phase.collective:
         return phase.make()
     load = phase.load

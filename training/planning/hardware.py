@@ -5,7 +5,6 @@ It also has the share of these speeds, the roofs, that training reaches in pract
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from policies.host_memory import host_memory
 from policies.precision import compute_dtype
 from training.models.device import training_device
 
@@ -73,8 +73,8 @@ class Hardware:
 def this_machine(read_bytes: int = _READ_BYTES) -> Hardware:
     """Measures this machine in about a second: the first of its GPUs, or its CPU if there is none.
 
-    On a CPU `memory_gib` is all memory of the machine. On a GPU it is the memory that is free now, because what others
-    use there is not expected to become free.
+    On a CPU `memory_gib` is what this process may use (policies.host_memory). On a GPU it is the memory that
+    is free now, because what others use there is not expected to become free.
     """
     device = training_device()
     if device.type == "cuda":
@@ -82,7 +82,7 @@ def this_machine(read_bytes: int = _READ_BYTES) -> Hardware:
         memory = torch.cuda.mem_get_info()[0]
     else:
         name, num_devices = f"CPU, {torch.get_num_threads()} threads", 1
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = host_memory().limit
     return Hardware(
         name=name,
         bandwidth_gb_s=_read_rate(device, read_bytes) / 1e9,

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "config.json"
 
@@ -48,6 +51,10 @@ class ModelSize:
     num_heads: int
     head_width: int
     max_positions: int
+    normed: int
+    """Numbers of a token that a layer's norms read: twice the hidden state in Llama's."""
+    soft_capped: bool = False
+    """Whether logits have a soft cap, those of attention too: with a mask of all pairs, these are then kept."""
 
     @property
     def total(self) -> int:
@@ -71,16 +78,16 @@ class ModelSize:
     def attention_flops(self, tokens: float, context: float, num_layers: int) -> float:
         """Returns the FLOPs of q·kᵀ and of its product with v, where every token attends to `context` tokens.
 
-        In a packed row `context` is T, all tokens of the row: the kernel also computes what the mask then hides.
+        What a mask then hides is computed too, and counts.
         """
         return 4.0 * tokens * context * self.attention * num_layers
 
-    def forward_flops(self, tokens: float, row: float, num_layers: int) -> float:
-        """Returns the FLOPs of a forward pass through some layers, in rows of `row` tokens.
+    def forward_flops(self, tokens: float, context: float, num_layers: int) -> float:
+        """Returns the FLOPs of a forward pass through some layers, where every token attends to `context` tokens.
 
         Only matrix products count.
         """
-        return self.weight_flops(tokens, num_layers) + self.attention_flops(tokens, row, num_layers)
+        return self.weight_flops(tokens, num_layers) + self.attention_flops(tokens, context, num_layers)
 
     def head_flops(self, tokens: float) -> float:
         """Returns the FLOPs of the logits of `tokens` tokens."""
@@ -91,8 +98,8 @@ def read_model(path: Path) -> ModelSize:
     """Measures the model of a folder's config.json, or of the file itself. No weights are read.
 
     Raises:
-        UnknownModelError: there is no such file, or the model has no layers in `model.layers`, or they are not all
-            alike, as the trainer needs them.
+        UnknownModelError: there is no such file, or the model is not built as the trainer needs it, or its layers are
+            not all alike.
     """
     file = path / CONFIG_FILE if path.is_dir() else path
     if not file.is_file():
@@ -103,37 +110,48 @@ def read_model(path: Path) -> ModelSize:
         config = AutoConfig.from_pretrained(file, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError) as error:
+        return _measure(model, config)
+    except UnknownModelError:
+        raise
+    except Exception as error:
+        # Any error: it depends on the contents of the user's file which one transformers raises.
         raise UnknownModelError(f"{file}: {error}") from error
-    return _measure(model, config, file)
 
 
-def _measure(model: nn.Module, config: Any, file: Path) -> ModelSize:
-    body: Any = getattr(model, "model", None)
-    layers = list(getattr(body, "layers", ()))
-    if not layers or len({_count(layer) for layer in layers}) > 1:
-        raise UnknownModelError(f"{file}: the trainer needs layers in model.layers that are all alike")
-    matrices = [each for each in layers[0].modules() if isinstance(each, nn.Linear)]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+def _measure(model: PreTrainedModel, config: Any) -> ModelSize:
+    from training.models.anatomy import parts_of
+
+    parts = parts_of(model)
+    if len({_count(layer) for layer in parts.layers}) > 1:
+        raise ValueError("its layers are not all alike")
+    matrices = [each for each in parts.layers[0].modules() if isinstance(each, nn.Linear)]
+    head: Any = model.get_output_embeddings()
     tied = config.tie_word_embeddings
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_attention_heads * head_width
+    key_value = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width
+    # Some layers also norm the queries and keys of all heads.
+    others = {"q": attention, "k": key_value}
+    norms = [name for name, each in parts.layers[0].named_modules() if type(each).__name__.endswith("Norm")]
     return ModelSize(
         name=config.model_type,
-        num_layers=len(layers),
-        embedding=_count(body.embed_tokens),
-        layer=_count(layers[0]),
-        norm=_count(body.norm),
+        num_layers=len(parts.layers),
+        embedding=_count(model.get_input_embeddings()),
+        layer=_count(parts.layers[0]),
+        norm=_count(parts.norm),
         head=0 if tied else _count(head),
         layer_matrices=sum(each.weight.numel() for each in matrices),
         linear_widths=sum(each.in_features + each.out_features for each in matrices),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         intermediate=config.intermediate_size,
-        attention=config.num_attention_heads * head_width,
-        key_value=config.num_key_value_heads * head_width,
+        attention=attention,
+        key_value=key_value,
         num_heads=config.num_attention_heads,
         head_width=head_width,
         max_positions=config.max_position_embeddings,
+        normed=sum(others.get(name.rpartition(".")[2][:1], config.hidden_size) for name in norms),
+        soft_capped=bool(getattr(config, "attn_logit_softcapping", None)),
     )
 
 

@@ -2,7 +2,8 @@
 
 Decoding takes max(bytes / bandwidth, FLOPs / matmul rate), and everything else takes FLOPs / matmul rate, both divided
 by the share of these roofs that is reached in practice (`Hardware.efficiency`). A backward pass costs twice its forward
-pass. Attention is counted without regard to its mask, as kernels compute it. The engine's loading of weights,
+pass, and attention's half of its forward pass more. Attention is counted without regard to masks, as it is computed:
+in parts, or by all pairs of a row (training.models.attention). The engine's loading of weights,
 communication between devices, and Python's own time are left out.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from training.planning.hardware import Hardware
+from training.planning.model_size import ModelSize
 from training.planning.workload import Workload
 
 _FORWARD_BACKWARD = 3
+# The backward pass computes attention's logits again.
+_ATTENTION_FORWARD_BACKWARD = 3.5
 # The output embedding is frozen: see training.models.logprobs.
 FORWARD_SLOPE = 2
 # Bytes for each parameter: AdamW reads weight, gradient and two moments, and writes all except the gradient, in fp32.
@@ -51,14 +55,17 @@ def plan_once(work: Workload, hardware: Hardware) -> tuple[Phase, ...]:
     The first of several devices does them alone. A refresh is assumed to have as many rankings as it may, with
     completions like the rollouts.
     """
-    first, asked = replace(hardware, num_devices=1), work.config.num_evaluation_prompts
-    evaluation = _rollouts(work, first, "evaluation", asked, 1)
+    first, config = replace(hardware, num_devices=1), work.config
+    asked, each = config.num_evaluation_prompts, config.completions_per_evaluation_prompt
+    evaluation = _rollouts(work, first, "evaluation", asked, each)
     twice = {name: 2 * getattr(evaluation, name) for name in ("tokens", "flops", "bytes", "seconds")}
     return _reward_fit(work, first), replace(evaluation, **twice)
 
 
-def layer_update_flops(work: Workload, tokens: float, row: float) -> float:
+def layer_update_flops(work: Workload, tokens: float, context: float) -> float:
     """Returns the FLOPs of a forward and backward pass through the policy's own layers.
+
+    Attention computes the logits of a token to `context` tokens.
 
     With adapters the gradients of the weights under them are not computed. Checkpointing adds a forward pass.
     """
@@ -67,7 +74,7 @@ def layer_update_flops(work: Workload, tokens: float, row: float) -> float:
     weights = _FORWARD_BACKWARD - 1 if config.lora.rank else _FORWARD_BACKWARD
     return (
         (weights + again) * model.weight_flops(tokens, layers)
-        + (_FORWARD_BACKWARD + again) * model.attention_flops(tokens, row, layers)
+        + (_ATTENTION_FORWARD_BACKWARD + again) * model.attention_flops(tokens, context, layers)
         + (_FORWARD_BACKWARD + again) * 2.0 * tokens * work.lora_parameters
     )
 
@@ -111,24 +118,33 @@ def _rollouts(work: Workload, hardware: Hardware, name: str, num_prompts: int, n
 
 
 def _scoring(work: Workload, hardware: Hardware) -> Phase:
-    """Predicts a forward pass through the shared layers and through the own layers of all four models."""
+    """Predicts a forward pass through the shared layers and through the own layers of all four models.
+
+    Where the first step's pass is done here, so are its slopes.
+    """
     layers = work.shared_layers + 2 * work.policy_layers + 2 * work.reward_layers
-    flops = work.model.forward_flops(work.round_tokens, work.row_tokens, layers)
-    flops += 2 * work.model.head_flops(work.predicted_tokens)
+    flops = work.model.forward_flops(work.round_tokens, work.context, layers)
+    flops += (2 + (FORWARD_SLOPE - 1) * work.kept_share) * work.model.head_flops(work.predicted_tokens)
     return _matmuls("scoring", work.round_tokens, flops, hardware, hardware.efficiency.scoring)
 
 
 def _update(work: Workload, hardware: Hardware) -> Phase:
-    """Predicts forward and backward passes through what is trained, and the optimizer's steps."""
+    """Predicts forward and backward passes through what is trained, and the optimizer's steps.
+
+    The first step's forward pass may be there already: scoring has done it.
+    """
     config, model = work.config.ppo, work.model
-    once = layer_update_flops(work, work.round_tokens, work.row_tokens)
-    once += _FORWARD_BACKWARD * model.forward_flops(work.round_tokens, work.row_tokens, work.reward_layers)
+    once = layer_update_flops(work, work.round_tokens, work.context)
+    once += _trained_flops(model, work.round_tokens, work.context, work.reward_layers)
     once += FORWARD_SLOPE * model.head_flops(work.predicted_tokens)
+    layers = work.policy_layers + work.reward_layers
+    there = model.forward_flops(work.round_tokens, work.context, layers)
+    there += FORWARD_SLOPE * model.head_flops(work.predicted_tokens)
     moved = _ADAMW_BYTES * work.trained_parameters * config.num_epochs * config.num_minibatches
     return _matmuls(
         "update",
         config.num_epochs * work.round_tokens,
-        config.num_epochs * once,
+        config.num_epochs * once - work.kept_share * there,
         hardware,
         hardware.efficiency.update,
         moved,
@@ -146,13 +162,19 @@ def _pretraining(work: Workload, hardware: Hardware) -> Phase:
 
 def _reward_fit(work: Workload, hardware: Hardware) -> Phase:
     """Predicts one epoch over the rankings that are learned from, and both reward models' scoring of held-out ones."""
-    model, row, layers = work.model, work.row_tokens, work.reward_layers
+    model, row, context, layers = work.model, work.row_tokens, work.context, work.reward_layers
     learned = work.learned_rankings * row
     held_out = 2 * work.config.reward_model.max_rankings * row - 2 * learned
-    flops = model.forward_flops(learned, row, work.reward_level - layers)
-    flops += _FORWARD_BACKWARD * model.forward_flops(learned, row, layers)
-    flops += model.forward_flops(held_out, row, work.reward_level)
+    flops = model.forward_flops(learned, context, work.reward_level - layers)
+    flops += _trained_flops(model, learned, context, layers)
+    flops += model.forward_flops(held_out, context, work.reward_level)
     return _matmuls("reward model", learned + held_out, flops, hardware, hardware.efficiency.reward_model)
+
+
+def _trained_flops(model: ModelSize, tokens: float, context: float, num_layers: int) -> float:
+    """Returns the FLOPs of a forward and backward pass through layers that are trained."""
+    attention = _ATTENTION_FORWARD_BACKWARD * model.attention_flops(tokens, context, num_layers)
+    return _FORWARD_BACKWARD * model.weight_flops(tokens, num_layers) + attention
 
 
 def _matmuls(

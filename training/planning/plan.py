@@ -15,10 +15,13 @@ from training.planning.memory import Memory, plan_memory
 from training.planning.model_size import ModelSize
 from training.planning.phases import Phase, plan_once, plan_round
 from training.planning.workload import Workload, assume
+from training.ppo.ppo_math import rate_factor
 
 # The rest is for the allocator's rounding and fragments, and for memory that libraries use themselves.
 _SAFE_SHARE = 0.9
 _NUM_NAMED_FIELDS = 3
+# Versions are saved in bf16: the next number is this share away, or half of it.
+_BF16_SPACING = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def _count_parameters(work: Workload) -> tuple[Parameters, ...]:
 def _warnings(work: Workload, hardware: Hardware, memory: Memory, num_devices: int) -> Iterator[str]:
     yield from _fit_warnings(hardware, memory)
     yield from _length_warnings(work)
+    yield from _step_warnings(work)
     config, num_layers = work.config, work.model.num_layers
     if config.ppo.num_frozen_layers >= num_layers:
         yield f"ppo.num_frozen_layers: the model has {num_layers} layers, so that only the last is trained"
@@ -134,6 +138,23 @@ def _fit_warnings(hardware: Hardware, memory: Memory) -> Iterator[str]:
         f"memory: {peak:.1f} GiB of {hardware.memory_gib:.1f} GiB at its fullest ({moment}) {verdict}; "
         f"settings that would help most: {', '.join(list(fields)[:_NUM_NAMED_FIELDS])}"
     )
+
+
+def _step_warnings(work: Workload) -> Iterator[str]:
+    """Warns of a run that cannot move its weights: a step of Adam moves a weight by about the learning rate at most."""
+    config = work.config.ppo
+    rates = [
+        config.learning_rate * rate_factor(index, config.num_rounds, config.num_warmup_rounds, config.num_decay_rounds)
+        for index in range(config.num_rounds)
+    ]
+    most = config.num_epochs * config.num_minibatches * sum(rates)
+    # Of a matrix whose outputs are as large as its inputs.
+    weight = work.model.hidden**-0.5
+    if not work.lora_parameters and most < weight * _BF16_SPACING:
+        yield (
+            f"ppo.learning_rate: all steps together move a weight by {most:.1e} at most, less than from one bf16 "
+            f"number to the next at a usual weight of {weight:.2f}: few weights of the new version would differ"
+        )
 
 
 def _length_warnings(work: Workload) -> Iterator[str]:

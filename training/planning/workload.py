@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.config import TrainingConfig
+from training.models.attention import in_parts
+from training.models.device import training_device
 from training.planning.model_size import ModelSize
 
 _PROMPT_SHARE = 0.25
@@ -68,6 +70,14 @@ class Workload:
         return self.lora_parameters or self.upper_parameters
 
     @property
+    def copied_bytes(self) -> int:
+        """Bytes of a number of the copies that trained weights are cast to once a step; 0 where there are none."""
+        if self.number_bytes == 4 or not self.config.ppo.stochastic_rounding:
+            return 0
+        # Divided by FSDP they are kept as wide as gradients must be.
+        return 4 if self.config.num_processes > 1 else self.number_bytes
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache for one token."""
         return self.number_bytes * self.model.cache_width
@@ -108,6 +118,19 @@ class Workload:
         return self.prompt_tokens + self.config.ppo.rollouts_per_prompt * self.completion_tokens
 
     @property
+    def masked(self) -> bool:
+        """Whether attention takes a mask of all pairs of a row, and is not in parts."""
+        return not in_parts(training_device())
+
+    @property
+    def context(self) -> float:
+        """Tokens to which attention computes the logits of a row's token, on average."""
+        if self.masked:
+            return self.row_tokens
+        prompt, each, count = self.prompt_tokens, self.completion_tokens, self.config.ppo.rollouts_per_prompt
+        return (prompt**2 + count * each * (prompt + each)) / self.row_tokens
+
+    @property
     def longest_row(self) -> int:
         """Tokens of a prompt with its rollouts, at the greatest lengths that the configuration allows."""
         ppo = self.config.ppo
@@ -122,6 +145,14 @@ class Workload:
     def predicted_tokens(self) -> float:
         """Tokens of a round's rollouts; only these need logits."""
         return self.rollouts * self.completion_tokens
+
+    @property
+    def kept_share(self) -> float:
+        """Share of a round whose pass is not repeated: that of the first optimizer step, if it is one micro-batch."""
+        ppo = self.config.ppo
+        of_a_step = self.round_tokens / ppo.num_minibatches / self.config.num_processes
+        kept = of_a_step <= ppo.micro_batch_tokens and not ppo.gradient_checkpointing
+        return 1 / ppo.num_minibatches if kept else 0.0
 
     @property
     def pretraining_tokens(self) -> float:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from training.config import PpoConfig
+from training.models.device import copy_dtype
+from training.models.masters import Weights, keep_masters, placed_weights, set_weights, trained
 from training.models.parallel import ALONE, Ranks, placed, shard
-from training.models.policy import SharedLayers, UpperLayers
+from training.models.policy import SharedLayers, UpperLayers, upper_layers_of
 from training.models.reward import RewardModel
 from training.models.value import ValueModel
 
 ADAM_BETAS = (0.9, 0.95)
 ADAM_EPS = 1e-5
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class Learner:
         return self.reward_model.shared
 
 
+def load_policy(folder: Path, shared: SharedLayers, config: PpoConfig, ranks: Ranks = ALONE) -> UpperLayers:
+    """Loads the version in a folder as a configuration has it trained; see training.models.policy.upper_layers_of."""
+    first = min(config.num_frozen_layers, shared.num_layers - 1)
+    dtype = copy_dtype(shared.device, stochastic_rounding=config.stochastic_rounding)
+    return upper_layers_of(folder, shared, first, config.lora, ranks, dtype)
+
+
 def make_learner(
     policy: UpperLayers,
     reward_model: RewardModel,
@@ -52,18 +60,24 @@ def make_learner(
     Several ranks divide all weights except embeddings and heads; the policy's were divided when it was loaded.
     """
     shared = reward_model.shared
-    reference = UpperLayers(shared.model, policy.first, shared.num_layers)
+    # Several ranks divide the reference's layers apart from the shared ones, and need copies for that.
+    reference = UpperLayers(shared.model, policy.first, shared.num_layers, copies=ranks.size > 1)
     shard(ranks, *reference.layers, reference)
     policy.checkpointing = config.gradient_checkpointing
-    value = ValueModel(reward_model)
-    shard(ranks, *value.layers, value)
+    dtype = copy_dtype(shared.device, stochastic_rounding=config.stochastic_rounding)
+    # As in UpperLayers.trainable.
+    value = ValueModel(reward_model, torch.float32 if ranks.size > 1 else dtype)
+    shard(ranks, *value.layers, dtype=dtype)
+    shard(ranks, value)
+    if dtype != torch.float32:
+        keep_masters(value.layers)
     # Last, because the copies above were made from these. The held-out reward model has no own layers.
     shared.shard(ranks)
     shard(ranks, *reward_model.layers)
     optimizer = torch.optim.AdamW(
         [
-            {"params": trained_parameters(policy), "peak_lr": config.learning_rate},
-            {"params": trained_parameters(value), "peak_lr": config.value_learning_rate},
+            {"params": [*trained(policy).values()], "peak_lr": config.learning_rate},
+            {"params": [*trained(value).values()], "peak_lr": config.value_learning_rate},
         ],
         betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True,
     )  # fmt: skip
@@ -71,46 +85,22 @@ def make_learner(
     return Learner(reference, policy, value, frozen[0], frozen[1], optimizer, ranks)
 
 
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that take gradients, in order."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
-def trained_weights(module: nn.Module) -> Weights:
-    """Returns copies of the parameters that take gradients, by name."""
-    return {name: each.detach().clone() for name, each in module.named_parameters() if each.requires_grad}
-
-
-def placed_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
-    """Moves whole weights, as checkpoints have them, to the module's device, and divides them as its parameters are."""
-    parameters = dict(module.named_parameters())
-    return {name: placed(tensor, parameters[name]) for name, tensor in weights.items()}
-
-
-@torch.no_grad()
-def set_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Sets the parameters to what `trained_weights` returned."""
-    parameters = dict(module.named_parameters())
-    for name, tensor in weights.items():
-        parameters[name].copy_(tensor)
-
-
 @torch.no_grad()
 def average(averaged: Weights, module: nn.Module, decay: float) -> None:
     """Moves `averaged` towards the module's weights: w̄ ← decay w̄ + (1 - decay) w (InstructGPT, appendix C.4)."""
-    parameters = dict(module.named_parameters())
+    masters = trained(module)
     for name, tensor in averaged.items():
-        tensor.lerp_(parameters[name], 1 - decay)
+        tensor.lerp_(masters[name], 1 - decay)
 
 
 def learner_state(learner: Learner) -> Weights:
-    """Returns all that training changes: both models' weights and the optimizer's moments.
+    """Returns all that training changes: both models' weights, in fp32, and the optimizer's moments.
 
     The tensors are not copied: save them before the next optimizer step.
     """
     state: Weights = {}
     for prefix, module in (("policy", learner.policy), ("value", learner.value)):
-        state |= {f"{prefix}.{name}": each.detach() for name, each in module.named_parameters() if each.requires_grad}
+        state |= {f"{prefix}.{name}": each.detach() for name, each in trained(module).items()}
     for index, moments in learner.optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{name}": moments[name] for name in MOMENTS}
     return state

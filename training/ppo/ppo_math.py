@@ -111,6 +111,18 @@ def _worse_of(plain_NC: Tensor, clipped_NC: Tensor, mask_NC: Tensor) -> Loss:
     return Loss(masked_mean(torch.maximum(plain_NC, clipped_NC), mask_NC), float(clipped_share))
 
 
-def linear_warmup(round_index: int, num_warmup_rounds: int) -> float:
-    """Returns the learning rate's factor: 1 / (num_warmup_rounds + 1) in round 0, rising to 1, which it then stays."""
-    return min(1.0, (round_index + 1) / (num_warmup_rounds + 1))
+def rate_factor(round_index: int, num_rounds: int, num_warmup_rounds: int, num_decay_rounds: int) -> float:
+    """Returns the learning rate's factor in a round: it rises to 1, stays, and falls to 0.1 in the last round.
+
+    It is 1 / (num_warmup_rounds + 1) in round 0. The fall is over the last `num_decay_rounds`, and begins in no
+    run before the first round of the full rate.
+    """
+    risen = min(1.0, (round_index + 1) / (num_warmup_rounds + 1))
+    num_decay_rounds = min(num_decay_rounds, max(0, num_rounds - num_warmup_rounds - 1))
+    into_decay = round_index + 1 - (num_rounds - num_decay_rounds)
+    return risen if into_decay <= 0 else risen * (1 - 0.9 * into_decay / num_decay_rounds)
+
+
+def moved(start: float, end: float, round_index: int, num_rounds: int) -> float:
+    """Returns the value in a round of what moves linearly from the first round to the last."""
+    return start + (end - start) * round_index / max(1, num_rounds - 1)

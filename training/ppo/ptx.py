@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from feedback import heartbeat
+from policies.encoding import plain_token_ids
+from policies.end_tokens import end_tokens
 from training.config import PtxConfig
 from training.data.groups import Group, pack
 from training.errors import TrainingError
@@ -76,10 +79,14 @@ def pretraining_texts(config: PtxConfig, seed: int) -> Iterator[str]:
 
 
 def sequences(texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Yields sequences of `num_tokens` tokens, cut from the texts laid end to end with an end token after each."""
+    """Yields sequences of `num_tokens` tokens, cut from the texts laid end to end with an end token after each.
+
+    A text that names a control token is text.
+    """
+    end_token_id = end_tokens(tokenizer).of_text
     waiting: list[int] = []
-    for text in texts:
-        waiting += [*tokenizer.encode(text, add_special_tokens=False), int(tokenizer.eos_token_id)]
+    for text in heartbeat.each(texts):
+        waiting += [*plain_token_ids(tokenizer, text), end_token_id]
         while len(waiting) >= num_tokens:
             yield tuple(waiting[:num_tokens])
             del waiting[:num_tokens]
@@ -105,7 +112,7 @@ def add_gradient(
         input_GTD = shared.encode(packed, [policy.first])[policy.first]
         with autocast(shared.device):
             hidden_GTD = policy(input_GTD, packed, shared.angles(packed))
-        loss = -completion_logprobs(hidden_GTD, shared.head_VD, packed).sum() / num_tokens
+        loss = -completion_logprobs(hidden_GTD, shared.head, packed).sum() / num_tokens
         (gamma * loss).backward()
         total += loss.item()
     return summed(ranks, {"loss": total})["loss"]

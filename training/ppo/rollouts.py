@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from feedback import heartbeat
 from policies.precision import compute_dtype, dtype_name
-from policies.vllm_settings import cpu_options, prepare_cpu, whole_prefill
+from policies.vllm_settings import count_caches_as_free, cpu_options, prepare_cpu, whole_prefill
 from training.models.device import training_device
 from training.models.parallel import ALONE, Ranks
 
@@ -29,7 +30,7 @@ _GPU_OPTIONS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion, in tokens. It has an end token if and only if it is `finished`: the policy ended it."""
+    """A completion, in tokens. Its last one is an end token if and only if it is `finished`: the policy ended it."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -37,15 +38,18 @@ class Rollout:
     finished: bool
 
 
-def to_row(rollout: Rollout) -> list[Any]:
-    """Returns a rollout in the form that is written as JSON."""
-    return [list(rollout.token_ids), list(rollout.logprobs), rollout.finished]
+def to_rows(drawn: Sequence[Sequence[Rollout]]) -> list[list[Any]]:
+    """Returns the rollouts of each prompt in the form that is written as JSON."""
+    return [[[list(each.token_ids), list(each.logprobs), each.finished] for each in rollouts] for rollouts in drawn]
 
 
-def from_row(row: Sequence[Any]) -> Rollout:
-    """Returns the rollout that `to_row` was given."""
-    token_ids, logprobs, finished = row
-    return Rollout(tuple(token_ids), tuple(logprobs), finished)
+def from_rows(rows: Sequence[Sequence[Any]]) -> list[list[Rollout]]:
+    """Returns the rollouts that `to_rows` was given.
+
+    A run that an earlier release began has written one rollout of each prompt, without a list of them.
+    """
+    lists = [[row] if row and isinstance(row[-1], bool) else row for row in rows]
+    return [[Rollout(tuple(ids), tuple(logprobs), finished) for ids, logprobs, finished in row] for row in lists]
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,11 @@ class RolloutEngine:
         max_model_len: int,
         max_num_seqs: int,
         kv_cache_mib: int,
-        eos_token_id: int,
+        end_token_ids: Sequence[int],
         seed: int,
         ranks: Ranks = ALONE,
     ) -> None:
-        self._eos_token_id = eos_token_id
+        self._end_token_ids = list(end_token_ids)
         on_gpu = training_device().type == "cuda"
         # In this process on either device, so that weights need no copy and no file.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -92,7 +96,11 @@ class RolloutEngine:
         # Models come from folders. Only who names a data set of the hub wants it, and says so by setting this to 0.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from vllm import LLM
+        from vllm.model_executor.model_loader import default_loader
+        from vllm.utils import cpu_resource_utils
 
+        _beat_for_each_tensor(default_loader)
+        count_caches_as_free(cpu_resource_utils)
         self._llm = LLM(
             model=str(model_path),
             dtype=dtype_name(compute_dtype(training_device())),
@@ -109,13 +117,21 @@ class RolloutEngine:
             distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
             **({**_GPU_OPTIONS, **whole_prefill(max_model_len)} if on_gpu else cpu_options(max_model_len)),
         )
+        step = self._llm.llm_engine.step
+
+        def step_and_beat() -> Any:
+            heartbeat.beat()
+            return step()
+
+        # All rollouts of a round are one call, which may take long; each step of it is progress.
+        self._llm.llm_engine.step = step_and_beat  # type: ignore[method-assign]
 
     def draw(self, request: Request) -> list[list[Rollout]]:
         """Draws completions of each prompt at temperature 1, from the request's weights."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(request.weights)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": heartbeat.each(request.weights)})
         # What was computed with the weights before must not be read again.
         self._llm.reset_prefix_cache()
         parameters = [
@@ -126,7 +142,7 @@ class RolloutEngine:
                 # vLLM gives the completions of a prompt the seeds that follow.
                 seed=request.seed + index * request.num_completions,
                 logprobs=0,
-                stop_token_ids=[self._eos_token_id],
+                stop_token_ids=self._end_token_ids,
                 detokenize=False,
             )
             for index in range(len(request.prompts))
@@ -134,6 +150,12 @@ class RolloutEngine:
         inputs = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in request.prompts]
         outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         return [[_rollout(completion) for completion in output.outputs] for output in outputs]
+
+
+def _beat_for_each_tensor(loader: Any) -> None:
+    """Makes vLLM's module that loads models show progress: a large model takes minutes to read."""
+    read = loader.safetensors_weights_iterator
+    loader.safetensors_weights_iterator = lambda *given, **options: heartbeat.each(read(*given, **options))
 
 
 def _rollout(completion: object) -> Rollout:

@@ -17,35 +17,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from policies.host_memory import give_back
 from policies.precision import compute_dtype
 from training.config import PpoConfig
 from training.errors import TrainingError
-from training.models.device import autocast
-from training.models.parallel import gathered, led, summed, whole
-from training.models.policy import completion_logprobs, merged_tensors
-from training.ppo import ppo_math, ptx
-from training.ppo.experience import Experience, Minibatch, gather, observe
-from training.ppo.guards import is_good, stop_reason
-from training.ppo.learner import (
-    Learner,
+from training.models.masters import (
     Weights,
-    average,
-    learner_state,
+    cast,
+    copy_weights,
+    noise_source,
     placed_weights,
-    restore_learner,
     set_weights,
-    trained_parameters,
+    trained,
     trained_weights,
 )
+from training.models.parallel import gathered, led, whole
+from training.models.policy import merged_tensors
+from training.ppo import ppo_math, ptx
+from training.ppo.experience import Minibatch, Outputs, gather, observe
+from training.ppo.gradients import accumulate_gradients
+from training.ppo.guards import is_good, stop_reason
+from training.ppo.learner import Learner, average, learner_state, restore_learner
 from training.ppo.rollouts import Draw, Request
 from training.runs.checkpoint import newest_checkpoint, save_checkpoint
 
 Prompt = tuple[int, ...]
 Log = Callable[[int, int, dict[str, Any]], None]
 
-_ROUND_SEED, _PROMPT_SEED = 1_009, 100_003
+_ROUND_SEED, _RUN_SEED = 1_009, 100_003
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
             raise TrainingError(f"PPO stopped in round {progress.round + 1} with nothing better to keep: {reason}")
         if reason:
             set_weights(learner.policy, progress.good)
+            cast(learner.policy, _seed_of(seed, progress.good_round))
             hooks.log(progress.round, config.num_rounds, metrics | {"stopped/reason": reason})
             return reason
         hooks.log(progress.round, config.num_rounds, metrics)
@@ -122,7 +124,12 @@ def train(learner: Learner, config: PpoConfig, hooks: PpoHooks, *, seed: int) ->
             _save(learner, progress, hooks.checkpoints)
     if config.ema_decay:
         set_weights(learner.policy, progress.averaged)
+    cast(learner.policy, _seed_of(seed, config.num_rounds))
     return None
+
+
+def _seed_of(seed: int, round_index: int) -> int:
+    return seed * _RUN_SEED + round_index * _ROUND_SEED
 
 
 def _begin(learner: Learner, config: PpoConfig, hooks: PpoHooks) -> _Progress:
@@ -175,14 +182,21 @@ def _round(
     Raises:
         _NotFiniteError: a loss or gradient of the update is not finite.
     """
+    give_back()
     started = time.perf_counter()
-    round_seed = seed * _PROMPT_SEED + progress.round * _ROUND_SEED
+    round_seed = _seed_of(seed, progress.round)
+    for module in (learner.policy, learner.value):
+        cast(module, round_seed)
+    if config.final_kl_coef is not None:
+        progress.kl_coef = ppo_math.moved(config.kl_coef, config.final_kl_coef, progress.round, config.num_rounds)
+    device = learner.shared.device
+    noise = noise_source(device, round_seed) if config.stochastic_rounding else None
     own = learner.ranks.share(len(prompts))
     rollouts = hooks.draw(
         Request(
             # In the precision that the trainer computes in. Where that is fp32, rounding to bf16 would lose small
             # changes, and the rollouts would be the old policy's.
-            weights=merged_tensors(learner.shared, learner.policy, compute_dtype(learner.shared.device)),
+            weights=merged_tensors(learner.shared, learner.policy, compute_dtype(device), noise),
             prompts=prompts[own.start : own.stop],
             num_completions=config.rollouts_per_prompt,
             max_tokens=config.max_tokens,
@@ -192,7 +206,7 @@ def _round(
     )
     rows = list(zip(prompts, gathered(learner.ranks, rollouts), strict=True))
     sampled = time.perf_counter()
-    minibatches = gather(learner, config, rows, progress.kl_coef, round_seed)
+    minibatches, outputs = gather(learner, config, rows, progress.kl_coef, round_seed)
     observed = observe(minibatches, learner.ranks)
     # All ranks take the first one's figures, so that all decide the same.
     seen = led(learner.ranks, lambda: observed)
@@ -201,10 +215,14 @@ def _round(
     if reason:
         return reason, seen
     if is_good(progress.rounds):
-        progress.good, progress.good_round = trained_weights(learner.policy), progress.round
+        # In place, because a second copy beside the activations that `outputs` keeps would be the most at any time.
+        copy_weights(learner.policy, progress.good)
+        progress.good_round = progress.round
+    # Drawing and scoring have freed more than they leave, in pieces that the update's own tensors do not fit.
+    give_back()
     scored = time.perf_counter()
     metrics: dict[str, Any] = seen | {"policy/kl_coef": progress.kl_coef}
-    metrics |= _update(learner, config, hooks, progress, minibatches)
+    metrics |= _update(learner, config, hooks, progress, minibatches, outputs, round_seed)
     if config.ema_decay:
         average(progress.averaged, learner.policy, config.ema_decay)
     if config.target_kl is not None:
@@ -220,73 +238,50 @@ def _round(
 
 
 def _update(
-    learner: Learner, config: PpoConfig, hooks: PpoHooks, progress: _Progress, minibatches: Sequence[Minibatch]
+    learner: Learner,
+    config: PpoConfig,
+    hooks: PpoHooks,
+    progress: _Progress,
+    minibatches: Sequence[Minibatch],
+    outputs: Outputs | None,
+    seed: int,
 ) -> dict[str, float]:
-    """Takes an optimizer step for each minibatch in each of `num_epochs` epochs; returns the means of their figures."""
+    """Takes an optimizer step for each minibatch in each of `num_epochs` epochs; returns the means of their figures.
+
+    `outputs` are those of the first minibatch, if scoring has kept them.
+    """
+    factor = ppo_math.rate_factor(progress.round, config.num_rounds, config.num_warmup_rounds, config.num_decay_rounds)
     for group in learner.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * ppo_math.linear_warmup(progress.round, config.num_warmup_rounds)
-    policy_parameters, value_parameters = (trained_parameters(each) for each in (learner.policy, learner.value))
+        group["lr"] = group["peak_lr"] * factor
+    policy_weights, value_weights = ([*trained(each).values()] for each in (learner.policy, learner.value))
     steps: list[dict[str, float]] = []
-    for _ in range(config.num_epochs):
-        for minibatch in minibatches:
-            learner.optimizer.zero_grad()
-            metrics = accumulate_gradients(learner, config, minibatch)
-            if hooks.pretraining:
-                num_episodes = sum(len(each.scores_N) for each in minibatch)
-                # A multiple of the number of ranks, so that they can divide the sequences.
-                for_each = max(1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs))
-                count = learner.ranks.size * for_each
-                drawn = list(itertools.islice(hooks.pretraining, count))
-                progress.num_sequences += count
-                metrics |= ptx.accumulate(
-                    policy_parameters, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens,
-                    learner.ranks,
-                )  # fmt: skip
-            norm = float(whole(nn.utils.clip_grad_norm_(policy_parameters, config.max_grad_norm)))
-            nn.utils.clip_grad_norm_(value_parameters, config.max_grad_norm)
-            if not (math.isfinite(metrics["policy/loss"] + metrics["val/loss"]) and math.isfinite(norm)):
-                raise _NotFiniteError(f"losses and gradients must be finite: norm {norm}, {metrics}")
-            learner.optimizer.step()
-            steps.append(metrics | {"policy/grad_norm": norm})
+    for minibatch in itertools.chain.from_iterable(itertools.repeat(minibatches, config.num_epochs)):
+        if steps:
+            # The first step learns from the copies that drew the rollouts.
+            for module in (learner.policy, learner.value):
+                cast(module, seed + len(steps))
+        learner.optimizer.zero_grad()
+        metrics = accumulate_gradients(learner, config, minibatch, outputs)
+        outputs = None
+        if hooks.pretraining:
+            num_episodes = sum(len(each.scores_N) for each in minibatch)
+            # A multiple of the number of ranks, so that they can divide the sequences.
+            for_each = max(1, round(config.ptx.examples_per_episode * num_episodes / config.num_epochs))
+            count = learner.ranks.size * for_each
+            drawn = list(itertools.islice(hooks.pretraining, count))
+            progress.num_sequences += count
+            metrics |= ptx.accumulate(
+                policy_weights, learner.policy, learner.shared, drawn, progress.gamma, config.micro_batch_tokens,
+                learner.ranks,
+            )  # fmt: skip
+        norm = float(whole(nn.utils.clip_grad_norm_(policy_weights, config.max_grad_norm)))
+        nn.utils.clip_grad_norm_(value_weights, config.max_grad_norm)
+        if not (math.isfinite(metrics["policy/loss"] + metrics["val/loss"]) and math.isfinite(norm)):
+            raise _NotFiniteError(f"losses and gradients must be finite: norm {norm}, {metrics}")
+        learner.optimizer.step()
+        steps.append(metrics | {"policy/grad_norm": norm})
     found = {name: [each[name] for each in steps if name in each] for metrics in steps for name in metrics}
     return {name: sum(values) / len(values) for name, values in found.items()}
-
-
-def accumulate_gradients(learner: Learner, config: PpoConfig, minibatch: Minibatch) -> dict[str, float]:
-    """Adds a minibatch's gradients, part by part, over all ranks, as if it were one part; returns its figures."""
-    tokens = [int(each.packed.mask_NC.sum()) for each in minibatch]
-    num_tokens = summed(learner.ranks, {"tokens": sum(tokens)})["tokens"]
-    totals: dict[str, float] = {}
-    for experience, count in zip(minibatch, tokens, strict=True):
-        loss, metrics = _loss(learner, config, experience)
-        share = count / num_tokens
-        (loss * share).backward()
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + value * share
-    return summed(learner.ranks, totals)
-
-
-def _loss(learner: Learner, config: PpoConfig, experience: Experience) -> tuple[Tensor, dict[str, float]]:
-    """Returns the clipped policy loss plus the weighted, clipped value loss, and the figures of both."""
-    packed, mask_NC = experience.packed, experience.packed.mask_NC
-    old_NC = experience.old_logprobs_NC
-    with autocast(mask_NC.device):
-        hidden_GTD = learner.policy(experience.policy_input_GTD, packed, experience.angles)
-    logprobs_NC = completion_logprobs(hidden_GTD, learner.shared.head_VD, packed)
-    weights_NC = ppo_math.importance_weights(old_NC, experience.sampler_logprobs_NC, mask_NC, config.importance_cap)
-    policy = ppo_math.policy_loss(logprobs_NC, old_NC, experience.advantages_NC, mask_NC, config.clip_range, weights_NC)
-    values_NC = learner.value(experience.value_input_GTD, packed, experience.angles)
-    value = ppo_math.value_loss(
-        values_NC, experience.old_values_NC, experience.returns_NC, mask_NC, config.value_clip_range
-    )
-    log_ratio_NC = (logprobs_NC - old_NC).detach()
-    return policy.value + config.value_coef * value.value, {
-        "policy/loss": policy.value.item(),
-        "policy/clipfrac": policy.clipped_share,
-        "policy/approx_kl": float(0.5 * ppo_math.masked_mean(log_ratio_NC**2, mask_NC)),
-        "val/loss": value.value.item(),
-        "val/clipfrac": value.clipped_share,
-    }
 
 
 def _turns(prompts: Sequence[Prompt], size: int, seed: int) -> Iterator[list[Prompt]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from alignd.v1.policy_manifest_pb2 import PolicyManifest
 from policies.artifact import MANIFEST
-from training.runs.folder import LABEL_NEXT, RECIPE_FILE, SAMPLES_FILE, SamplePair, Unranked
+from training.runs.folder import LABEL_NEXT, NUM_SHOWN, RECIPE_FILE, SAMPLES_FILE, SamplePair, Unranked
 from training.runs.record import METRICS_FILE, Record, of_phase, read_lines
 
 
@@ -37,6 +37,11 @@ class RunHistory:
         """The records of PPO's rounds."""
         return of_phase(self.records, "ppo")
 
+    @property
+    def shown(self) -> list[SamplePair]:
+        """The first pair of each of the first few prompts."""
+        return [pair for pair in self.samples if pair.index == 0][:NUM_SHOWN]
+
 
 def read_run(folder: Path) -> RunHistory:
     """Reads a run's folder. Parts that are missing, or cannot be read, are left empty."""
@@ -55,13 +60,26 @@ def read_run(folder: Path) -> RunHistory:
             manifest = ParseDict(found, PolicyManifest(), ignore_unknown_fields=True)
         except ParseError as error:
             notes.append(f"{MANIFEST} is no policy manifest: {error}")
-    pairs = [SamplePair(str(s["prompt"]), str(s["before"]), str(s["after"])) for s in samples.found]
+    pairs = [_pair(sample) for sample in samples.found]
     least_sure = [
         Unranked(str(u["sample_id"]), float(u["uncertainty"]), str(u["prompt"]), tuple(map(str, u["completions"])))
         for u in unranked.found
         if isinstance(u["uncertainty"], int | float) and isinstance(u["completions"], list)
     ]
     return RunHistory(folder.resolve().name, metrics.found, pairs, least_sure, recipe, manifest, notes)
+
+
+def _pair(sample: Record) -> SamplePair:
+    """Reads a line of samples.jsonl. Earlier releases and SFT wrote one pair of each prompt, without scores."""
+    index = sample.get("index")
+    scores = (sample.get(f"{which}_score") for which in ("before", "after"))
+    return SamplePair(
+        str(sample["prompt"]),
+        str(sample["before"]),
+        str(sample["after"]),
+        index if isinstance(index, int) else 0,
+        *(float(score) if isinstance(score, int | float) else None for score in scores),
+    )
 
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from feedback.durable import replace_file
+from training.data.census import KINDS, outcomes
 from training.report.history import RunHistory, read_run
 from training.report.plots import draw_plots
-from training.report.summary import figures, finding, fitting_figures, settings, stops
+from training.report.summary import Figure, figures, finding, fitting_figures, settings, stops
 from training.runs.folder import REPORT_FILE
 from training.runs.record import last_of
 
@@ -38,14 +39,24 @@ def render(run: RunHistory) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    rewards = last_of(run.records, "reward_model_evaluation")
     return environment.get_template(TEMPLATE).render(
         run=run,
         finding=finding(run),
         figures=figures(run),
+        read=what_was_read(run),
         fitting=fitting_figures(run),
-        plots=draw_plots(run.rounds, rewards, run.recipe.get("ppo", {})),
+        plots=draw_plots(run.records, run.recipe.get("ppo", {})),
         stops=stops(run),
         settings=list(settings(run.recipe)),
         num_open=_NUM_OPEN_SAMPLES,
     )
+
+
+def what_was_read(run: RunHistory) -> list[Figure]:
+    """Returns how many rankings, prompts or demonstrations the run read, and what became of them."""
+    record = last_of(run.records, "data")
+    unrendered = [(kind, record[f"{kind}/unrendered"]) for kind in KINDS if f"{kind}/unrendered" in record]
+    return [
+        *(Figure(f"{kind} read", count, outcome) for kind, count, outcome in outcomes(record)),
+        *(Figure(f"{kind} that cannot be rendered", "", f"of the samples {which}") for kind, which in unrendered),
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from training.report.history import Change, duration, fall_from_best, greatest, last_finite, series
+from training.report.frontier import score_by_kl
+from training.report.history import Change, duration, greatest, last_finite, series
 from training.report.reward_plots import accuracy_plot, calibration_plot
 from training.report.svg import (
     DASHED,
     HEIGHT,
-    HELD_OUT_MODEL,
     NEUTRAL,
     POLICY,
     REWARD_MODEL,
@@ -26,25 +25,26 @@ from training.report.svg import (
     Plot,
     legend,
     panels,
+    sentence,
     to_svg,
 )
-from training.runs.record import Record
+from training.runs.record import Record, last_of, of_phase
 
 Floats = NDArray[np.float64]
-_MOST_MARKERS, _MOST_POINTS = 30, 100
+_MOST_MARKERS = 30
 
 
-def draw_plots(rounds: Sequence[Record], rewards: Record, limits: Mapping[str, Any]) -> list[Plot]:
+def draw_plots(records: Sequence[Record], limits: Mapping[str, Any]) -> list[Plot]:
     """Draws all plots that the run has figures for.
 
     Args:
-        rounds: the records of phase "ppo", each round once.
-        rewards: the record of phase "reward_model_evaluation"; empty if there is none.
+        records: all of the run's.
         limits: the recipe's "ppo", whose limits are marked where the run comes near them.
     """
+    rounds, rewards = of_phase(records, "ppo"), last_of(records, "reward_model_evaluation")
     with mpl.rc_context(STYLE):  # type: ignore[arg-type, unused-ignore]
         plots = (
-            _score_by_kl(rounds, held_out_apart="reward_model/held_out_accuracy" in rewards),
+            score_by_kl(records),
             _kl_and_entropy(rounds, limits),
             _completions(rounds),
             _updates(rounds),
@@ -56,39 +56,6 @@ def draw_plots(rounds: Sequence[Record], rewards: Record, limits: Mapping[str, A
     return [plot for plot in plots if plot]
 
 
-def _score_by_kl(rounds: Sequence[Record], *, held_out_apart: bool) -> Plot | None:
-    size = max(1, math.ceil(len(rounds) / _MOST_POINTS))
-    root_kl = _block_means(np.sqrt(np.maximum(series(rounds, "objective/kl"), 0.0)), size)
-    figure, (axes,) = panels(1, HEIGHT)
-    clauses = []
-    for key, name, whose, color in (
-        ("objective/score", "reward model", "the reward model’s score", REWARD_MODEL),
-        ("objective/held_out_score", "held-out reward model", "the held-out reward model’s", HELD_OUT_MODEL),
-    ):
-        scores = _block_means(series(rounds, key), size)
-        if np.isfinite(root_kl + scores).any():
-            axes.plot(root_kl, scores, color=color, linewidth=1, alpha=0.5)
-            axes.scatter(root_kl, scores, s=np.linspace(12, 48, len(scores)), color=color, label=name)
-            clauses.append(f"{whose} {Change.of(series(rounds, key)).words}")
-    if clauses and (fall := fall_from_best(series(rounds, "objective/held_out_score"))):
-        clauses[-1] += f" and ends {fall:.2g} below its best"
-    if not clauses:
-        return None
-    axes.set(xlabel="√KL from the reference policy (√nat)", ylabel="score (reference: mean 0, deviation 1)")
-    legend(axes)
-    caption = (
-        f"n = {len(rounds)} PPO rounds{f', in means of {size}' if size > 1 else ''}; dots of later rounds are larger. "
-        "KL is summed over a completion."
-    )
-    # Where nobody is held out, the held-out reward model is fitted to the same labelers as the reward model.
-    if len(clauses) > 1 and held_out_apart:
-        caption += (
-            " The held-out reward model is fitted to labelers unknown to the reward model: where the two scores part, "
-            "the policy is over-optimised (Gao et al. 2022)."
-        )
-    return Plot(_sentence(*clauses), to_svg(figure, "score-by-kl"), caption)
-
-
 def _kl_and_entropy(rounds: Sequence[Record], limits: Mapping[str, Any]) -> Plot | None:
     kl, entropy = series(rounds, "objective/kl"), series(rounds, "objective/entropy")
     figure, (upper, lower) = panels(2, HEIGHT, shared=True)
@@ -98,7 +65,7 @@ def _kl_and_entropy(rounds: Sequence[Record], limits: Mapping[str, Any]) -> Plot
     marked = _mark_limit(upper, kl, limits.get("max_kl"))
     upper.set_ylabel("KL (nats)")
     lower.set(ylabel="entropy (nats)", xlabel="PPO round")
-    title = _sentence(
+    title = sentence(
         f"the last rollouts are {last_finite(kl):.2g} nats from the reference" if drawn[0] else "",
         f"their entropy {Change.of(entropy).words}" if drawn[1] else "",
     )
@@ -117,7 +84,7 @@ def _completions(rounds: Sequence[Record]) -> Plot | None:
     upper.set(ylabel="length (tokens)", ylim=(0, None))
     lower.set(ylabel="ended by itself (%)", xlabel="PPO round", ylim=(-4, 104))
     tokens, share = Change.of(length), Change.of(ended)
-    title = _sentence(
+    title = sentence(
         f"completions go from {tokens.before:.0f} to {tokens.after:.0f} tokens" if drawn[0] else "",
         f"{share.before:.0f}% end by themselves in early rounds, {share.after:.0f}% in late ones" if drawn[1] else "",
     )
@@ -141,7 +108,7 @@ def _updates(rounds: Sequence[Record]) -> Plot | None:
     upper.set(ylabel="clipped tokens (%)", ylim=(0, None))
     lower.set(ylabel="approx. KL (nats)", xlabel="PPO round", ylim=(0, None))
     legend(upper)
-    title = _sentence(
+    title = sentence(
         f"an update clips at most {greatest(clipped):.2g}% of the policy’s tokens" if drawn[0] else "",
         f"it moves the policy by at most {greatest(moved):.2g} nats a token" if drawn[2] else "",
     )
@@ -166,7 +133,7 @@ def _value_and_sampler(rounds: Sequence[Record], limits: Mapping[str, Any]) -> P
     lower.set(ylabel="sampler gap (nats)", xlabel="PPO round", ylim=(0, None))
     marked = _mark_limit(lower, gap, limits.get("max_sampler_gap"))
     change = Change.of(explained)
-    title = _sentence(
+    title = sentence(
         f"the value function’s explained variance goes from {change.before:z.2f} to {change.after:z.2f}"
         if drawn[0]
         else "",
@@ -222,14 +189,3 @@ def _mark_limit(axes: Axes, values: Floats, limit: object) -> bool:
         return False
     axes.axhline(limit, **DASHED)
     return True
-
-
-def _block_means(values: Floats, size: int) -> Floats:
-    """Returns means over blocks of `size` rounds; the last block may be smaller. A block with NaN has the mean NaN."""
-    starts = np.arange(0, len(values), size)
-    return np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values))) if len(values) else values
-
-
-def _sentence(*clauses: str) -> str:
-    text = "; ".join(clause for clause in clauses if clause)
-    return text[:1].upper() + text[1:]

@@ -12,13 +12,17 @@ import numpy as np
 from training.config import TrainingConfig
 from training.report.history import Change, RunHistory, duration, fall_from_best, series
 from training.report.reward_plots import shares
-from training.runs.record import COUNTED, PHASES, Record, last_of, of_phase
+from training.runs.record import Record, last_of, of_phase, place_of
 
 _MOST_REASON = 160  # characters of a reason in the finding; further down the reason is given in full
 _MOST_ROUNDS = 8  # most rounds that are listed where a metric is not finite
-WIN_RATE = "reward_model/win_rate_over_reference"
+WIN_RATE, KL = "reward_model/win_rate_over_reference", "objective/kl_from_reference"
 # Names in the report of the manifest's evaluations, and their units.
-_EVALUATIONS = {"objective/kl_from_reference": ("KL of its answers to held-out prompts", "nats a completion; ")}
+_EVALUATIONS = {KL: ("KL of its answers to held-out prompts", "nats a completion; ")}
+_EVALUATED = (
+    ("score", "score of its answers to held-out prompts"),
+    ("held_out_score", "score of these answers by the held-out reward model"),
+)
 _COUNTS = {"wins": "won", "ties": "tied", "losses": "lost"}
 _ACCURACY = ("held_out_accuracy", "accuracy_low", "accuracy_high")
 # Each metric with its name in the report, its format and its unit.
@@ -79,7 +83,7 @@ def finding(run: RunHistory) -> str:
         reason = _short(str(last.get("reason", "no reason given")))
         if version:
             return f"The run registered version {version}, then stopped: {reason}"
-        return f"The run stopped {_where(records[:-1])}, and made no version: {reason}"
+        return f"The run stopped {place_of(records[:-1])}, and made no version: {reason}"
     if last["phase"] == "done" and (epochs := _sft_epochs(run)):
         best, reference = _best_epoch(epochs), _number(last_of(records, "sft_reference"), "sft/score")
         return (
@@ -89,7 +93,7 @@ def finding(run: RunHistory) -> str:
         )
     won = last_of(records, "evaluate")
     if not won:
-        return f"The run has not ended: its records break off {_where(records)}."
+        return f"The run has not ended: its records break off {place_of(records)}."
     clauses = [_win_rate(won, f"version {version}" if version else "the new policy"), *_held_out_score(run.rounds)]
     if version:
         promoted = last_of(records, "register").get("promoted")
@@ -108,24 +112,14 @@ def _best_epoch(epochs: Sequence[Record]) -> Record:
     return max(epochs, key=lambda epoch: (math.isfinite(_number(epoch, "sft/loss")), _number(epoch, "sft/score")))
 
 
-def _where(records: Sequence[Record]) -> str:
-    if not records:
-        return "at once"
-    last = records[-1]
-    name = PHASES.get(last["phase"], last["phase"])
-    if last["count"] == 1:
-        return f"after {name}"
-    return f"in {name}, after {COUNTED.get(last['phase'], 'record')} {last['index'] + 1} of {last['count']}"
-
-
 def _win_rate(won: Record, policy: str) -> str:
     value, low, high = _number(won, WIN_RATE), _number(won, "low"), _number(won, "high")
-    share = f"{value:.0%} of {_count(won)} held-out prompts, by the reward model"
+    share = f"{value:.0%} of pairs of completions of {_count(won)} held-out prompts, by the reward model"
     if low > 0.5:
-        return f"{policy} beats the reference policy on {share}"
+        return f"{policy} beats the reference policy in {share}"
     if high < 0.5:
-        return f"{policy} falls behind the reference policy: it wins on only {share}"
-    return f"{policy} is not clearly better or worse than the reference policy: it wins on {share}"
+        return f"{policy} falls behind the reference policy: it wins only {share}"
+    return f"{policy} is not clearly better or worse than the reference policy: it wins {share}"
 
 
 def _held_out_score(rounds: Sequence[Record]) -> list[str]:
@@ -154,7 +148,8 @@ def _number(record: Record, key: str) -> float:
 
 
 def _count(won: Record) -> int:
-    return sum(int(won.get(key, 0)) for key in _COUNTS)
+    """Returns how many prompts there were. Earlier releases compared one pair of each."""
+    return int(won.get("prompts", sum(int(won.get(key, 0)) for key in _COUNTS)))
 
 
 def stops(run: RunHistory) -> list[str]:
@@ -169,7 +164,7 @@ def stops(run: RunHistory) -> list[str]:
     if records[-1]["phase"] == "stopped":
         found.append(f"The run stopped: {records[-1].get('reason', 'no reason given')}")
     elif records[-1]["phase"] != "done":
-        found.append(f"The records break off {_where(records)}: the run was killed, or is still under way.")
+        found.append(f"The records break off {place_of(records)}: the run was killed, or is still under way.")
     return found
 
 
@@ -213,7 +208,11 @@ def _outcome(won: Record, registered: Record) -> Iterator[Figure]:
     if won:
         interval = f"95% interval {_number(won, 'low'):.1%} to {_number(won, 'high'):.1%}"
         counts = ", ".join(f"{won.get(key, '?')} {name}" for key, name in _COUNTS.items())
-        yield Figure("win rate, by the reward model", f"{_number(won, WIN_RATE):.1%}", f"{interval}; {counts}")
+        pairs = f"of the pairs of {_count(won)} held-out prompts, {counts}"
+        yield Figure("win rate, by the reward model", f"{_number(won, WIN_RATE):.1%}", f"{interval}; {pairs}")
+        for key, name in _EVALUATED:
+            if key in won:
+                yield Figure(name, f"{_number(won, key):z.2f}", "standard deviations of the reference’s scores")
 
 
 def _of_metrics(rounds: Sequence[Record], rows: Sequence[tuple[str, str, str, str]]) -> Iterator[Figure]:

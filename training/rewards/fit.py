@@ -21,10 +21,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from feedback import heartbeat
 from policies.precision import compute_dtype
 from training.config import RewardModelConfig
 from training.data.groups import RankedExample, micro_batches, pack
 from training.errors import TrainingError
+from training.models.masters import cast, drop_masters, keep_masters, trained
 from training.models.reward import RewardModel, features_of, group_features
 from training.rewards.loss import Comparisons, compare, margins, ranking_losses
 
@@ -124,14 +126,16 @@ def _train_layers(
     seed: int,
     log: Log,
 ) -> None:
-    """Trains layers and heads for one epoch by AdamW, cosine to 10 %. At the end the layers are rounded to bf16."""
-    model.layers.float()
-    trained = [*model.layers.parameters(), model.heads_FE]
-    for parameter in trained:
+    """Trains layers and heads for one epoch by AdamW, cosine to 10 %. The result is the layers' last copy in bf16."""
+    model.layers.to(compute_dtype(model.shared.device))
+    for parameter in (*model.layers.parameters(), model.heads_FE):
         parameter.requires_grad_(True)
+    if compute_dtype(model.shared.device) != torch.float32:
+        keep_masters(model.layers)
+    layers = [*trained(model.layers).values()]
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(model.layers.parameters()), "lr": config.learning_rate, "weight_decay": 0.0},
+            {"params": layers, "lr": config.learning_rate, "weight_decay": 0.0},
             {"params": [model.heads_FE], "lr": config.head_learning_rate, "weight_decay": 0.0},
         ],
         betas=(0.9, 0.95),
@@ -144,6 +148,7 @@ def _train_layers(
     for step, batch in enumerate(batches):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * cosine_to_tenth(step, len(batches))
+        cast(model.layers, seed + step)
         optimizer.zero_grad()
         penalty = config.l2 / 2 * model.heads_FE.square().sum(0).mean()
         penalty.backward()
@@ -160,13 +165,15 @@ def _train_layers(
             fitted.backward()
             loss += fitted.item()
             right += (margins(scores_NE.detach().mean(1), among) > 0).tolist()
-        nn.utils.clip_grad_norm_(trained, _MAX_GRAD_NORM)
+        nn.utils.clip_grad_norm_([*layers, model.heads_FE], _MAX_GRAD_NORM)
         _check(loss)
         optimizer.step()
         done += len(batch)
         share = sum(right) / len(right) if right else 0.0
         log(done - 1, len(examples), {"reward_model/loss": loss, "reward_model/accuracy": share})
-    # Rounded as saved weights are, and then in the precision that the model computes in.
+    cast(model.layers, seed + len(batches))
+    drop_masters(model.layers)
+    # Where it computes in fp32: rounded as saved weights are.
     model.layers.bfloat16().to(compute_dtype(model.shared.device))
     model.requires_grad_(False)
 
@@ -194,6 +201,7 @@ def _minimize(loss: Callable[[], Tensor], parameter: nn.Parameter) -> float:
     optimizer = torch.optim.LBFGS([parameter], max_iter=_MAX_ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> float:
+        heartbeat.beat()
         optimizer.zero_grad()
         value = loss()
         value.backward()

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from feedback.store.reader import StoredSample
-from policies.rendering import prompt_token_ids
-from training.data.dataset import completion_token_ids_of, text_of
+from feedback.store.stored import StoredSample
+from training.data.dataset import text_of
 from training.data.groups import Group
+from training.data.rendering import NotRenderedError, rendered_sample
 from training.models.reward import RewardModel, group_features
 from training.runs.folder import Unranked
 
@@ -33,7 +33,10 @@ def label_next(
     max_prompt_tokens: int,
     max_group_tokens: int,
 ) -> list[Unranked]:
-    """Returns the samples, the most uncertain first, without those that have an empty completion or are too long."""
+    """Returns the samples, the most uncertain first.
+
+    Without those that have an empty completion, are too long, or cannot be rendered.
+    """
     groups = [(sample, _group(tokenizer, sample)) for sample in samples]
     readable = [
         (sample, group)
@@ -61,5 +64,8 @@ def uncertainty(scores_KE: Tensor) -> float:
 
 
 def _group(tokenizer: PreTrainedTokenizerBase, sample: StoredSample) -> Group | None:
-    completions = [completion_token_ids_of(tokenizer, each.text, ended=each.ended) for each in sample.completions]
-    return Group(tuple(prompt_token_ids(tokenizer, sample.prompt)), tuple(completions)) if all(completions) else None
+    try:
+        prompt, completions = rendered_sample(tokenizer, sample.prompt, sample.completions)
+    except NotRenderedError:
+        return None
+    return Group(prompt, tuple(completions)) if all(completions) else None

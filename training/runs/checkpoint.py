@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from feedback.durable import rename_folder, replace_file
-from training.models.tensor_file import save_tensors
+from training.models.tensor_file import load_weights, save_model_tensors
 
 PREFIX = "round-"
 _DRAFT = "draft"
-_TENSORS, _FACTS = "tensors.safetensors", "facts.json"
+_FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def save_checkpoint(folder: Path, round_index: int, tensors: Mapping[str, Tensor
     draft = folder / _DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_tensors(draft / _TENSORS, tensors, {})
+    save_model_tensors(draft, tensors)
     replace_file(draft / _FACTS, json.dumps(facts))
     target = folder / f"{PREFIX}{round_index}"
     shutil.rmtree(target, ignore_errors=True)
@@ -57,7 +56,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     if not rounds:
         return None
     found = folder / f"{PREFIX}{max(rounds)}"
-    return Checkpoint(max(rounds), load_file(found / _TENSORS), json.loads((found / _FACTS).read_text()))
+    return Checkpoint(max(rounds), load_weights(found), json.loads((found / _FACTS).read_text()))
 
 
 def _rounds(folder: Path) -> list[int]:

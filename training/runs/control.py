@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
 
+from feedback import heartbeat
 from training.config import TrainingConfig
 from training.errors import RunAbortedError
 from training.runs.lease import TrainerLease, read_control
@@ -33,6 +33,7 @@ class OperatorControl:
         """
         reported = False
         while True:
+            heartbeat.beat()
             if not self.lease.renew():
                 logger.error("another trainer has taken over; ending")
                 sys.exit(1)
@@ -44,4 +45,4 @@ class OperatorControl:
             if not reported:
                 logger.info("paused; `alignd runs resume` ends the pause")
             reported = True
-            time.sleep(self.config.poll_seconds)
+            heartbeat.wait(self.config.poll_seconds)

@@ -1,26 +1,45 @@
 """Ensures that one trainer at a time works on a store, and passes operators' requests to it: to pause, to end a run.
 
 The lease is a row of the store's database. So it is where the rankings are, and outlives the trainer that has it. Times
-are by each machine's clock. The clocks must differ by much less than `lease_seconds`; otherwise another trainer takes
-over too soon or too late.
+are by the database's clock, which is one for all. Where that clock was set back, a lease holds no longer than if it had
+been taken now. A trainer that has ended on this machine is not waited for (training.runs.holder).
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    and_,
+    case,
+    false,
+    literal_column,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from feedback.store.engine import writing
 from feedback.store.tables import TRAINER
+from training.runs.holder import has_ended, this_process
 
 logger = logging.getLogger(__name__)
 
 _MICROSECONDS = 1_000_000
+# The present time in Unix microseconds, by each kind of database. SQLite's is to the millisecond.
+_NOW_US = {
+    "sqlite": "CAST(strftime('%s', 'now') || substr(strftime('%f', 'now'), 4) || '000' AS INTEGER)",
+    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)",
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +50,8 @@ class Control:
     abort_run: str
     """Id of the run that is to end."""
     holder: str
-    expires_at: float
-    """When another trainer may take the lease, in Unix seconds."""
+    seconds_left: float
+    """Until another trainer may take the lease: 0 if it may now."""
 
 
 def read_control(engine: Engine) -> Control:
@@ -42,8 +61,11 @@ def read_control(engine: Engine) -> Control:
         sqlalchemy.exc.SQLAlchemyError: the database cannot be used; all functions of this module raise it.
     """
     with engine.connect() as connection:
-        row = connection.execute(select(TRAINER)).one()
-    return Control(bool(row.paused), row.abort_run, row.holder, row.expires_at_us / _MICROSECONDS)
+        row = connection.execute(select(TRAINER, _now_us(engine).label("now_us"))).one()
+    left_us = 0 if has_ended(row.process) else max(row.expires_at_us - row.now_us, 0)
+    # A clock that was set back has left a lease that seems longer than any is taken for.
+    left_us = min(left_us, row.lease_us or left_us)
+    return Control(bool(row.paused), row.abort_run, row.holder, left_us / _MICROSECONDS)
 
 
 def set_paused(engine: Engine, paused: bool) -> None:
@@ -67,6 +89,17 @@ def _set(engine: Engine, *conditions: ColumnElement[bool], **values: object) -> 
         connection.commit()
 
 
+def _now_us(engine: Engine) -> ColumnElement[int]:
+    return literal_column(_NOW_US[engine.dialect.name], BigInteger)
+
+
+def _shorten(connection: Connection) -> None:
+    """Lets a lease end no later than one that were taken now: it is longer only if the clock was set back since."""
+    longest = _now_us(connection.engine) + TRAINER.c.lease_us
+    too_long = and_(TRAINER.c.lease_us > 0, TRAINER.c.expires_at_us > longest)
+    connection.execute(update(TRAINER).where(too_long).values(expires_at_us=longest))
+
+
 class TrainerLease:
     """The right to train from a store, for `lease_seconds` at a time. Methods raise sqlalchemy.exc.SQLAlchemyError.
 
@@ -74,10 +107,8 @@ class TrainerLease:
     right before an action that cannot be undone; for all else it is enough to look at `lost`.
     """
 
-    def __init__(
-        self, engine: Engine, holder: str, lease_seconds: float, clock: Callable[[], float] = time.time
-    ) -> None:
-        """Makes a lease that is not acquired yet. `holder` should name machine and process; `clock` gives Unix seconds.
+    def __init__(self, engine: Engine, holder: str, lease_seconds: float) -> None:
+        """Makes a lease that is not acquired yet. `holder` should name machine and process, for people.
 
         Raises:
             ValueError: `holder` is empty, or `lease_seconds` is not positive.
@@ -91,7 +122,6 @@ class TrainerLease:
         """Fencing number: greater than those of all earlier holders. 0 before the lease is acquired."""
         self._engine = engine
         self._seconds = lease_seconds
-        self._clock = clock
         # By the monotonic clock: until then no other trainer takes the lease.
         self._good_until = 0.0
 
@@ -99,10 +129,13 @@ class TrainerLease:
         """Takes the lease if it is free, has expired or has our holder's name, and returns whether it did.
 
         If several call this at the same time, one of them gets the lease. An earlier process of our holder's name is
-        replaced like any other holder.
+        replaced like any other holder, and so is one that has ended on this machine.
         """
-        has_expired = TRAINER.c.expires_at_us <= round(self._clock() * _MICROSECONDS)
-        taken = self._take(or_(TRAINER.c.holder.in_(("", self.holder)), has_expired))
+        with self._engine.connect() as connection:
+            before = connection.execute(select(TRAINER.c.process, TRAINER.c.epoch)).one()
+        has_died = and_(TRAINER.c.epoch == before.epoch, true() if has_ended(before.process) else false())
+        has_expired = TRAINER.c.expires_at_us <= _now_us(self._engine)
+        taken = self._take(or_(TRAINER.c.holder.in_(("", self.holder)), has_expired, has_died))
         if taken:
             self.lost.clear()
         return taken
@@ -121,7 +154,7 @@ class TrainerLease:
 
     def release(self) -> None:
         """Frees the lease, so that another can take it at once. Does nothing if it is not ours."""
-        _set(self._engine, self._is_ours(), holder="", expires_at_us=0)
+        _set(self._engine, self._is_ours(), holder="", process="", expires_at_us=0)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -151,20 +184,24 @@ class TrainerLease:
     def _take(self, condition: ColumnElement[bool]) -> bool:
         """Takes or keeps the lease if the condition is true in the database, and returns whether it did.
 
-        Times are read before the wait for other writers: the lease may end too early for us, but never too late.
+        Our time is read before the wait for other writers: the lease may end too early for us, but never too late.
         """
         good_until = time.monotonic() + self._seconds
+        lease_us = round(self._seconds * _MICROSECONDS)
         statement = (
             update(TRAINER)
             .where(condition)
             .values(
                 holder=self.holder,
-                expires_at_us=round((self._clock() + self._seconds) * _MICROSECONDS),
+                process=this_process(),
+                lease_us=lease_us,
+                expires_at_us=_now_us(self._engine) + lease_us,
                 epoch=TRAINER.c.epoch + case((self._is_ours(), 0), else_=1),
             )
             .returning(TRAINER.c.epoch)
         )
         with writing(self._engine) as connection:
+            _shorten(connection)
             epoch = connection.execute(statement).scalar()
             connection.commit()
         if epoch is None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from feedback import heartbeat
 from feedback.durable import replace_file
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,6 +28,7 @@ RECORD_KEYS: Mapping[str, str] = {
     "count": "how many of these the phase has, as far as is known",
 }
 PHASES: Mapping[str, str] = {
+    "data": "reading what to learn from",
     "reward_model": "fitting the reward model",
     "reward_model_evaluation": "evaluating the reward model",
     "normalise": "sampling the reference policy",
@@ -42,6 +44,38 @@ ENDS = ("done", "stopped")
 COUNTED: Mapping[str, str] = {"reward_model": "ranking", "ppo": "round", "sft": "epoch"}
 """What `index` and `count` of a phase count; the other phases have a single line."""
 METRICS: Mapping[str, str] = {
+    # What was read: all of it was learned from, measured with, or left out for one of the reasons.
+    "rankings/read": "rankings in the store when the run began",
+    "rankings/learned": "rankings that the reward model learned from",
+    "rankings/measured": "held-out rankings that it was measured with",
+    "rankings/shortened": "rankings of both kinds that were used without their longest completions",
+    "rankings/unrendered": "the first few samples of rankings that cannot be rendered",
+    "rankings/left_out/no_sample": "rankings left out: without their sample in the store",
+    "rankings/left_out/superseded": "rankings left out: superseded by the user's later one of the sample",
+    "rankings/left_out/older": "rankings left out: older than the newest reward_model.max_rankings",
+    "rankings/left_out/held_out_in_part": "rankings left out: held out by user or by prompt, but not by both",
+    "rankings/left_out/spans_swap": "rankings left out: without a comparison, as completions span a swap",
+    "rankings/left_out/no_comparison": "rankings left out: without a comparison",
+    "rankings/left_out/not_rendered": "rankings left out: of a sample that cannot be rendered",
+    "rankings/left_out/prompt_too_long": "rankings left out: of a prompt longer than ppo.max_prompt_tokens",
+    "rankings/left_out/too_long": "rankings left out: longer than reward_model.micro_batch_tokens",
+    "prompts/read": "different prompts in the store when the run began",
+    "prompts/learned": "prompts that PPO draws from",
+    "prompts/measured": "held-out prompts, of which num_evaluation_prompts are measured with",
+    "prompts/unrendered": "the first few samples of prompts that cannot be rendered",
+    "prompts/left_out/older": "prompts left out: older than the newest 100,000",
+    "prompts/left_out/not_rendered": "prompts left out: that cannot be rendered",
+    "prompts/left_out/too_long": "prompts left out: longer than ppo.max_prompt_tokens",
+    "demonstrations/read": "demonstrations in the store when SFT began",
+    "demonstrations/learned": "demonstrations that SFT learned from",
+    "demonstrations/measured": "demonstrations by whose prompts the best epoch was chosen",
+    "demonstrations/unrendered": "the first few samples of demonstrations that cannot be rendered",
+    "demonstrations/left_out/no_sample": "demonstrations left out: without their sample in the store",
+    "demonstrations/left_out/superseded": "demonstrations left out: superseded by the user's later one of the sample",
+    "demonstrations/left_out/held_out_in_part": "demonstrations left out: held out, but not to choose an epoch by",
+    "demonstrations/left_out/not_rendered": "demonstrations left out: of a sample that cannot be rendered",
+    "demonstrations/left_out/prompt_too_long": "demonstrations left out: of a prompt longer than ppo.max_prompt_tokens",
+    "demonstrations/left_out/too_long": "demonstrations left out: longer than sft.max_tokens",
     # The reward model.
     "reward_model/loss": "loss while fitting, nats a comparison, with the L2 penalty",
     "reward_model/accuracy": "share of comparisons that the reward model orders as the labeler did, while fitting",
@@ -52,6 +86,8 @@ METRICS: Mapping[str, str] = {
     "reward_model/parent_accuracy": "held-out accuracy of the previous reward model, on the same comparisons",
     "reward_model/refused": "1 if the new reward model was refused and the previous one is used, else 0",
     "reward_model/reference_std": "standard deviation of the reference policy's scores before they were normalised",
+    "best_of_n": "table: n, KL in nats, and the scores, by the reward model and by the held-out reward model, of the "
+    "reference policy's best of n completions by the reward model",
     "by_k": "table: completions ranked, accuracy, comparisons",
     "by_labeler": "table: labeler, accuracy, comparisons",
     "by_length_difference": "table: least and most tokens by which the preferred completion is longer, accuracy, "
@@ -87,12 +123,16 @@ METRICS: Mapping[str, str] = {
     "sft/loss": "loss on the demonstrated completions, nats a token",
     "sft/score": "mean score of the answers to validation prompts, by the reward model",
     # The new version.
-    "reward_model/win_rate_over_reference": "share of held-out prompts on which it beats the reference policy",
+    "reward_model/win_rate_over_reference": "share of pairs of completions of a held-out prompt in which the new "
+    "policy's has the higher score, as the mean over prompts",
     "low": "lower end of the win rate's 95 % interval",
     "high": "upper end of this interval",
-    "wins": "prompts won",
-    "ties": "prompts tied",
-    "losses": "prompts lost",
+    "prompts": "held-out prompts that were answered",
+    "wins": "pairs won",
+    "ties": "pairs tied",
+    "losses": "pairs lost",
+    "score": "mean score of its answers to held-out prompts, by the reward model",
+    "held_out_score": "mean score of these answers by the held-out reward model",
     "objective/kl_from_reference": "KL of its answers to held-out prompts, nats a completion",
     "version": "number of the new version",
     "promoted": "1 if the new version went live, else 0",
@@ -110,6 +150,7 @@ def append(path: Path, phase: str, index: int, count: int, metrics: Mapping[str,
     unknown = [*({phase} - PHASES.keys()), *sorted(metrics.keys() - METRICS.keys())]
     if unknown:
         raise ValueError(f"{METRICS_FILE} has nothing called {', '.join(unknown)}: see training/runs/record.py")
+    heartbeat.beat()
     line = {"time": time.time(), "phase": phase, "index": index, "count": count, **metrics}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -124,6 +165,17 @@ def rewind(path: Path, phase: str, index: int) -> None:
         if entry["phase"] == phase and entry["index"] >= index:
             replace_file(path, "".join(lines[:number]))
             return
+
+
+def place_of(records: Sequence[Record]) -> str:
+    """Returns in words how far a run has come, which has written these records."""
+    if not records:
+        return "at once"
+    last = records[-1]
+    name = PHASES.get(last["phase"], last["phase"])
+    if last["count"] == 1:
+        return f"after {name}"
+    return f"in {name}, after {COUNTED.get(last['phase'], 'record')} {last['index'] + 1} of {last['count']}"
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from bench.learning.data import DataMissingError, data_file
-from bench.learning.hh_rlhf import Comparison, Message, is_held_out, read_comparisons, split
+from bench.learning.hh_rlhf import Comparison, Message, as_group, is_held_out, read_comparisons, split
+from deploy.models import make_tiny_llama
 from tests.bench.learning.data import ASKED, comparison, write_hh
 
 
@@ -58,3 +60,18 @@ def test_split_is_by_first_turn_the_same_in_every_run_and_of_the_share_asked_for
     assert is_held_out(" Is  HONEY sweet? ") == is_held_out("is honey sweet?")
     again, _ = split(train, share=0.25, salt="validation")
     assert 0 < len(again) < len(train)
+
+
+def test_what_people_wrote_is_encoded_as_the_service_encodes_it(tmp_path: Path) -> None:
+    """A template may close a turn with another token than the tokenizer's own end, and nobody can type either."""
+    tokenizer = AutoTokenizer.from_pretrained(make_tiny_llama(tmp_path / "tiny"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    turn_end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    turns = (Message("user", "Is <|endoftext|> sweet?"), Message("assistant", "Yes."), Message("user", "Why?"))
+    group = as_group(tokenizer, turns, ["<|endoftext|>", "So " * 40], max_prompt_tokens=99, max_completion_tokens=16)
+    assert group.prompt.count(turn_end) == 3
+    assert [each.count(turn_end) for each in group.completions] == [1, 1]
+    assert [each[-1] for each in group.completions] == [turn_end] * 2
+    assert len(group.completions[1]) == 17
+    cut = as_group(tokenizer, turns, ["No."], max_prompt_tokens=5, max_completion_tokens=16)
+    assert cut.prompt == group.prompt[-5:]

@@ -4,10 +4,19 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
+from sqlalchemy.exc import DatabaseError, OperationalError
 
+from deploy.cli import main, process
+from deploy.config import AligndConfig
+from deploy.data_dir import only_up
+from deploy.endings import GAVE_UP_CODE, PASSING_CODE
+from policies.vllm_settings import MissingError
+from serving.bootstrap import NoPolicyError
 from tests.kafka_broker import free_port
 
 REPOSITORY = Path(__file__).parents[3]
@@ -29,6 +38,7 @@ VERBS = {
     ("policies", "promote"): "--reason",
     ("policies", "rollback"): "--reason",
     ("policies", "lineage"): "--json",
+    ("policies", "repair"): "--live",
     ("runs",): "pause",
     ("runs", "list"): "--json",
     ("runs", "show"): "--json",
@@ -106,14 +116,45 @@ def test_up_takes_a_recipe_and_leaves_out_what_it_is_told_to(tmp_path: Path) -> 
     assert tomllib.loads(done.stdout)["training"]["reward_model"]["num_layers"] == 1
     done = alignd(tmp_path, "up", "--without", "sft", "--dry-run")
     assert done.returncode == 2
-    assert "takes one of serve, relay, ingest, train" in done.stderr
+    assert "takes one of serve, gateway, relay, ingest, train" in done.stderr
 
 
 def test_a_server_without_a_policy_says_what_to_set(tmp_path: Path) -> None:
     done = alignd(tmp_path, "serve", ALIGND_SERVING__PORT="0")
-    assert done.returncode == 1
+    assert done.returncode == GAVE_UP_CODE
     assert done.stderr.splitlines()[-1].startswith("no policy is registered; set serving.initial_model")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("up",), ("train",), ("policies", "import", ".")], ids=str)
+def test_a_folder_that_cannot_be_written_to_ends_every_verb_that_writes(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    done = alignd(tmp_path, *verb, ALIGND_DATA_DIR="link")
+    said = f"configuration\ndata_dir: nothing can be written in {tmp_path}/link (No such file or directory)"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(said)
+
+
+def test_a_store_that_is_no_database_is_said_and_one_that_is_away_may_be_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for kind, said, code in (
+        (DatabaseError, "the store cannot be used: (builtins.Exception) of the store", process.EXIT_FAILED),
+        (OperationalError, "the store is away: (builtins.Exception) of the store", PASSING_CODE),
+    ):
+        with pytest.raises(typer.Exit) as ended, process.store_in_words():
+            raise kind(None, None, Exception("of the store"))
+        assert ended.value.exit_code == code
+        assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_second_up_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with only_up(tmp_path):
+        done = alignd(tmp_path, "up", ALIGND_DATA_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"configuration\ndata_dir: another `alignd up` runs on {tmp_path}")
 
 
 def test_what_a_recipe_does_not_name_stays_as_configured(tmp_path: Path) -> None:
@@ -160,3 +201,34 @@ def test_operating_nothing_says_so(tmp_path: Path, verb: tuple[str, ...]) -> Non
     assert done.returncode == 1
     assert done.stderr.startswith("nothing answers at 127.0.0.1:")
     assert done.stdout == ""
+
+
+def test_what_vllm_lacks_of_the_machine_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def run() -> None:
+        raise MissingError("vLLM needs the library libnuma.so.1; install it")
+
+    with pytest.raises(SystemExit) as ended:
+        main.main(run)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "vLLM needs the library libnuma.so.1; install it\n"
+
+
+@pytest.mark.parametrize(("is_imported", "num_starts"), [(True, 2), (False, 1)])
+def test_a_server_that_finds_no_policy_starts_again_where_the_configured_model_can_be_imported(
+    is_imported: bool, num_starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bus was away, or has no version while v1 on disk was made from another model."""
+    starts: list[bool] = []
+
+    async def serve(*settings: object, is_wanted: Callable[[], bool]) -> None:
+        starts.append(is_wanted())
+        raise NoPolicyError("v1 was not made from serving.initial_model")
+
+    (tmp_path / "policies" / "v1").mkdir(parents=True)
+    config = AligndConfig(data_dir=tmp_path)
+    monkeypatch.setattr("serving.server.serve", serve)
+    monkeypatch.setattr(main, "start", lambda *options: config)
+    monkeypatch.setattr(main, "_import_first", lambda config: is_imported)
+    with pytest.raises(typer.Exit) as ended:
+        main.serve()
+    assert (starts, ended.value.exit_code) == ([True] * num_starts, GAVE_UP_CODE)

@@ -207,7 +207,7 @@ def test_a_run_waits_for_a_trainer(folder: Path, store: Engine) -> None:
     new_run(folder, NEW, ppo_round(0, 1.0))
     assert listed()[0]["reason"] == "no trainer runs now"
     # One that was killed, and whose lease has expired.
-    assert TrainerLease(store, "host/1", 60.0, clock=lambda: 1_700_000_000.0).acquire()
+    assert TrainerLease(store, "host/1", 1e-6).acquire()
     set_paused(store, True)
     assert listed()[0]["reason"] == "paused; `alignd runs resume` resumes it; no trainer runs now"
     assert "reason   paused;" in said("show", NEW)
@@ -248,7 +248,7 @@ def test_sft_is_asked_to_end_like_any_other(folder: Path, store: Engine) -> None
 
 def test_what_a_run_waits_for_is_said(folder: Path, trainer: TrainerLease) -> None:
     new_run(folder, NEW).wait("serving is away: connection refused")
-    assert listed()[0]["reason"] == "waits: serving is away: connection refused"
+    assert (listed()[0]["state"], listed()[0]["reason"]) == ("waiting", "serving is away: connection refused")
 
 
 def test_sft_that_was_killed_waits_for_the_command_that_resumes_it(folder: Path, store: Engine) -> None:

@@ -12,10 +12,22 @@ from types import SimpleNamespace
 
 import pytest
 from kafka import KafkaAdminClient
-from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.admin import ConfigResource, ConfigResourceType, NewTopic
+from kafka.errors import TopicAuthorizationFailedError
 
-from feedback.bus.contract import MAX_RECORD_BYTES, Bus, BusError, Consumer, Delivered, Position, Record, TopicSpec
-from feedback.bus.kafka import EVENT_ID_HEADER, to_delivered
+from feedback.bus.contract import (
+    MAX_RECORD_BYTES,
+    Bus,
+    BusError,
+    Consumer,
+    Delivered,
+    Position,
+    PublishError,
+    Record,
+    Refused,
+    TopicSpec,
+)
+from feedback.bus.kafka_reading import EVENT_ID_HEADER, to_delivered
 from feedback.bus.topics import TOPICS
 from feedback.bus.url import open_bus
 from tests.feedback import processes
@@ -148,6 +160,57 @@ def test_a_record_that_is_too_large_is_refused(bus: Bus, topic: str) -> None:
     with pytest.raises(BusError, match="bytes"):
         bus.publish([Record(topic, b"k", b"x" * MAX_RECORD_BYTES, "e")])
     assert read_all(bus, topic, 0) == []
+
+
+def test_a_record_that_is_too_large_does_not_hold_up_the_others(bus: Bus, topic: str) -> None:
+    records = make_records(topic, 3)
+    records.insert(1, Record(topic, b"k", b"x" * MAX_RECORD_BYTES, "large"))
+    with pytest.raises(PublishError, match="large: it has 16777217 bytes") as raised:
+        bus.publish(records)
+    assert [isinstance(each, Refused) for each in raised.value.outcomes] == [False, True, False, False]
+    assert {each.event_id for each in read_all(bus, topic, 3)} == {"e0", "e1", "e2"}
+
+
+def test_publishing_says_where_each_record_stands_and_reading_there_finds_it(bus: Bus, topic: str) -> None:
+    bus.publish(make_records(topic, 50))
+    records = make_records(topic, 30)
+    positions = bus.publish(records)
+    found = {each.position: each for each in read_all(bus, topic, 80)}
+    assert [found[at].value for at in positions] == [each.value for each in records]
+    last = list({at.partition: at for at in positions}.values())
+    for _ in range(2):
+        assert bus.read_at(last) == {at: found[at] for at in last}
+    beyond = Position(topic, 0, bus.end_offsets(topic)[0])
+    assert bus.read_at([beyond, last[-1]]) == {last[-1]: found[last[-1]]}
+    assert bus.read_at([]) == {}
+
+
+def not_allowed(*_: object) -> None:
+    raise TopicAuthorizationFailedError("no")
+
+
+def test_a_topic_that_takes_less_refuses_the_record_alone_and_is_widened(
+    kafka_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Topics that were made by hand have the broker's default of 1 MB."""
+    servers, _, name = kafka_url.removeprefix("kafka://").partition("/")
+    topic = "alignd.narrow"
+    admin = KafkaAdminClient(bootstrap_servers=servers)
+    try:
+        admin.create_topics([NewTopic(f"{name}.{topic}", num_partitions=1, replication_factor=1)])
+    finally:
+        admin.close()
+    records = [Record(topic, b"k", b"x" * size, f"e{i}") for i, size in enumerate([10, 2_000_000, 20, 30])]
+    with closing(open_bus(kafka_url)) as bus:
+        with monkeypatch.context() as patch:
+            patch.setattr(KafkaAdminClient, "alter_configs", not_allowed)
+            for _ in range(2):
+                with pytest.raises(PublishError, match=r"^1 of 4 events .* e1: .*max\.message\.bytes") as raised:
+                    bus.publish(records)
+                assert [type(each) for each in raised.value.outcomes] == [Position, Refused, Position, Position]
+        bus.publish(records)
+        expected = ["e0", "e2", "e3", "e0", "e2", "e3", "e0", "e1", "e2", "e3"]
+        assert [each.event_id for each in read_all(bus, topic, 10)] == expected
 
 
 @pytest.mark.parametrize("ask", ["publish", "consume", "end_offsets", "log_id"])

@@ -3,6 +3,7 @@
 import asyncio
 import resource
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from feedback.bus.contract import MAX_RECORD_BYTES, Record
+from feedback.bus.contract import MAX_RECORD_BYTES, Position, Record
 from feedback.outbox.door import Outbox, OutboxConflict, OutboxError, OutboxFull, Receipt
-from feedback.outbox.file import Entry, LogEnd, OutboxFile
+from feedback.outbox.file import Entry, LogEnd, Mark, OutboxFile
 from feedback.sqlite_file import open_sqlite
 from tests.feedback import processes
 
@@ -52,7 +53,7 @@ def fill(file: OutboxFile, count: int, size: int = 100) -> None:
 def stored_ids(path: Path) -> list[str]:
     file = OutboxFile(path, MAX_BYTES)
     try:
-        return [record.event_id for _, record in file.pending(1_000_000)]
+        return [each.record.event_id for each in file.pending(1_000_000)]
     finally:
         file.close()
 
@@ -140,7 +141,7 @@ async def test_a_full_outbox_refuses_and_recovers(path: Path) -> None:
     assert 50 < len(acknowledged) < 110
     assert stored_ids(path) == acknowledged
     relay_side = OutboxFile(path, 1 << 20)
-    relay_side.mark_published([seq for seq, _ in relay_side.pending(30)])
+    relay_side.mark_published(dict.fromkeys(each.seq for each in relay_side.pending(30)))
     assert relay_side.prune(retention_seconds=3600) == 30
     relay_side.close()
     for number in range(1000, 1020):
@@ -206,14 +207,14 @@ def test_a_file_that_is_no_outbox_is_refused(path: Path) -> None:
 def test_pending_is_in_order_until_published(file: OutboxFile) -> None:
     fill(file, 10)
     first = file.pending(4)
-    assert [record.event_id for _, record in first] == ["e0", "e1", "e2", "e3"]
-    file.mark_published([seq for seq, _ in first])
-    assert [record.event_id for _, record in file.pending(100)] == [f"e{i}" for i in range(4, 10)]
+    assert [each.record.event_id for each in first] == ["e0", "e1", "e2", "e3"]
+    file.mark_published(dict.fromkeys(each.seq for each in first))
+    assert [each.record.event_id for each in file.pending(100)] == [f"e{i}" for i in range(4, 10)]
 
 
 def test_only_old_published_events_are_pruned(file: OutboxFile) -> None:
     fill(file, 10)
-    file.mark_published([seq for seq, _ in file.pending(4)])
+    file.mark_published(dict.fromkeys(each.seq for each in file.pending(4)))
     assert file.prune(retention_seconds=60) == 0
     time.sleep(0.02)
     assert file.prune(retention_seconds=0.01) == 4
@@ -222,7 +223,7 @@ def test_only_old_published_events_are_pruned(file: OutboxFile) -> None:
 
 def test_an_event_that_is_published_is_still_recognised(file: OutboxFile) -> None:
     fill(file, 1)
-    file.mark_published([seq for seq, _ in file.pending(1)])
+    file.mark_published(dict.fromkeys(each.seq for each in file.pending(1)))
     (receipt,) = file.append([Entry(make_record(0), b"d", NOW + timedelta(days=1))])
     assert receipt == Receipt(NOW, is_new=False)
 
@@ -231,10 +232,60 @@ def test_an_event_that_is_published_is_still_recognised(file: OutboxFile) -> Non
 def test_a_bus_that_lost_records_gets_all_again(file: OutboxFile, log_id: str, end_offset: int, again: int) -> None:
     fill(file, 3)
     assert file.compare_logs([LogEnd("topic", 0, "a", 5)]) == 0
-    file.mark_published([seq for seq, _ in file.pending(3)])
+    file.mark_published(dict.fromkeys(each.seq for each in file.pending(3)))
     assert file.compare_logs([LogEnd("topic", 0, log_id, end_offset)]) == again
     assert len(file.pending(10)) == again
     assert file.compare_logs([LogEnd("topic", 0, log_id, end_offset)]) == 0
+
+
+@pytest.mark.parametrize("column", ["value", "topic", "event_id", "content_digest"])
+def test_an_event_that_the_disk_has_changed_is_told_from_the_others(file: OutboxFile, path: Path, column: str) -> None:
+    fill(file, 3)
+    kind = "TEXT" if column in {"topic", "event_id"} else "BLOB"
+    with closing(sqlite3.connect(path)) as disk, disk:
+        disk.execute(f"UPDATE events SET {column} = CAST(x'65f3' AS {kind}) WHERE seq = 2")
+    assert [each.is_whole for each in file.pending(9)] == [True, False, True]
+
+
+def test_a_bus_that_was_set_back_and_has_grown_since_gets_all_again(file: OutboxFile) -> None:
+    fill(file, 3)
+    ends = [LogEnd("topic", 0, "a", 5)]
+    assert file.compare_logs(ends) == 0
+    marks = {each.seq: Mark(Position("topic", 0, 4 + each.seq), bytes([each.seq])) for each in file.pending(9)}
+    file.mark_published(marks)
+    assert file.marks() == [Mark(Position("topic", 0, 7), b"\3")]
+    assert file.compare_logs(ends, replaced=file.marks()) == 3
+    assert (len(file.pending(9)), file.marks()) == (3, [])
+    assert file.compare_logs(ends, replaced=file.marks()) == 0
+
+
+def test_an_idle_relay_never_keeps_the_server_out(file: OutboxFile, path: Path) -> None:
+    """Wherever it is stopped then, feedback is taken."""
+    fill(file, 3)
+    file.mark_published(dict.fromkeys(each.seq for each in file.pending(9)))
+    file.compare_logs([LogEnd("topic", 0, "a", 5)])
+    with closing(open_sqlite(path)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        began_at = time.monotonic()
+        assert file.pending(9) == []
+        assert file.compare_logs([LogEnd("topic", 0, "a", 5)]) == 0
+        assert file.prune(3600) == 0
+        assert time.monotonic() - began_at < 5
+
+
+def test_a_file_of_an_earlier_release_is_taken_over(file: OutboxFile, path: Path) -> None:
+    fill(file, 2)
+    file.compare_logs([LogEnd("topic", 0, "a", 5)])
+    file.close()
+    with closing(sqlite3.connect(path)) as disk, disk:
+        for table, column in (("events", "checksum"), ("logs", "last_offset"), ("logs", "last_digest")):
+            disk.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+    file.append([Entry(make_record(2), b"d", NOW)])
+    assert [(each.record.event_id, each.is_whole) for each in file.pending(9)] == [
+        ("e0", True),
+        ("e1", True),
+        ("e2", True),
+    ]
 
 
 def test_what_was_acknowledged_survives_kill_9(path: Path) -> None:

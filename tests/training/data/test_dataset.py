@@ -7,15 +7,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignd.v1 import types_pb2
 from feedback.bus.contract import Position
-from feedback.store.reader import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
-from training.data.dataset import (
-    Dataset,
-    completion_token_ids,
-    is_held_out,
-    log_ranges,
-    make_dataset,
-    split_demonstrations,
-)
+from feedback.store.stored import RankedCompletion, RankedGroup, StoredDemonstration, StoredPrompt
+from training.data.dataset import Dataset, log_ranges, make_dataset
+from training.data.split import Side, demonstration_sides, is_held_out
 
 SHARE = 0.3
 LEARNED = next(f"u{i}" for i in range(100) if not is_held_out(f"u{i}", SHARE))
@@ -32,17 +26,16 @@ def completion(text: str, rank: int, *, ended: bool = True) -> RankedCompletion:
     return RankedCompletion(f"c-{text}", text, ended, rank, 1)
 
 
-def group(seq: int, user: str, text: str, *completions: RankedCompletion) -> RankedGroup:
+def group(seq: int, user: str, text: str, *completions: RankedCompletion, first: str = "") -> RankedGroup:
+    """Returns a ranking of a prompt that `first` was the first to send: the same user, unless given."""
     ranked = completions or (completion("yes", 0), completion("no", 1))
     position = Position("rankings", seq % 2, seq)
-    return RankedGroup(seq, f"r{seq}", f"s{seq}", user, types_pb2.Prompt(text=text), ranked, position)
+    return RankedGroup(seq, f"r{seq}", f"s{seq}", user, types_pb2.Prompt(text=text), ranked, position, first or user)
 
 
 def dataset(tokenizer: PreTrainedTokenizerBase, *groups: RankedGroup, max_group_tokens: int = 256) -> Dataset:
-    """Returns the dataset of these rankings, and of their prompts as the store lists them, with their first senders."""
-    senders: dict[str, str] = {}
-    for each in groups:
-        senders.setdefault(each.prompt.text, each.user_id)
+    """Returns the dataset of these rankings, and of their prompts as the store lists them."""
+    senders = {each.prompt.text: each.first_user_id for each in groups}
     prompts = [StoredPrompt(f"s-{text}", user, types_pb2.Prompt(text=text)) for text, user in senders.items()]
     return make_dataset(
         tokenizer, groups, prompts,
@@ -57,7 +50,8 @@ def test_users_are_held_out_by_about_their_share() -> None:
 
 
 def test_what_held_out_users_sent_is_never_trained_on(tokenizer: PreTrainedTokenizerBase) -> None:
-    data = dataset(tokenizer, group(1, LEARNED, "only learned"), group(2, HELD_OUT, "both"), group(3, LEARNED, "both"))
+    mixed = group(3, LEARNED, "both", first=HELD_OUT)
+    data = dataset(tokenizer, group(1, LEARNED, "only learned"), group(2, HELD_OUT, "both"), mixed)
     assert [len(data.training), len(data.held_out)] == [1, 1]
     assert [prompt.text for prompt in data.training_prompts] == ["only learned"]
     assert [prompt.text for prompt in data.held_out_prompts] == ["both"]
@@ -66,7 +60,7 @@ def test_what_held_out_users_sent_is_never_trained_on(tokenizer: PreTrainedToken
 
 def test_a_prompt_stays_on_its_side_whoever_sends_it_later(tokenizer: PreTrainedTokenizerBase) -> None:
     first = [group(1, HELD_OUT, "theirs"), group(2, LEARNED, "ours")]
-    later = [group(3, LEARNED, "theirs"), group(4, HELD_OUT, "ours")]
+    later = [group(3, LEARNED, "theirs", first=HELD_OUT), group(4, HELD_OUT, "ours", first=LEARNED)]
     for data in (dataset(tokenizer, *first), dataset(tokenizer, *first, *later)):
         assert [prompt.text for prompt in data.held_out_prompts] == ["theirs"]
         assert [prompt.text for prompt in data.training_prompts] == ["ours"]
@@ -74,10 +68,8 @@ def test_a_prompt_stays_on_its_side_whoever_sends_it_later(tokenizer: PreTrained
         assert [example.seq for example in data.training] == [2]
 
 
-def test_what_held_out_users_ranked_is_held_out_though_its_prompt_is_no_longer_listed(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    groups = [group(1, HELD_OUT, "both"), group(2, LEARNED, "both"), group(3, LEARNED, "only learned")]
+def test_the_first_sender_decides_though_the_prompt_is_no_longer_listed(tokenizer: PreTrainedTokenizerBase) -> None:
+    groups = [group(2, LEARNED, "both", first=HELD_OUT), group(3, LEARNED, "only learned")]
     data = make_dataset(tokenizer, groups, [], held_out_share=SHARE, max_prompt_tokens=64, max_group_tokens=256)
     assert [example.seq for example in data.training] == [3]
 
@@ -85,19 +77,19 @@ def test_what_held_out_users_ranked_is_held_out_though_its_prompt_is_no_longer_l
 @pytest.mark.parametrize("validation_share", [0.1, SHARE, 0.6])
 def test_sft_learns_from_nothing_that_measures(validation_share: float) -> None:
     users = [f"u{i}" for i in range(100)]
-    prompts = [StoredPrompt(f"s{user}", user, types_pb2.Prompt(text=f"What of {user}?")) for user in users]
     stored = [
-        StoredDemonstration(seq, f"d{seq}", asked.sample_id, user, asked.prompt, "This.")
-        for seq, (user, asked) in enumerate((user, asked) for user in users for asked in prompts)
+        StoredDemonstration(seq, f"d{seq}", f"s{first}", user, types_pb2.Prompt(text=f"What of {first}?"), user, first)
+        for seq, (user, first) in enumerate((user, first) for user in users for first in users)
     ]
-    learned, validating = split_demonstrations(stored, prompts, held_out_share=SHARE, validation_share=validation_share)
-    measuring = {f"What of {user}?" for user in users if is_held_out(user, max(SHARE, validation_share))}
-    assert learned
-    assert not any(is_held_out(each.user_id, max(SHARE, validation_share)) for each in learned)
-    assert not {each.prompt.text for each in learned} & measuring
-    assert validating
-    assert all(is_held_out(each.user_id, validation_share) for each in validating)
-    assert {each.prompt.text for each in validating} <= measuring
+    sides = demonstration_sides(stored, held_out_share=SHARE, validation_share=validation_share)
+    by_side = {side: [each for each, found in zip(stored, sides, strict=True) if found is side] for side in Side}
+    assert by_side[Side.LEARNED]
+    for each in by_side[Side.LEARNED]:
+        assert not any(is_held_out(user, max(SHARE, validation_share)) for user in (each.user_id, each.first_user_id))
+    assert by_side[Side.MEASURED]
+    for each in by_side[Side.MEASURED]:
+        assert is_held_out(each.user_id, validation_share)
+        assert is_held_out(each.first_user_id, max(SHARE, validation_share))
 
 
 def test_the_longest_completions_are_left_out_until_a_ranking_has_room(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,14 +101,6 @@ def test_the_longest_completions_are_left_out_until_a_ranking_has_room(tokenizer
     assert [example.ranks for example in cut] == [(1, 2)]
     assert len(cut[0].group) <= 40
     assert alone == ()
-
-
-def test_the_end_token_stands_only_where_the_policy_ended(tokenizer: PreTrainedTokenizerBase) -> None:
-    plain = tuple(tokenizer.encode("in the garden", add_special_tokens=False))
-    assert completion_token_ids(tokenizer, completion("in the garden", 0)) == (*plain, tokenizer.eos_token_id)
-    assert completion_token_ids(tokenizer, completion("in the garden", 0, ended=False)) == plain
-    spelt = completion_token_ids(tokenizer, completion("<|im_end|>", 0, ended=False))
-    assert tokenizer.eos_token_id not in spelt
 
 
 def test_rankings_without_a_comparison_and_long_prompts_are_left_out(tokenizer: PreTrainedTokenizerBase) -> None:

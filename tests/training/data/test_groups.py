@@ -26,7 +26,7 @@ def test_packed_logprobs_equal_separate_full_softmax(shared: SharedLayers, level
     packed = pack(GROUPS)
     hidden_GTD = shared.encode(packed, [level])[level]
     upper = UpperLayers(shared.model, level, shared.num_layers)
-    logprobs_NC = completion_logprobs(upper(hidden_GTD, packed, shared.angles(packed)), shared.head_VD, packed)
+    logprobs_NC = completion_logprobs(upper(hidden_GTD, packed, shared.angles(packed)), shared.head, packed)
     alone = [(group.prompt, completion) for group in GROUPS for completion in group.completions]
     for row, (prompt, completion) in enumerate(alone):
         expected = naive_logprobs(shared, prompt, completion)

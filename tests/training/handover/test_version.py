@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from alignd.v1 import policy_manifest_pb2, policy_service_pb2
-from tests.training.test_loop import lines
+from tests.training.trainer_process import lines
 from training.config import PpoConfig, TrainingConfig
 from training.handover.verdict import KL, WIN_RATE
 from training.handover.version import go_live

@@ -9,14 +9,8 @@ from policies.precision import compute_dtype
 from training.config import LoraConfig
 from training.data.groups import Group, pack
 from training.models.device import autocast
-from training.models.policy import (
-    SharedLayers,
-    completion_logprobs,
-    load_model,
-    load_weights,
-    merged_weights,
-    upper_layers_of,
-)
+from training.models.policy import SharedLayers, completion_logprobs, load_model, merged_weights, upper_layers_of
+from training.models.tensor_file import load_weights
 
 CPU = torch.device("cpu")
 PACKED = pack([Group((3, 4, 5), ((40, 41, 42), (50, 51)))])
@@ -27,7 +21,7 @@ def logprobs_and_weights(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Te
     policy = upper_layers_of(folder, shared, 1, LoraConfig())
     with torch.no_grad(), autocast(shared.device):
         hidden_GTD = policy(shared.encode(PACKED, [1])[1], PACKED, shared.angles(PACKED))
-    return completion_logprobs(hidden_GTD, shared.head_VD, PACKED), merged_weights(shared, policy)
+    return completion_logprobs(hidden_GTD, shared.head, PACKED), merged_weights(shared, policy)
 
 
 def test_a_gpu_computes_in_bf16_whatever_the_cpu_can(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Roofs are measured, and those of several devices add up."""
 
-import os
-
+from policies.host_memory import host_memory
 from training.planning.hardware import Hardware, this_machine
 
 
@@ -11,7 +10,7 @@ def test_this_machine_is_measured() -> None:
     assert found.matmul_gflop_s > 0
     assert found.memory_gib > 0
     if found.name.startswith("CPU"):
-        assert found.memory_gib == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        assert found.memory_gib == host_memory().limit / 2**30
         assert found.num_devices == 1
 
 

@@ -58,7 +58,7 @@ def test_the_defaults_have_nothing_to_warn_of() -> None:
 def test_what_does_not_fit_names_the_fields_that_help_most() -> None:
     small = Hardware("small", 30.0, 4000.0, memory_gib=1.0)
     (warning,) = plan_of(small).warnings
-    assert warning.startswith("memory: 3.2 GiB of 1.0 GiB at its fullest (update) does not fit")
+    assert warning.startswith("memory: 2.8 GiB of 1.0 GiB at its fullest (update) does not fit")
     assert warning.endswith("ppo.micro_batch_tokens or ppo.gradient_checkpointing, kv_cache_mib, "
                             "ppo.num_frozen_layers or ppo.lora.rank")  # fmt: skip
     (checkpointed,) = plan_of(small, ppo={"gradient_checkpointing": True}, kv_cache_mib=4096).warnings
@@ -78,6 +78,7 @@ def test_what_does_not_fit_names_the_fields_that_help_most() -> None:
             {"ppo": {"micro_batch_tokens": 511}},
             "ppo.micro_batch_tokens: a prompt with its rollouts may have 512",
         ),
+        ({"ppo": {"learning_rate": 1e-6}}, "ppo.learning_rate: all steps together move a weight by 8.1e-05 at most"),
         ({"ppo": {"max_tokens": 8000}}, "ppo.max_tokens: a prompt and its rollout may have 8256 tokens"),
     ],
 )

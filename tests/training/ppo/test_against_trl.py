@@ -31,8 +31,8 @@ from training.config import LoraConfig, PpoConfig, RewardModelConfig
 from training.models.policy import SharedLayers, UpperLayers, tensors_of
 from training.models.reward import RewardModel
 from training.ppo import experience, ppo_math
-from training.ppo import rounds as ppo
 from training.ppo.experience import Experience
+from training.ppo.gradients import accumulate_gradients
 from training.ppo.learner import Learner, make_learner
 from training.ppo.rollouts import Rollout
 
@@ -136,7 +136,7 @@ def encoded(learner: Learner, trl: Recording, rows: Tensor, mask_NC: Tensor) -> 
         prompt = tuple(token for token in batch["queries"][row].tolist() if token != trl.sizes["pad_token_id"])
         tokens, logprobs = (tuple(batch[name][row, :length].tolist()) for name in ("responses", "logprobs"))
         found.append((prompt, [Rollout(tokens, logprobs, bool(trl.finished_N[row]))]))
-    return experience.encode(learner, trl.config(), found)
+    return experience.encode(learner, trl.config(), found)[0]
 
 
 def whole_batch(learner: Learner, trl: Recording) -> Experience:
@@ -244,9 +244,9 @@ def test_gradients_of_every_step_and_the_weights_after_all_are_the_same(trl: Rec
     for step, (drawn, valued) in enumerate(minibatches):
         learner.optimizer.zero_grad()
         # Policy and values by themselves, since TRL values more states: without advantages the policy has no gradient.
-        seen = ppo.accumulate_gradients(learner, config, [drawn])
+        seen = accumulate_gradients(learner, config, [drawn])
         learner.value.zero_grad()
-        valued_seen = ppo.accumulate_gradients(learner, config, [valued])
+        valued_seen = accumulate_gradients(learner, config, [valued])
         same(seen["policy/loss"], float(steps["pg_loss_stats"][step]))
         same(seen["policy/clipfrac"], float(steps["pg_clipfrac_stats"][step]))
         same(valued_seen["val/loss"], float(steps["vf_loss_stats"][step]))

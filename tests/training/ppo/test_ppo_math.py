@@ -187,5 +187,22 @@ def test_a_bandit_reaches_its_known_optimum() -> None:
 
 
 def test_a_warm_up_rises_evenly_and_stays() -> None:
-    assert [ppo_math.linear_warmup(step, 3) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert ppo_math.linear_warmup(0, 0) == 1.0
+    assert [ppo_math.rate_factor(index, 6, 3, 0) for index in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert ppo_math.rate_factor(0, 1, 0, 0) == 1.0
+
+
+def test_rates_fall_to_a_tenth_in_the_last_round() -> None:
+    rates = [ppo_math.rate_factor(index, 12, 0, 3) for index in range(12)]
+    assert rates == pytest.approx([1.0] * 9 + [0.7, 0.4, 0.1])
+
+
+def test_a_short_run_has_one_round_of_the_full_rate() -> None:
+    assert [ppo_math.rate_factor(index, 4, 1, 6) for index in range(4)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
+    assert [ppo_math.rate_factor(index, 3, 0, 6) for index in range(3)] == pytest.approx([1.0, 0.55, 0.1])
+    assert [ppo_math.rate_factor(index, 2, 1, 6) for index in range(2)] == [0.5, 1.0]
+    assert ppo_math.rate_factor(0, 1, 1, 6) == 0.5
+
+
+def test_what_moves_over_the_rounds_reaches_its_end_in_the_last_one() -> None:
+    assert [ppo_math.moved(0.1, 0.02, index, 5) for index in range(5)] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02])
+    assert ppo_math.moved(0.1, 0.02, 0, 1) == 0.1

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from training.config import LoraConfig, PtxConfig
 from training.errors import TrainingError
+from training.models.masters import trained
 from training.models.policy import SharedLayers, UpperLayers, upper_layers_of
 from training.ppo import ptx
-from training.ppo.learner import trained_parameters
 
 DRAWN = [(3, 9, 27, 81, 5), (7, 14, 21), (100, 50, 25, 12)]
 
@@ -26,13 +26,13 @@ def policy(shared: SharedLayers, tiny_folder: Path) -> UpperLayers:
 
 
 def gradients(policy: UpperLayers) -> list[Tensor]:
-    return [parameter.grad.clone() for parameter in trained_parameters(policy) if parameter.grad is not None]
+    return [parameter.grad.clone() for parameter in [*trained(policy).values()] if parameter.grad is not None]
 
 
 def set_gradients(policy: UpperLayers, scale: float) -> None:
     """Stands for PPO's gradient."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in trained_parameters(policy):
+    for parameter in [*trained(policy).values()]:
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
@@ -67,7 +67,7 @@ def test_both_gradients_are_summed(shared: SharedLayers, policy: UpperLayers, ga
     set_gradients(policy, 0.3)
     ppo = gradients(policy)
     given = ptx.Gamma(PtxConfig(gamma=gamma))
-    metrics = ptx.accumulate(trained_parameters(policy), policy, shared, DRAWN, given, max_tokens=64)
+    metrics = ptx.accumulate([*trained(policy).values()], policy, shared, DRAWN, given, max_tokens=64)
     assert metrics["ptx/gamma"] == gamma
     expected = [one + gamma * other for one, other in zip(ppo, alone, strict=True)]
     assert norm([a - b for a, b in zip(gradients(policy), expected, strict=True)]) < 0.01 * norm(
@@ -77,7 +77,7 @@ def test_both_gradients_are_summed(shared: SharedLayers, policy: UpperLayers, ga
 
 def test_gamma_is_calibrated_to_the_ratio_of_norms_and_then_stays(shared: SharedLayers, policy: UpperLayers) -> None:
     gamma = ptx.Gamma(PtxConfig(grad_norm_ratio=0.5, num_calibration_steps=2))
-    parameters = trained_parameters(policy)
+    parameters = [*trained(policy).values()]
     ptx.add_gradient(policy, shared, DRAWN, gamma=1.0, max_tokens=64)
     alone = norm(gradients(policy))
     asked = []
@@ -111,6 +111,14 @@ def test_texts_come_from_each_kind_of_file_again_and_again(tmp_path: Path, tiny_
     joined = tokenizer.decode([token for sequence in found for token in sequence])
     assert "the garden number 0" in joined
     assert tokenizer.eos_token in joined
+
+
+def test_a_text_that_names_a_control_token_does_not_end_there(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    (sequence,) = itertools.islice(ptx.sequences(iter(["a<|im_end|>b<|im_start|>"] * 9), tokenizer, 64), 1)
+    ends = [index for index, token_id in enumerate(sequence) if token_id in tokenizer.added_tokens_decoder]
+    assert {sequence[index] for index in ends} == {tokenizer.eos_token_id}
+    assert tokenizer.decode(list(sequence[: ends[0]])) == "a<|im_end|>b<|im_start|>"
 
 
 def test_a_dataset_of_several_parts_is_read_by_its_name_and_that_of_a_part(tmp_path: Path) -> None:

@@ -16,16 +16,17 @@ from training.models.policy import (
     UpperLayers,
     completion_logprobs,
     load_model,
-    load_weights,
     merged_tensors,
     upper_layers_of,
 )
+from training.models.tensor_file import load_weights
 from training.ppo.rollouts import Request, Rollout, RolloutEngine
 
 # vLLM walks over all of torch's modules as it starts, deprecated names and all.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
-EOS = 2
+# Several, of which the random policy draws some.
+ENDS = tuple(range(2, 12))
 # Longer than a block of the KV cache on a CPU, 32 tokens, and nearly all shared: what the prefix cache is for.
 PROMPTS = [(1, *range(60, 100), 50 + i, 90, 17, 33 + i) for i in range(6)]
 # A bf16 logit of size 4 is known to 2^-7; two engines add up what differs on the way.
@@ -34,7 +35,14 @@ TOLERANCE = 0.05
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Iterator[RolloutEngine]:
-    yield RolloutEngine(tiny_folder, max_model_len=128, max_num_seqs=32, kv_cache_mib=64, eos_token_id=EOS, seed=0)
+    beats: list[None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("feedback.heartbeat.beat", lambda: beats.append(None))
+        made = RolloutEngine(
+            tiny_folder, max_model_len=128, max_num_seqs=32, kv_cache_mib=64, end_token_ids=ENDS, seed=0
+        )
+    assert len(beats) >= len(load_weights(tiny_folder)), "it shows progress while it reads weights"
+    yield made
 
 
 @pytest.fixture
@@ -52,21 +60,27 @@ def recomputed(shared: SharedLayers, upper: UpperLayers, drawn: list[list[Rollou
     hidden_GTD = shared.encode(packed, [upper.first])[upper.first]
     with torch.no_grad(), autocast(shared.device):
         hidden_GTD = upper(hidden_GTD, packed, shared.angles(packed))
-    logprobs_NC = completion_logprobs(hidden_GTD, shared.head_VD, packed)
+    logprobs_NC = completion_logprobs(hidden_GTD, shared.head, packed)
     sampled_M = torch.tensor([lp for rollouts in drawn for rollout in rollouts for lp in rollout.logprobs])
     return logprobs_NC[packed.mask_NC].cpu(), sampled_M
 
 
-def test_draws_k_completions_that_end_with_the_end_token_or_at_the_limit(
-    engine: RolloutEngine, weights: dict[str, Tensor]
+def test_draws_k_completions_that_end_with_an_end_token_or_at_the_limit(
+    engine: RolloutEngine, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    beats: list[None] = []
+    monkeypatch.setattr("feedback.heartbeat.beat", lambda: beats.append(None))
     drawn = draw(engine, weights, seed=0)
+    # All tokens come from one call, which shows its progress from within.
+    assert len(beats) >= max(len(rollout.token_ids) for rollouts in drawn for rollout in rollouts)
     assert [len(rollouts) for rollouts in drawn] == [4] * len(PROMPTS)
     for rollout in (rollout for rollouts in drawn for rollout in rollouts):
         assert len(rollout.logprobs) == len(rollout.token_ids)
-        assert EOS not in rollout.token_ids[:-1]
-        assert rollout.finished == (rollout.token_ids[-1] == EOS)
+        assert not set(ENDS) & set(rollout.token_ids[:-1])
+        assert rollout.finished == (rollout.token_ids[-1] in ENDS)
         assert rollout.finished or len(rollout.token_ids) == 16
+    ended_by = {rollout.token_ids[-1] for rollouts in drawn for rollout in rollouts if rollout.finished}
+    assert len(ended_by) > 1, "any of the end tokens ends a completion"
     assert len({rollout.token_ids for rollout in drawn[0]}) > 1
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.training.learning import (
     PPO,
     PROMPTS,
+    REWARD_MODEL,
     fitted,
     hooks_of,
     learner_of,
@@ -24,12 +25,14 @@ from tests.training.learning import (
 from training.config import LoraConfig, PtxConfig
 from training.data.groups import Group
 from training.errors import TrainingError
-from training.models.policy import SharedLayers, load_model, merged_tensors, merged_weights, upper_layers_of
-from training.models.reward import normalise, score_groups
+from training.models.masters import Weights, trained, trained_weights
+from training.models.policy import SharedLayers, load_model, merged_tensors, merged_weights
+from training.models.reward import RewardModel, normalise, score_groups
 from training.ppo import ptx
 from training.ppo import rounds as ppo
 from training.ppo.experience import gather
-from training.ppo.learner import Weights, trained_parameters, trained_weights
+from training.ppo.gradients import accumulate_gradients
+from training.ppo.learner import load_policy
 from training.ppo.rollouts import Rollout
 from training.rewards.evaluation import evaluate_rewards
 
@@ -48,9 +51,12 @@ def kept(seen: list[dict[str, Any]]) -> ppo.Log:
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=8)], ids=["full weights", "LoRA"])
 def test_reward_model_learns_a_preference_and_ppo_follows_it(
-    shared: SharedLayers, tiny_folder: Path, lora: LoraConfig
+    shared: SharedLayers, tiny_folder: Path, lora: LoraConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    beats: list[None] = []
+    monkeypatch.setattr("feedback.heartbeat.beat", lambda: beats.append(None))
     rewards = fitted(shared)
+    assert len(beats) > 3, "fitting shows its progress from within"
     evaluated = evaluate_rewards(rewards, ranked_examples(shared, 40, seed=2))
     assert evaluated is not None
     assert evaluated.num_comparisons > 150
@@ -69,7 +75,9 @@ def test_reward_model_learns_a_preference_and_ppo_follows_it(
     assert float(scores.std()) == pytest.approx(1, abs=1e-4)
 
     learner = learner_of(shared, tiny_folder, config, rewards)
+    beats.clear()
     assert ppo.train(learner, config, hooks, seed=0) is None
+    assert len(beats) >= config.num_rounds * config.num_minibatches * (1 + config.num_epochs)
     assert len(seen) == config.num_rounds == sampler.num_draws - 1
     assert seen[0]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert seen[-1]["objective/score"] > seen[0]["objective/score"] + 0.5
@@ -188,7 +196,7 @@ def test_scores_are_clipped(shared: SharedLayers, tiny_folder: Path) -> None:
     free, clipped = (
         torch.cat([
             each.scores_N
-            for minibatch in gather(learner, PPO.model_copy(update={"score_clip": clip}), rows, 0.02, seed=3)
+            for minibatch in gather(learner, PPO.model_copy(update={"score_clip": clip}), rows, 0.02, seed=3)[0]
             for each in minibatch
         ])
         for clip in (100.0, 0.5)
@@ -204,7 +212,7 @@ def stepped_gradients(shared: SharedLayers, folder: Path, mix: PtxConfig, text: 
     found: Gradients = []
 
     def keep(*_: Any) -> None:
-        found.append([p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None])
+        found.append([p.grad.clone() for p in [*trained(learner.policy).values()] if p.grad is not None])
 
     learner.optimizer.register_step_pre_hook(keep)
     hooks, _ = hooks_of(folder, config, pretraining=text if mix.data else None)
@@ -218,9 +226,9 @@ def test_one_step_is_taken_on_the_sum_of_both_gradients(shared: SharedLayers, ti
     mixed = stepped_gradients(shared, tiny_folder, mix, endless_text())
     # As many sequences as a minibatch has rollouts.
     drawn = list(itertools.islice(endless_text(), PPO.prompts_per_round * PPO.rollouts_per_prompt // 2))
-    policy = upper_layers_of(tiny_folder, shared, PPO.num_frozen_layers, LoraConfig())
+    policy = load_policy(tiny_folder, shared, PPO)
     ptx.add_gradient(policy, shared, drawn, gamma=0.5, max_tokens=PPO.micro_batch_tokens)
-    text = [p.grad for p in trained_parameters(policy) if p.grad is not None]
+    text = [p.grad for p in [*trained(policy).values()] if p.grad is not None]
     assert len(mixed) == len(plain) == PPO.num_minibatches
     # Only the first step is from the same weights.
     for both, one, other in zip(mixed[0], plain[0], text, strict=True):
@@ -276,10 +284,11 @@ def gradients(shared: SharedLayers, folder: Path, micro_batch_tokens: int, *, ch
     learner = learner_of(shared, folder, config, fitted(shared, count=20))
     _, sampler = hooks_of(folder, config)
     drawn = sampler.draw(request_of(PPO, 1))
-    (minibatch, _) = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
+    (minibatch, _), outputs = gather(learner, config, list(zip(PROMPTS, drawn, strict=True)), 0.02, seed=3)
+    assert (outputs is not None) == (micro_batch_tokens > 1000 and not checkpointing)
     assert len(minibatch) == (1 if micro_batch_tokens > 1000 else 8)
-    ppo.accumulate_gradients(learner, config, minibatch)
-    return [p.grad.clone() for p in trained_parameters(learner.policy) if p.grad is not None]
+    accumulate_gradients(learner, config, minibatch)
+    return [p.grad.clone() for p in [*trained(learner.policy).values()] if p.grad is not None]
 
 
 def test_micro_batches_and_checkpointing_change_memory_and_not_the_gradient(
@@ -292,6 +301,43 @@ def test_micro_batches_and_checkpointing_change_memory_and_not_the_gradient(
     for a, b, c in zip(whole, parts, again, strict=True):
         torch.testing.assert_close(a, c, atol=0, rtol=0)
         assert float((a - b).norm()) < 0.02 * float(a.norm()) + 1e-6  # bf16 rows of other lengths round otherwise
+
+
+@pytest.mark.parametrize("trained_layers", [0, 1])
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_the_first_step_learns_from_the_pass_that_scored(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, in_bf16: bool, trained_layers: int
+) -> None:
+    monkeypatch.setattr("policies.precision.cpu_multiplies_bf16", lambda: in_bf16)
+    shared = SharedLayers(load_model(tiny_folder))
+    rewards = RewardModel(shared, REWARD_MODEL.model_copy(update={"num_trained_layers": trained_layers}))
+    learner = learner_of(shared, tiny_folder, PPO, rewards, held_out_model=fitted(shared, count=20))
+    _, sampler = hooks_of(tiny_folder, PPO)
+    rows = list(zip(PROMPTS, sampler.draw(request_of(PPO, 1)), strict=True))
+    (minibatch, _), outputs = gather(learner, PPO, rows, 0.02, seed=3)
+    assert outputs is not None
+    assert torch.equal(outputs.logprobs_NC, minibatch[0].old_logprobs_NC)
+    assert torch.equal(outputs.values_NC, minibatch[0].old_values_NC)
+    found = []
+    for given in (outputs, None):
+        learner.optimizer.zero_grad()
+        assert accumulate_gradients(learner, PPO, minibatch, given)["policy/approx_kl"] == 0
+        weights = [*trained(learner.policy).values(), *trained(learner.value).values()]
+        found.append([each.grad.clone() for each in weights if each.grad is not None])
+    assert len(found[0]) > 10
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+    assert any(each.any() for each in found[0])
+
+
+def test_a_round_runs_the_policy_once_for_its_first_step(shared: SharedLayers, tiny_folder: Path) -> None:
+    config = PPO.model_copy(update={"num_rounds": 1, "num_epochs": 2})
+    learner = learner_of(shared, tiny_folder, config, fitted(shared, count=20))
+    passes: list[bool] = []
+    learner.policy.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    hooks, _ = hooks_of(tiny_folder, config)
+    assert ppo.train(learner, config, hooks, seed=0) is None
+    # The second minibatch is scored, and the first is scored and learned from. Then there are three more steps.
+    assert passes == [False, True, True, True, True]
 
 
 def test_between_rounds_may_end_the_run(shared: SharedLayers, tiny_folder: Path) -> None:

@@ -34,6 +34,21 @@ SAMPLES = (
     SamplePair("Half a pair", "a lone surrogate: \ud83d", "fine"),
     SamplePair("Can you tell me when it is cheaper to buy than to lease?", "It depends.", "When you keep it for long."),
 )
+READ = {
+    "time": START,
+    "phase": "data",
+    "index": 0,
+    "count": 1,
+    "rankings/read": 500,
+    "rankings/learned": 320,
+    "rankings/measured": 90,
+    "rankings/left_out/held_out_in_part": 88,
+    "rankings/left_out/not_rendered": 2,
+    "rankings/unrendered": "s17 (TemplateError: <b>no system turn</b>); s18 (KeyError: 99)",
+    "prompts/read": 400,
+    "prompts/learned": 300,
+    "prompts/measured": 100,
+}
 EVALUATION = {
     "reward_model/held_out_accuracy": 0.684,
     "reward_model/accuracy_low": 0.642,
@@ -49,6 +64,9 @@ EVALUATION = {
     "calibration": [[0.53, 0.54, 183], [0.60, 0.58, 183], [0.68, 0.66, 182], [0.79, 0.74, 182], [0.91, 0.84, 182]],
     "uncertainty": [[0.1, 0.79, 183], [0.2, 0.72, 183], [0.3, 0.68, 182], [0.45, 0.63, 182], [0.8, 0.60, 182]],
 }  # fmt: skip
+
+
+BEST_OF_N = [[1, 0.0, 0.0, 0.0], [2, 0.1931, 0.55, 0.36], [4, 0.6363, 1.02, 0.6]]
 
 
 def ppo_step(i: int, num_rounds: int) -> dict[str, float | str]:
@@ -90,16 +108,20 @@ def make_lines(num_rounds: int = 40) -> list[dict[str, Any]]:
     for step in (7, 15, 23):
         log("reward_model", step, 24, {"reward_model/loss": 0.58, "reward_model/accuracy": 0.74} if step == 23 else {})
     log("reward_model_evaluation", 0, 1, EVALUATION)
-    log("normalise", 0, 1, {"reward_model/reference_std": 1.31})
+    log("normalise", 0, 1, {"reward_model/reference_std": 1.31, "best_of_n": BEST_OF_N})
     for step in range(num_rounds):
         log("ppo", step, num_rounds, ppo_step(step, num_rounds))
     won = {
         "reward_model/win_rate_over_reference": 0.711,
         "low": 0.59,
         "high": 0.806,
-        "wins": 45,
-        "ties": 1,
-        "losses": 18,
+        "prompts": 64,
+        "wins": 725,
+        "ties": 6,
+        "losses": 293,
+        "objective/kl_from_reference": 5.9,
+        "score": 1.94,
+        "held_out_score": 0.42,
     }
     log("evaluate", 0, 1, won)
     log("register", 0, 1, {"version": 2, "promoted": 1.0})

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.training.report.made_run import HOSTILE, START, make_folder, make_lines, phase, ppo_step
+from tests.training.report.made_run import HOSTILE, READ, START, make_folder, make_lines, phase, ppo_step
 from training.report.page import write_report
+from training.runs.folder import SamplePair
 
 NUM_PLOTS = 8
 
@@ -87,15 +88,60 @@ def test_page_has_every_plot_in_the_colours_of_the_page(page: Page) -> None:
     assert drawn_in["--reward-model"] == [True, False, False, False, False, True, True, True]
 
 
+def test_page_says_what_became_of_all_that_was_read(tmp_path: Path) -> None:
+    page = report_of(tmp_path, [READ, *make_lines(5)])
+    assert (
+        "320 learned from, 90 to measure with, 90 left out: 88 held out by user or by prompt, but not by both, "
+        "2 of a sample that cannot be rendered"
+    ) in page.text
+    assert "s17 (TemplateError: <b>no system turn</b>); s18 (KeyError: 99)" in page.text
+
+
 def test_page_has_the_figures(page: Page) -> None:
     for figure in (
-        "71.1%", "59.0% to 80.6%; 45 won, 1 tied, 18 lost", "68.4%", "64.2% to 72.6%; 912", "67.1%", "64% to 71%",
+        "71.1%",
+        "59.0% to 80.6%; of the pairs of 64 held-out prompts, 725 won, 6 tied, 293 lost",
+        "68.4%", "64.2% to 72.6%; 912", "67.1%", "64% to 71%",
         "gsm8k/accuracy", "0.03 to 0.055; n = 1319", "nats a completion; 95% interval 5.4 to 6.4; n = 64",
         "5c1f5c1f", "offsets 0 to 319", "pretraining weight γ", "0.580",
         "ppo.target_kl", "default: not set", "PPO’s 19.8 minutes", "the policy’s tokens", "1 more",
     ):  # fmt: skip
         assert figure in page.text, figure
     assert "Why it stopped" not in page.text
+
+
+def test_the_frontier_has_best_of_n_and_the_result_beside_the_rounds(tmp_path: Path, page: Page) -> None:
+    for words in ("best of 4", "reference policy’s best of 1, 2, 4, … completions", "Stars: the new policy’s answers"):
+        assert words in page.text
+    found = {"best_of_n", "score", "held_out_score"}
+    lines = [{key: value for key, value in line.items() if key not in found} for line in make_lines(4)]
+    text = report_of(tmp_path, lines).text
+    assert "score, by the held-out reward model" in text
+    assert not any(words in text for words in ("best of", "Diamonds", "Stars"))
+
+
+@pytest.mark.parametrize(
+    "table", [[], [[1, 0.0, 0.0]], [[1, 0.0, math.nan, 0.0]], [None], "no table", [[1, 0.0, 0.0, 0.0]]]
+)
+def test_a_frontier_without_best_of_n_that_can_be_drawn_is_still_one(tmp_path: Path, table: object) -> None:
+    lines = [line | {"best_of_n": table} if line["phase"] == "normalise" else line for line in make_lines(4)]
+    assert report_of(tmp_path, lines).tags.count("figcaption") == NUM_PLOTS
+
+
+def test_one_pair_of_a_prompt_is_shown_and_at_most_twenty_prompts(tmp_path: Path) -> None:
+    pairs = [SamplePair(f"Question {n}?", "", f"Answer {n}.{each}.", each) for n in range(25) for each in range(3)]
+    text = report_of(tmp_path, make_lines(2), samples=pairs).text
+    assert text.count("Answer ") == 20
+    assert "Answer 19.0." in text
+    assert not re.search(r"Answer \d+\.[12]", text)
+
+
+def test_samples_of_earlier_releases_are_shown(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, make_lines(2), samples=())
+    (folder / "samples.jsonl").write_text('{"prompt": "Q?", "before": "Old.", "after": "New."}\n')
+    text = Page(write_report(folder)).text
+    assert "Old." in text
+    assert "New." in text
 
 
 def test_the_same_run_gives_the_same_page_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -172,7 +218,7 @@ def test_a_figure_that_rounds_to_zero_has_no_sign(tmp_path: Path) -> None:
     for line in phase(lines, "ppo"):
         line |= {"objective/kl": -0.001}
     text = report_of(tmp_path, lines).text
-    assert re.search(r"(?<!-)\b0\.00\b", text)
+    assert re.search(r"(?<!-)0\.00nats", text)
     assert not re.search(r"-0\.00\b", text)
 
 

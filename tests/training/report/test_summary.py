@@ -21,15 +21,22 @@ def finding_of(root: Path, lines: Sequence[Mapping[str, Any]]) -> str:
 @pytest.mark.parametrize(
     ("low", "high", "beginning"),
     [
-        (0.55, 0.8, "Version 2 beats the reference policy on 71% of 64"),
-        (0.45, 0.8, "Version 2 is not clearly better or worse than the reference policy: it wins on 71%"),
-        (0.2, 0.45, "Version 2 falls behind the reference policy: it wins on only 71%"),
+        (0.55, 0.8, "Version 2 beats the reference policy in 71% of pairs of completions of 64 held-out prompts"),
+        (0.45, 0.8, "Version 2 is not clearly better or worse than the reference policy: it wins 71%"),
+        (0.2, 0.45, "Version 2 falls behind the reference policy: it wins only 71%"),
     ],
 )
 def test_finding_follows_the_interval(tmp_path: Path, low: float, high: float, beginning: str) -> None:
     bounds = {"low": low, "high": high}
     lines = [line | bounds if line["phase"] == "evaluate" else line for line in make_lines(2)]
     assert finding_of(tmp_path, lines).startswith(beginning)
+
+
+def test_a_run_of_an_earlier_release_compared_one_pair_of_each_prompt(tmp_path: Path) -> None:
+    pairs = {"wins": 45, "ties": 1, "losses": 18}
+    lines = [line | pairs if line["phase"] == "evaluate" else line for line in make_lines(2)]
+    phase(lines, "evaluate")[0].pop("prompts")  # type: ignore[attr-defined]
+    assert "of 64 held-out prompts" in finding_of(tmp_path, lines)
 
 
 def test_finding_reports_where_the_two_reward_models_part(tmp_path: Path) -> None:
@@ -52,4 +59,4 @@ def test_a_run_that_was_killed_is_not_taken_for_one_that_ended(tmp_path: Path) -
 
 def test_settings_say_what_is_not_the_default() -> None:
     recipe = TrainingConfig(ppo=PpoConfig(kl_coef=0.02)).model_dump(mode="json")
-    assert [(s.name, s.value, s.default) for s in settings(recipe) if s.default] == [("ppo.kl_coef", "0.02", "0.1")]
+    assert [(s.name, s.value, s.default) for s in settings(recipe) if s.default] == [("ppo.kl_coef", "0.02", "0.05")]

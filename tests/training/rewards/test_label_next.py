@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from alignd.v1 import types_pb2
-from feedback.store.reader import StoredCompletion, StoredSample
+from feedback.store.stored import StoredCompletion, StoredSample
 from tests.training.learning import fitted
 from training.data.groups import Group
 from training.models.policy import SharedLayers
@@ -16,7 +16,7 @@ from training.rewards.label_next import label_next, uncertainty
 
 def sample(name: str, *texts: str, ended: bool = True, prompt: str = "") -> StoredSample:
     completions = tuple(StoredCompletion(text, ended) for text in texts)
-    return StoredSample(name, "u", types_pb2.Prompt(text=prompt or f"What is {name}?"), completions)
+    return StoredSample(name, "u", types_pb2.Prompt(text=prompt or f"What is {name}?"), completions, "u")
 
 
 def test_heads_that_agree_on_every_difference_are_sure() -> None:

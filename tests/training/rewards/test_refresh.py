@@ -23,7 +23,7 @@ Lines = list[tuple[str, dict[str, Any]]]
 def dataset(training: list[RankedExample], held_out: list[RankedExample]) -> Dataset:
     seqs = [example.seq for example in training]
     log = (LogRange("rankings", 0, min(seqs), max(seqs)),)
-    return Dataset(tuple(training), tuple(held_out), (), (), log, frozenset())
+    return Dataset(tuple(training), tuple(held_out), (), (), log, ())
 
 
 def reversed_ranks(examples: list[RankedExample]) -> list[RankedExample]:

@@ -46,20 +46,18 @@ def test_one_that_could_not_be_made_leaves_nothing(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_says_what_it_waits_for_until_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_what_it_waits_for_until_the_next_attempt_and_needs_no_room_for_it(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "run", CONFIG, Origin(1, 1, 0, 0))
     assert folder.waits_for == ""
+    before = (folder.state / "waits").stat()
     folder.wait("the store is away")
     assert folder.waits_for == "the store is away"
     folder.begin_attempt()
     assert folder.waits_for == ""
-
-    def full(path: Path, text: str) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("training.runs.folder.replace_file", full)
-    folder.wait("no space left")  # There is no space for this line either.
-    assert folder.waits_for == ""
+    folder.wait("ä" * 999)
+    assert folder.waits_for == "ä" * 256
+    after = (folder.state / "waits").stat()
+    assert (after.st_ino, after.st_size, after.st_blocks) == (before.st_ino, before.st_size, before.st_blocks)
 
 
 def test_a_run_that_an_earlier_release_began_keeps_its_recipe(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import pytest
 
+from policies.server_connection import ServerConnection
 from tests.training.serving_errors import Answer
 from training.runs.policy_client import PolicyClient
 
@@ -17,7 +18,7 @@ def client_answered_with(monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode)
         assert (request.version, request.expected_live_version) == (3, 2)
         raise Answer(code, "no")
 
-    client = PolicyClient("127.0.0.1:1")
+    client = PolicyClient(ServerConnection("127.0.0.1:1"))
     monkeypatch.setattr(client, "_service", SimpleNamespace(Promote=promote))
     return client
 

@@ -12,7 +12,10 @@ from training.runs.record import METRICS, PHASES, append, last_of, of_phase, rea
 from training.sft_run import SCORE
 
 ROOT = Path(__file__).parents[3]
-NAME = re.compile(r"(objective|policy|val|reward_model|rollout|completion|seconds|ptx|sft|stopped)/[a-z_]+")
+NAME = re.compile(
+    r"(objective|policy|val|reward_model|rollout|completion|seconds|ptx|sft|stopped|rankings|prompts|demonstrations)"
+    r"/[a-z_/]+"
+)
 
 
 def literals(room: str) -> Iterator[str]:

@@ -63,10 +63,11 @@ class AsyncClient:
         num_completions: int = 4,
         sampling: SamplingParams | None = None,
         policy: str = "",
+        return_token_ids: bool = False,
         timeout: float | None = None,
     ) -> SampleResponse:
         """Draws completions of a prompt, and returns them with the token to rank them by. See `Client.sample`."""
-        request = requests.sample_request(prompt, user_id, num_completions, sampling, policy)
+        request = requests.sample_request(prompt, user_id, num_completions, sampling, policy, return_token_ids)
         response: SampleResponse = await self._call(self._inference.Sample, request, timeout)
         return response
 
@@ -78,13 +79,14 @@ class AsyncClient:
         num_completions: int = 4,
         sampling: SamplingParams | None = None,
         policy: str = "",
+        return_token_ids: bool = False,
         timeout: float | None = None,
     ) -> AsyncIterator[CompletionDelta | SampleResponse]:
         """Draws completions, yields their text as it is written, and last the sample. See `Client.stream`.
 
         To end the call early, iterate inside contextlib.aclosing: a loop that is left does not close its iterator.
         """
-        request = requests.stream_request(prompt, user_id, num_completions, sampling, policy)
+        request = requests.stream_request(prompt, user_id, num_completions, sampling, policy, return_token_ids)
         self._connection.check(request)
         call = self._inference.StreamSample(request, **self._connection.per_call(timeout))
         finished = False

@@ -29,13 +29,21 @@ from alignd.v1.types_pb2 import (
 _ROLES: Mapping[str, Role] = {"system": ROLE_SYSTEM, "user": ROLE_USER, "assistant": ROLE_ASSISTANT}
 
 PromptLike = str | Sequence[Message | Mapping[str, str]] | Prompt
-"""What the user says, as a string; or the conversation, oldest turn first; or the contract's own Prompt."""
+"""What the user says, as a string; or the conversation, oldest turn first; or the contract's own Prompt.
+
+If the last turn of a conversation is the assistant's, completions continue it.
+"""
 Ranking = Sequence[str | Sequence[str]]
 """Completion ids, best first; ids in an inner list are equally good."""
 
 
 def sample_request(
-    prompt: PromptLike, user_id: str, num_completions: int, sampling: SamplingParams | None, policy: str
+    prompt: PromptLike,
+    user_id: str,
+    num_completions: int,
+    sampling: SamplingParams | None,
+    policy: str,
+    return_token_ids: bool = False,
 ) -> SampleRequest:
     """Returns a request for completions.
 
@@ -43,12 +51,22 @@ def sample_request(
         ValueError: a message has no known role, or no text.
     """
     return SampleRequest(
-        user_id=user_id, prompt=as_prompt(prompt), num_completions=num_completions, sampling=sampling, policy=policy
+        user_id=user_id,
+        prompt=as_prompt(prompt),
+        num_completions=num_completions,
+        sampling=sampling,
+        policy=policy,
+        return_token_ids=return_token_ids,
     )
 
 
 def stream_request(
-    prompt: PromptLike, user_id: str, num_completions: int, sampling: SamplingParams | None, policy: str
+    prompt: PromptLike,
+    user_id: str,
+    num_completions: int,
+    sampling: SamplingParams | None,
+    policy: str,
+    return_token_ids: bool = False,
 ) -> StreamSampleRequest:
     """Returns a request for streamed completions.
 
@@ -56,7 +74,12 @@ def stream_request(
         ValueError: a message has no known role, or no text.
     """
     return StreamSampleRequest(
-        user_id=user_id, prompt=as_prompt(prompt), num_completions=num_completions, sampling=sampling, policy=policy
+        user_id=user_id,
+        prompt=as_prompt(prompt),
+        num_completions=num_completions,
+        sampling=sampling,
+        policy=policy,
+        return_token_ids=return_token_ids,
     )
 
 

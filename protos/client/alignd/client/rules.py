@@ -11,9 +11,13 @@ except ImportError as error:
     raise ImportError("validate=True needs protovalidate: pip install 'alignd-client[validate]'") from error
 
 
-def broken_rules(message: Message) -> list[FieldViolation]:
-    """Returns each field that breaks a rule of the contract, by its path, such as "groups[2].completion_ids[0]"."""
-    found = protovalidate.collect_violations(message)
+def broken_rules(message: Message, first_only: bool = False) -> list[FieldViolation]:
+    """Returns each field that breaks a rule of the contract, by its path, such as "groups[2].completion_ids[0]".
+
+    With `first_only`, the rest of the message is not looked at after the first, which takes microseconds where a list
+    of all may take seconds and gigabytes.
+    """
+    found = protovalidate.collect_violations(message, fail_fast=first_only)
     return [FieldViolation(_path(violation), violation.proto.message) for violation in found]
 
 

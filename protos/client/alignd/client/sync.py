@@ -73,23 +73,26 @@ class Client:
         num_completions: int = 4,
         sampling: SamplingParams | None = None,
         policy: str = "",
+        return_token_ids: bool = False,
         timeout: float | None = None,
     ) -> SampleResponse:
         """Draws completions of a prompt, and returns them with the token to rank them by.
 
         Args:
-            prompt: what the user says; or the conversation, as messages with role and content; or a Prompt.
+            prompt: what the user says; or the conversation, as messages with role and content; or a Prompt. If its last
+                message is the assistant's, completions continue that.
             user_id: the user on whose behalf you ask, by name or pseudonym.
             num_completions: how many, 1 to 16; a ranking needs at least 2.
             sampling: temperature, max_tokens and the like, where the server's own are not wanted.
             policy: "v7" for version 7; empty for the one that is live.
+            return_token_ids: whether the sample has the tokens of prompt and completions too.
             timeout: seconds, in place of the client's.
 
         Raises:
             AligndError: the server refused, or did not answer.
             ValueError: a message has no role or content.
         """
-        request = requests.sample_request(prompt, user_id, num_completions, sampling, policy)
+        request = requests.sample_request(prompt, user_id, num_completions, sampling, policy, return_token_ids)
         response: SampleResponse = self._call(self._inference.Sample, request, timeout)
         return response
 
@@ -101,6 +104,7 @@ class Client:
         num_completions: int = 4,
         sampling: SamplingParams | None = None,
         policy: str = "",
+        return_token_ids: bool = False,
         timeout: float | None = None,
     ) -> Iterator[CompletionDelta | SampleResponse]:
         """Draws completions, yields their text as it is written, and last the sample as `sample` returns it.
@@ -111,7 +115,7 @@ class Client:
             AligndError: the server refused, or the stream broke off; then the completions cannot be ranked.
             ValueError: a message has no role or content.
         """
-        request = requests.stream_request(prompt, user_id, num_completions, sampling, policy)
+        request = requests.stream_request(prompt, user_id, num_completions, sampling, policy, return_token_ids)
         self._connection.check(request)
         call = self._inference.StreamSample(request, **self._connection.per_call(timeout))
         finished = False

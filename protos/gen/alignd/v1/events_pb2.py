@@ -25,34 +25,55 @@ _sym_db = _symbol_database.Default()
 from alignd.v1 import policy_manifest_pb2 as alignd_dot_v1_dot_policy__manifest__pb2
 from alignd.v1 import policy_service_pb2 as alignd_dot_v1_dot_policy__service__pb2
 from alignd.v1 import types_pb2 as alignd_dot_v1_dot_types__pb2
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61lignd/v1/events.proto\x12\talignd.v1\x1a\x1f\x61lignd/v1/policy_manifest.proto\x1a\x1e\x61lignd/v1/policy_service.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x97\x02\n\x0bSampleEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12)\n\x06prompt\x18\x04 \x01(\x0b\x32\x11.alignd.v1.PromptR\x06prompt\x12\x35\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x37\n\x0b\x63ompletions\x18\x06 \x03(\x0b\x32\x15.alignd.v1.CompletionR\x0b\x63ompletions\"\xb0\x03\n\x0cRankingEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x1b\n\tsample_id\x18\x04 \x01(\tR\x08sampleId\x12/\n\x06groups\x18\x05 \x03(\x0b\x32\x17.alignd.v1.RankingGroupR\x06groups\x12\x30\n\x14shown_completion_ids\x18\x06 \x03(\tR\x12shownCompletionIds\x12\x18\n\x07\x63omment\x18\x07 \x01(\tR\x07\x63omment\x12T\n\x0fpolicy_versions\x18\x08 \x03(\x0b\x32+.alignd.v1.RankingEvent.PolicyVersionsEntryR\x0epolicyVersions\x1a\x41\n\x13PolicyVersionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x05R\x05value:\x02\x38\x01\"\xb4\x01\n\x12\x44\x65monstrationEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x1b\n\tsample_id\x18\x04 \x01(\tR\x08sampleId\x12\x12\n\x04text\x18\x05 \x01(\tR\x04text\"\xfa\x01\n\x0bPolicyEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12=\n\nregistered\x18\x02 \x01(\x0b\x32\x1b.alignd.v1.PolicyRegisteredH\x00R\nregistered\x12\x44\n\rstage_changed\x18\x03 \x01(\x0b\x32\x1d.alignd.v1.PolicyStageChangedH\x00R\x0cstageChanged\x12\x41\n\x0ereplica_status\x18\x04 \x01(\x0b\x32\x18.alignd.v1.ReplicaStatusH\x00R\rreplicaStatusB\x08\n\x06\x63hange\"\x9c\x01\n\x10PolicyRegistered\x12\x35\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.alignd.v1.PolicyManifestR\x08manifest\x12!\n\x0c\x61rtifact_uri\x18\x02 \x01(\tR\x0b\x61rtifactUri\x12.\n\x06\x63hange\x18\x03 \x01(\x0b\x32\x16.alignd.v1.StageChangeR\x06\x63hange\"x\n\x12PolicyStageChanged\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x16.alignd.v1.StageChangeR\x06\x63hange\x12\x32\n\x15\x65xpected_live_version\x18\x02 \x01(\x05R\x13\x65xpectedLiveVersion\"\xdb\x01\n\x0f\x44\x65\x61\x64LetterEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x32\n\x08position\x18\x03 \x01(\x0b\x32\x16.alignd.v1.LogPositionR\x08position\x12\x10\n\x03key\x18\x04 \x01(\x0cR\x03key\x12\x14\n\x05value\x18\x05 \x01(\x0cR\x05value\x12\x16\n\x06reason\x18\x06 \x01(\tR\x06reason\"Y\n\x0bLogPosition\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x1c\n\tpartition\x18\x02 \x01(\x05R\tpartition\x12\x16\n\x06offset\x18\x03 \x01(\x03R\x06offsetb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61lignd/v1/events.proto\x12\talignd.v1\x1a\x1f\x61lignd/v1/policy_manifest.proto\x1a\x1e\x61lignd/v1/policy_service.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfc\x03\n\x0bSampleEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x31\n\x06prompt\x18\x04 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x35\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x43\n\x0b\x63ompletions\x18\x06 \x03(\x0b\x32\x15.alignd.v1.CompletionB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x10R\x0b\x63ompletions\x12(\n\x10prompt_token_ids\x18\x07 \x03(\x05R\x0epromptTokenIds\x12)\n\x10tokenizer_digest\x18\x08 \x01(\tR\x0ftokenizerDigest\x12\x45\n\x0b\x61pplication\x18\t \x01(\tB#\xbaH r\x1e\x32\x1c^([a-z0-9][a-z0-9-]{0,63})?$R\x0b\x61pplication\x12\x15\n\x06key_id\x18\x0e \x01(\tR\x05keyId\x12\x1c\n\tsignature\x18\x0f \x01(\x0cR\tsignature\"\xd6\x04\n\x0cRankingEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x1b\n\tsample_id\x18\x04 \x01(\tR\x08sampleId\x12;\n\x06groups\x18\x05 \x03(\x0b\x32\x17.alignd.v1.RankingGroupB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x10R\x06groups\x12:\n\x14shown_completion_ids\x18\x06 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x10\x10R\x12shownCompletionIds\x12\"\n\x07\x63omment\x18\x07 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\x07\x63omment\x12^\n\x0fpolicy_versions\x18\x08 \x03(\x0b\x32+.alignd.v1.RankingEvent.PolicyVersionsEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x10R\x0epolicyVersions\x12\x45\n\x0b\x61pplication\x18\t \x01(\tB#\xbaH r\x1e\x32\x1c^([a-z0-9][a-z0-9-]{0,63})?$R\x0b\x61pplication\x12\x15\n\x06key_id\x18\x0e \x01(\tR\x05keyId\x12\x1c\n\tsignature\x18\x0f \x01(\x0cR\tsignature\x1a\x41\n\x13PolicyVersionsEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\x05R\x05value:\x02\x38\x01\"\xbd\x02\n\x12\x44\x65monstrationEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12\x1b\n\tsample_id\x18\x04 \x01(\tR\x08sampleId\x12\x1f\n\x04text\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x04R\x04text\x12\x45\n\x0b\x61pplication\x18\x06 \x01(\tB#\xbaH r\x1e\x32\x1c^([a-z0-9][a-z0-9-]{0,63})?$R\x0b\x61pplication\x12\x15\n\x06key_id\x18\x0e \x01(\tR\x05keyId\x12\x1c\n\tsignature\x18\x0f \x01(\x0cR\tsignature\"\xfa\x01\n\x0bPolicyEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12=\n\nregistered\x18\x02 \x01(\x0b\x32\x1b.alignd.v1.PolicyRegisteredH\x00R\nregistered\x12\x44\n\rstage_changed\x18\x03 \x01(\x0b\x32\x1d.alignd.v1.PolicyStageChangedH\x00R\x0cstageChanged\x12\x41\n\x0ereplica_status\x18\x04 \x01(\x0b\x32\x18.alignd.v1.ReplicaStatusH\x00R\rreplicaStatusB\x08\n\x06\x63hange\"\xb6\x01\n\x10PolicyRegistered\x12\x35\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.alignd.v1.PolicyManifestR\x08manifest\x12!\n\x0c\x61rtifact_uri\x18\x02 \x01(\tR\x0b\x61rtifactUri\x12.\n\x06\x63hange\x18\x03 \x01(\x0b\x32\x16.alignd.v1.StageChangeR\x06\x63hange\x12\x18\n\x07rebuilt\x18\x04 \x01(\x08R\x07rebuilt\"\x9b\x01\n\x12PolicyStageChanged\x12.\n\x06\x63hange\x18\x01 \x01(\x0b\x32\x16.alignd.v1.StageChangeR\x06\x63hange\x12\x32\n\x15\x65xpected_live_version\x18\x02 \x01(\x05R\x13\x65xpectedLiveVersion\x12!\n\x0cneeds_quorum\x18\x03 \x01(\x08R\x0bneedsQuorum\"\xdb\x01\n\x0f\x44\x65\x61\x64LetterEvent\x12\x19\n\x08\x65vent_id\x18\x01 \x01(\tR\x07\x65ventId\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x32\n\x08position\x18\x03 \x01(\x0b\x32\x16.alignd.v1.LogPositionR\x08position\x12\x10\n\x03key\x18\x04 \x01(\x0cR\x03key\x12\x14\n\x05value\x18\x05 \x01(\x0cR\x05value\x12\x16\n\x06reason\x18\x06 \x01(\tR\x06reason\"Y\n\x0bLogPosition\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x1c\n\tpartition\x18\x02 \x01(\x05R\tpartition\x12\x16\n\x06offset\x18\x03 \x01(\x03R\x06offsetb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alignd.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLEEVENT'].fields_by_name['prompt']._loaded_options = None
+  _globals['_SAMPLEEVENT'].fields_by_name['prompt']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_SAMPLEEVENT'].fields_by_name['completions']._loaded_options = None
+  _globals['_SAMPLEEVENT'].fields_by_name['completions']._serialized_options = b'\272H\007\222\001\004\010\001\020\020'
+  _globals['_SAMPLEEVENT'].fields_by_name['application']._loaded_options = None
+  _globals['_SAMPLEEVENT'].fields_by_name['application']._serialized_options = b'\272H r\0362\034^([a-z0-9][a-z0-9-]{0,63})?$'
   _globals['_RANKINGEVENT_POLICYVERSIONSENTRY']._loaded_options = None
   _globals['_RANKINGEVENT_POLICYVERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_SAMPLEEVENT']._serialized_start=159
-  _globals['_SAMPLEEVENT']._serialized_end=438
-  _globals['_RANKINGEVENT']._serialized_start=441
-  _globals['_RANKINGEVENT']._serialized_end=873
-  _globals['_RANKINGEVENT_POLICYVERSIONSENTRY']._serialized_start=808
-  _globals['_RANKINGEVENT_POLICYVERSIONSENTRY']._serialized_end=873
-  _globals['_DEMONSTRATIONEVENT']._serialized_start=876
-  _globals['_DEMONSTRATIONEVENT']._serialized_end=1056
-  _globals['_POLICYEVENT']._serialized_start=1059
-  _globals['_POLICYEVENT']._serialized_end=1309
-  _globals['_POLICYREGISTERED']._serialized_start=1312
-  _globals['_POLICYREGISTERED']._serialized_end=1468
-  _globals['_POLICYSTAGECHANGED']._serialized_start=1470
-  _globals['_POLICYSTAGECHANGED']._serialized_end=1590
-  _globals['_DEADLETTEREVENT']._serialized_start=1593
-  _globals['_DEADLETTEREVENT']._serialized_end=1812
-  _globals['_LOGPOSITION']._serialized_start=1814
-  _globals['_LOGPOSITION']._serialized_end=1903
+  _globals['_RANKINGEVENT'].fields_by_name['groups']._loaded_options = None
+  _globals['_RANKINGEVENT'].fields_by_name['groups']._serialized_options = b'\272H\007\222\001\004\010\001\020\020'
+  _globals['_RANKINGEVENT'].fields_by_name['shown_completion_ids']._loaded_options = None
+  _globals['_RANKINGEVENT'].fields_by_name['shown_completion_ids']._serialized_options = b'\272H\005\222\001\002\020\020'
+  _globals['_RANKINGEVENT'].fields_by_name['comment']._loaded_options = None
+  _globals['_RANKINGEVENT'].fields_by_name['comment']._serialized_options = b'\272H\005r\003(\200 '
+  _globals['_RANKINGEVENT'].fields_by_name['policy_versions']._loaded_options = None
+  _globals['_RANKINGEVENT'].fields_by_name['policy_versions']._serialized_options = b'\272H\005\232\001\002\020\020'
+  _globals['_RANKINGEVENT'].fields_by_name['application']._loaded_options = None
+  _globals['_RANKINGEVENT'].fields_by_name['application']._serialized_options = b'\272H r\0362\034^([a-z0-9][a-z0-9-]{0,63})?$'
+  _globals['_DEMONSTRATIONEVENT'].fields_by_name['text']._loaded_options = None
+  _globals['_DEMONSTRATIONEVENT'].fields_by_name['text']._serialized_options = b'\272H\010r\006 \001(\200\200\004'
+  _globals['_DEMONSTRATIONEVENT'].fields_by_name['application']._loaded_options = None
+  _globals['_DEMONSTRATIONEVENT'].fields_by_name['application']._serialized_options = b'\272H r\0362\034^([a-z0-9][a-z0-9-]{0,63})?$'
+  _globals['_SAMPLEEVENT']._serialized_start=188
+  _globals['_SAMPLEEVENT']._serialized_end=696
+  _globals['_RANKINGEVENT']._serialized_start=699
+  _globals['_RANKINGEVENT']._serialized_end=1297
+  _globals['_RANKINGEVENT_POLICYVERSIONSENTRY']._serialized_start=1232
+  _globals['_RANKINGEVENT_POLICYVERSIONSENTRY']._serialized_end=1297
+  _globals['_DEMONSTRATIONEVENT']._serialized_start=1300
+  _globals['_DEMONSTRATIONEVENT']._serialized_end=1617
+  _globals['_POLICYEVENT']._serialized_start=1620
+  _globals['_POLICYEVENT']._serialized_end=1870
+  _globals['_POLICYREGISTERED']._serialized_start=1873
+  _globals['_POLICYREGISTERED']._serialized_end=2055
+  _globals['_POLICYSTAGECHANGED']._serialized_start=2058
+  _globals['_POLICYSTAGECHANGED']._serialized_end=2213
+  _globals['_DEADLETTEREVENT']._serialized_start=2216
+  _globals['_DEADLETTEREVENT']._serialized_end=2435
+  _globals['_LOGPOSITION']._serialized_start=2437
+  _globals['_LOGPOSITION']._serialized_end=2526
 # @@protoc_insertion_point(module_scope)

@@ -22,12 +22,13 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from alignd.v1 import access_pb2 as alignd_dot_v1_dot_access__pb2
 from alignd.v1 import types_pb2 as alignd_dot_v1_dot_types__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n alignd/v1/feedback_service.proto\x12\talignd.v1\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x02\n\x14SubmitRankingRequest\x12\'\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\trequestId\x12\x31\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80@R\rfeedbackToken\x12/\n\x07user_id\x18\x03 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12;\n\x06groups\x18\x04 \x03(\x0b\x32\x17.alignd.v1.RankingGroupB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x10R\x06groups\x12\x42\n\x14shown_completion_ids\x18\x05 \x03(\tB\x10\xbaH\r\x92\x01\n\x10\x10\"\x06r\x04 \x01(@R\x12shownCompletionIds\x12\"\n\x07\x63omment\x18\x06 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\x07\x63omment\"}\n\x15SubmitRankingResponse\x12\x1d\n\nranking_id\x18\x01 \x01(\tR\trankingId\x12\x45\n\x10\x61\x63knowledge_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0f\x61\x63knowledgeTime\"\xca\x01\n\x1aSubmitDemonstrationRequest\x12\'\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\trequestId\x12\x31\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80@R\rfeedbackToken\x12/\n\x07user_id\x18\x03 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x1f\n\x04text\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x04R\x04text\"\x8f\x01\n\x1bSubmitDemonstrationResponse\x12)\n\x10\x64\x65monstration_id\x18\x01 \x01(\tR\x0f\x64\x65monstrationId\x12\x45\n\x10\x61\x63knowledge_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0f\x61\x63knowledgeTime2\xcb\x01\n\x0f\x46\x65\x65\x64\x62\x61\x63kService\x12R\n\rSubmitRanking\x12\x1f.alignd.v1.SubmitRankingRequest\x1a .alignd.v1.SubmitRankingResponse\x12\x64\n\x13SubmitDemonstration\x12%.alignd.v1.SubmitDemonstrationRequest\x1a&.alignd.v1.SubmitDemonstrationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n alignd/v1/feedback_service.proto\x12\talignd.v1\x1a\x16\x61lignd/v1/access.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x02\n\x14SubmitRankingRequest\x12\'\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\trequestId\x12\x31\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80@R\rfeedbackToken\x12/\n\x07user_id\x18\x03 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12;\n\x06groups\x18\x04 \x03(\x0b\x32\x17.alignd.v1.RankingGroupB\n\xbaH\x07\x92\x01\x04\x08\x01\x10\x10R\x06groups\x12\x42\n\x14shown_completion_ids\x18\x05 \x03(\tB\x10\xbaH\r\x92\x01\n\x10\x10\"\x06r\x04 \x01(@R\x12shownCompletionIds\x12\"\n\x07\x63omment\x18\x06 \x01(\tB\x08\xbaH\x05r\x03(\x80 R\x07\x63omment\"}\n\x15SubmitRankingResponse\x12\x1d\n\nranking_id\x18\x01 \x01(\tR\trankingId\x12\x45\n\x10\x61\x63knowledge_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0f\x61\x63knowledgeTime\"\xca\x01\n\x1aSubmitDemonstrationRequest\x12\'\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\trequestId\x12\x31\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80@R\rfeedbackToken\x12/\n\x07user_id\x18\x03 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x1f\n\x04text\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x04R\x04text\"\x8f\x01\n\x1bSubmitDemonstrationResponse\x12)\n\x10\x64\x65monstration_id\x18\x01 \x01(\tR\x0f\x64\x65monstrationId\x12\x45\n\x10\x61\x63knowledge_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0f\x61\x63knowledgeTime2\xd9\x01\n\x0f\x46\x65\x65\x64\x62\x61\x63kService\x12Y\n\rSubmitRanking\x12\x1f.alignd.v1.SubmitRankingRequest\x1a .alignd.v1.SubmitRankingResponse\"\x05\xca\xf3\x18\x01\x02\x12k\n\x13SubmitDemonstration\x12%.alignd.v1.SubmitDemonstrationRequest\x1a&.alignd.v1.SubmitDemonstrationResponse\"\x05\xca\xf3\x18\x01\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,14 +55,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUBMITDEMONSTRATIONREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\023r\021 \001(\200\0012\n^[^\\x00]*$'
   _globals['_SUBMITDEMONSTRATIONREQUEST'].fields_by_name['text']._loaded_options = None
   _globals['_SUBMITDEMONSTRATIONREQUEST'].fields_by_name['text']._serialized_options = b'\272H\010r\006 \001(\200\200\004'
-  _globals['_SUBMITRANKINGREQUEST']._serialized_start=133
-  _globals['_SUBMITRANKINGREQUEST']._serialized_end=461
-  _globals['_SUBMITRANKINGRESPONSE']._serialized_start=463
-  _globals['_SUBMITRANKINGRESPONSE']._serialized_end=588
-  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_start=591
-  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_end=793
-  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_start=796
-  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_end=939
-  _globals['_FEEDBACKSERVICE']._serialized_start=942
-  _globals['_FEEDBACKSERVICE']._serialized_end=1145
+  _globals['_FEEDBACKSERVICE'].methods_by_name['SubmitRanking']._loaded_options = None
+  _globals['_FEEDBACKSERVICE'].methods_by_name['SubmitRanking']._serialized_options = b'\312\363\030\001\002'
+  _globals['_FEEDBACKSERVICE'].methods_by_name['SubmitDemonstration']._loaded_options = None
+  _globals['_FEEDBACKSERVICE'].methods_by_name['SubmitDemonstration']._serialized_options = b'\312\363\030\001\002'
+  _globals['_SUBMITRANKINGREQUEST']._serialized_start=157
+  _globals['_SUBMITRANKINGREQUEST']._serialized_end=485
+  _globals['_SUBMITRANKINGRESPONSE']._serialized_start=487
+  _globals['_SUBMITRANKINGRESPONSE']._serialized_end=612
+  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_start=615
+  _globals['_SUBMITDEMONSTRATIONREQUEST']._serialized_end=817
+  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_start=820
+  _globals['_SUBMITDEMONSTRATIONRESPONSE']._serialized_end=963
+  _globals['_FEEDBACKSERVICE']._serialized_start=966
+  _globals['_FEEDBACKSERVICE']._serialized_end=1183
 # @@protoc_insertion_point(module_scope)

@@ -32,9 +32,13 @@ class FeedbackServiceStub:
     idempotent by its `request_id`, so retry after any failure with the same one. Any replica can take feedback: all it
     needs is the token that was returned with the sample.
 
-    Errors: PERMISSION_DENIED for a token that is forged, expired or another user's; INVALID_ARGUMENT, with a
-    google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a `request_id` that was used with other contents;
-    RESOURCE_EXHAUSTED if the disk is full.
+    Errors: PERMISSION_DENIED for a token that is forged, expired, another user's or another application's, which is
+    checked before the other fields are; INVALID_ARGUMENT, with a google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a
+    `request_id` that was used with other contents; RESOURCE_EXHAUSTED if the disk is full; UNAVAILABLE if it fails.
+
+    ALREADY_EXISTS is what one replica can know. If a `request_id` is sent with different contents to two replicas, both
+    say OK, both contents are kept, and the one that comes last in the log counts. If the same is sent to two replicas,
+    it counts once, with the acknowledge time of the one that comes first in the log.
     """
 
     def __init__(self, channel):
@@ -62,15 +66,20 @@ class FeedbackServiceServicer:
     idempotent by its `request_id`, so retry after any failure with the same one. Any replica can take feedback: all it
     needs is the token that was returned with the sample.
 
-    Errors: PERMISSION_DENIED for a token that is forged, expired or another user's; INVALID_ARGUMENT, with a
-    google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a `request_id` that was used with other contents;
-    RESOURCE_EXHAUSTED if the disk is full.
+    Errors: PERMISSION_DENIED for a token that is forged, expired, another user's or another application's, which is
+    checked before the other fields are; INVALID_ARGUMENT, with a google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a
+    `request_id` that was used with other contents; RESOURCE_EXHAUSTED if the disk is full; UNAVAILABLE if it fails.
+
+    ALREADY_EXISTS is what one replica can know. If a `request_id` is sent with different contents to two replicas, both
+    say OK, both contents are kept, and the one that comes last in the log counts. If the same is sent to two replicas,
+    it counts once, with the acknowledge time of the one that comes first in the log.
     """
 
     def SubmitRanking(self, request, context):
         """Records how a user ranks the completions of one sample.
 
-        Training uses only the latest ranking of a sample by a user.
+        Training uses only the latest ranking of a sample by a user. Latest is what comes last in the log, whatever clocks
+        say: what was sent to one replica counts in the order in which it was acknowledged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,9 +120,13 @@ class FeedbackService:
     idempotent by its `request_id`, so retry after any failure with the same one. Any replica can take feedback: all it
     needs is the token that was returned with the sample.
 
-    Errors: PERMISSION_DENIED for a token that is forged, expired or another user's; INVALID_ARGUMENT, with a
-    google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a `request_id` that was used with other contents;
-    RESOURCE_EXHAUSTED if the disk is full.
+    Errors: PERMISSION_DENIED for a token that is forged, expired, another user's or another application's, which is
+    checked before the other fields are; INVALID_ARGUMENT, with a google.rpc.BadRequest that names each bad field; ALREADY_EXISTS for a
+    `request_id` that was used with other contents; RESOURCE_EXHAUSTED if the disk is full; UNAVAILABLE if it fails.
+
+    ALREADY_EXISTS is what one replica can know. If a `request_id` is sent with different contents to two replicas, both
+    say OK, both contents are kept, and the one that comes last in the log counts. If the same is sent to two replicas,
+    it counts once, with the acknowledge time of the one that comes first in the log.
     """
 
     @staticmethod

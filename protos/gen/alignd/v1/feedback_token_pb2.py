@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lignd/v1/feedback_token.proto\x12\talignd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x93\x02\n\x0e\x46\x65\x65\x64\x62\x61\x63kClaims\x12\x15\n\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n\tsample_id\x18\x02 \x01(\tR\x08sampleId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12<\n\x0b\x63ompletions\x18\x04 \x03(\x0b\x32\x1a.alignd.v1.CompletionClaimR\x0b\x63ompletions\x12\x39\n\nissue_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tissueTime\x12;\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\"]\n\x0f\x43ompletionClaim\x12#\n\rcompletion_id\x18\x01 \x01(\tR\x0c\x63ompletionId\x12%\n\x0epolicy_version\x18\x02 \x01(\x05R\rpolicyVersionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lignd/v1/feedback_token.proto\x12\talignd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x02\n\x0e\x46\x65\x65\x64\x62\x61\x63kClaims\x12\x15\n\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1b\n\tsample_id\x18\x02 \x01(\tR\x08sampleId\x12\x17\n\x07user_id\x18\x03 \x01(\tR\x06userId\x12<\n\x0b\x63ompletions\x18\x04 \x03(\x0b\x32\x1a.alignd.v1.CompletionClaimR\x0b\x63ompletions\x12\x39\n\nissue_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tissueTime\x12;\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nexpireTime\x12 \n\x0b\x61pplication\x18\x07 \x01(\tR\x0b\x61pplication\"]\n\x0f\x43ompletionClaim\x12#\n\rcompletion_id\x18\x01 \x01(\tR\x0c\x63ompletionId\x12%\n\x0epolicy_version\x18\x02 \x01(\x05R\rpolicyVersionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'alignd.v1.feedback_token_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FEEDBACKCLAIMS']._serialized_start=79
-  _globals['_FEEDBACKCLAIMS']._serialized_end=354
-  _globals['_COMPLETIONCLAIM']._serialized_start=356
-  _globals['_COMPLETIONCLAIM']._serialized_end=449
+  _globals['_FEEDBACKCLAIMS']._serialized_end=388
+  _globals['_COMPLETIONCLAIM']._serialized_start=390
+  _globals['_COMPLETIONCLAIM']._serialized_end=483
 # @@protoc_insertion_point(module_scope)

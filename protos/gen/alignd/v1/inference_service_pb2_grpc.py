@@ -49,6 +49,11 @@ class InferenceServiceStub:
                 request_serializer=alignd_dot_v1_dot_inference__service__pb2.StreamSampleRequest.SerializeToString,
                 response_deserializer=alignd_dot_v1_dot_inference__service__pb2.StreamSampleResponse.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/alignd.v1.InferenceService/ListModels',
+                request_serializer=alignd_dot_v1_dot_inference__service__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=alignd_dot_v1_dot_inference__service__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -64,7 +69,9 @@ class InferenceServiceServicer:
 
         The sample is on disk when this returns, so every completion in it can be ranked later.
         Returns NOT_FOUND if `policy` names a version that does not exist, FAILED_PRECONDITION if it is not being served,
-        RESOURCE_EXHAUSTED if too many completions are in flight or the disk is full.
+        RESOURCE_EXHAUSTED if too many completions are in flight, a limit of the key or its user is reached, or the disk is
+        full, INVALID_ARGUMENT if the prompt and its
+        completions have more than 16 MiB together, which cannot be kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,7 +82,15 @@ class InferenceServiceServicer:
 
         Sends one `started`, then `deltas` that batch the new text of all completions about every 20 ms, then one
         `finished`, which holds all that Sample would have returned. A stream that ends without `finished` failed, and its
-        completions cannot be ranked. Errors are those of Sample.
+        completions cannot be ranked. Errors are those of Sample, and ABORTED if the client reads nothing for long, 30 s
+        unless the server is set otherwise. Text that is read late comes in fewer, longer deltas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Lists what `policy` may name: "live", and the versions that are loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +108,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamSample,
                     request_deserializer=alignd_dot_v1_dot_inference__service__pb2.StreamSampleRequest.FromString,
                     response_serializer=alignd_dot_v1_dot_inference__service__pb2.StreamSampleResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=alignd_dot_v1_dot_inference__service__pb2.ListModelsRequest.FromString,
+                    response_serializer=alignd_dot_v1_dot_inference__service__pb2.ListModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -154,6 +174,33 @@ class InferenceService:
             '/alignd.v1.InferenceService/StreamSample',
             alignd_dot_v1_dot_inference__service__pb2.StreamSampleRequest.SerializeToString,
             alignd_dot_v1_dot_inference__service__pb2.StreamSampleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alignd.v1.InferenceService/ListModels',
+            alignd_dot_v1_dot_inference__service__pb2.ListModelsRequest.SerializeToString,
+            alignd_dot_v1_dot_inference__service__pb2.ListModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

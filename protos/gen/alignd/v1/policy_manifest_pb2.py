@@ -26,7 +26,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61lignd/v1/policy_manifest.proto\x12\talignd.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9e\x04\n\x0ePolicyManifest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12.\n\x0eparent_version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\rparentVersion\x12\x34\n\x11reference_version\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x10referenceVersion\x12:\n\rweight_digest\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$R\x0cweightDigest\x12:\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x17.alignd.v1.ArtifactFileB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x90NR\x05\x66iles\x12\x43\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\xbaH\x03\xc8\x01\x01R\ncreateTime\x12\x36\n\x08training\x18\x07 \x01(\x0b\x32\x1a.alignd.v1.TrainingLineageR\x08training\x12\x37\n\x0b\x65valuations\x18\x08 \x03(\x0b\x32\x15.alignd.v1.EvaluationR\x0b\x65valuations\x12\x32\n\x06probes\x18\t \x03(\x0b\x32\x10.alignd.v1.ProbeB\x08\xbaH\x05\x92\x01\x02\x10@R\x06probes\x12!\n\x0c\x63ode_version\x18\n \x01(\tR\x0b\x63odeVersion\"\xbe\x01\n\x0c\x41rtifactFile\x12W\n\x04path\x18\x01 \x01(\tBC\xbaH@r>2<^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$R\x04path\x12&\n\nsize_bytes\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\tsizeBytes\x12-\n\x06sha256\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$R\x06sha256\"\xc7\x02\n\x0fTrainingLineage\x12\x15\n\x06run_id\x18\x01 \x01(\tR\x05runId\x12\x1c\n\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x1f\n\x0brecipe_json\x18\x03 \x01(\tR\nrecipeJson\x12\x12\n\x04seed\x18\x04 \x01(\x03R\x04seed\x12.\n\x13reward_model_digest\x18\x05 \x01(\tR\x11rewardModelDigest\x12/\n\x08rankings\x18\x06 \x03(\x0b\x32\x13.alignd.v1.LogRangeR\x08rankings\x12!\n\x0cnum_rankings\x18\x07 \x01(\x03R\x0bnumRankings\x12\x1f\n\x0bnum_prompts\x18\x08 \x01(\x03R\nnumPrompts\x12%\n\x0eprompts_digest\x18\t \x01(\tR\rpromptsDigest\"\x82\x01\n\x08LogRange\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x1c\n\tpartition\x18\x02 \x01(\x05R\tpartition\x12!\n\x0c\x66irst_offset\x18\x03 \x01(\x03R\x0b\x66irstOffset\x12\x1f\n\x0blast_offset\x18\x04 \x01(\x03R\nlastOffset\"\x8d\x01\n\nEvaluation\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value\x12\x15\n\x03low\x18\x03 \x01(\x01H\x00R\x03low\x88\x01\x01\x12\x17\n\x04high\x18\x04 \x01(\x01H\x01R\x04high\x88\x01\x01\x12\x14\n\x05\x63ount\x18\x05 \x01(\x03R\x05\x63ountB\x06\n\x04_lowB\x07\n\x05_high\"M\n\x05Probe\x12(\n\ttoken_ids\x18\x01 \x03(\x05\x42\x0b\xbaH\x08\x92\x01\x05\x08\x02\x10\x80\x04R\x08tokenIds\x12\x1a\n\x08logprobs\x18\x02 \x03(\x02R\x08logprobsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x61lignd/v1/policy_manifest.proto\x12\talignd.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa9\x04\n\x0ePolicyManifest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12.\n\x0eparent_version\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\rparentVersion\x12\x34\n\x11reference_version\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x10referenceVersion\x12:\n\rweight_digest\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$R\x0cweightDigest\x12:\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x17.alignd.v1.ArtifactFileB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x90NR\x05\x66iles\x12\x43\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\xbaH\x03\xc8\x01\x01R\ncreateTime\x12\x36\n\x08training\x18\x07 \x01(\x0b\x32\x1a.alignd.v1.TrainingLineageR\x08training\x12\x42\n\x0b\x65valuations\x18\x08 \x03(\x0b\x32\x15.alignd.v1.EvaluationB\t\xbaH\x06\x92\x01\x03\x10\xe8\x07R\x0b\x65valuations\x12\x32\n\x06probes\x18\t \x03(\x0b\x32\x10.alignd.v1.ProbeB\x08\xbaH\x05\x92\x01\x02\x10@R\x06probes\x12!\n\x0c\x63ode_version\x18\n \x01(\tR\x0b\x63odeVersion\"\xbe\x01\n\x0c\x41rtifactFile\x12W\n\x04path\x18\x01 \x01(\tBC\xbaH@r>2<^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$R\x04path\x12&\n\nsize_bytes\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\tsizeBytes\x12-\n\x06sha256\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$R\x06sha256\"\xd2\x02\n\x0fTrainingLineage\x12\x15\n\x06run_id\x18\x01 \x01(\tR\x05runId\x12\x1c\n\talgorithm\x18\x02 \x01(\tR\talgorithm\x12\x1f\n\x0brecipe_json\x18\x03 \x01(\tR\nrecipeJson\x12\x12\n\x04seed\x18\x04 \x01(\x03R\x04seed\x12.\n\x13reward_model_digest\x18\x05 \x01(\tR\x11rewardModelDigest\x12:\n\x08rankings\x18\x06 \x03(\x0b\x32\x13.alignd.v1.LogRangeB\t\xbaH\x06\x92\x01\x03\x10\x90NR\x08rankings\x12!\n\x0cnum_rankings\x18\x07 \x01(\x03R\x0bnumRankings\x12\x1f\n\x0bnum_prompts\x18\x08 \x01(\x03R\nnumPrompts\x12%\n\x0eprompts_digest\x18\t \x01(\tR\rpromptsDigest\"\x82\x01\n\x08LogRange\x12\x14\n\x05topic\x18\x01 \x01(\tR\x05topic\x12\x1c\n\tpartition\x18\x02 \x01(\x05R\tpartition\x12!\n\x0c\x66irst_offset\x18\x03 \x01(\x03R\x0b\x66irstOffset\x12\x1f\n\x0blast_offset\x18\x04 \x01(\x03R\nlastOffset\"\x8d\x01\n\nEvaluation\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n\x05value\x18\x02 \x01(\x01R\x05value\x12\x15\n\x03low\x18\x03 \x01(\x01H\x00R\x03low\x88\x01\x01\x12\x17\n\x04high\x18\x04 \x01(\x01H\x01R\x04high\x88\x01\x01\x12\x14\n\x05\x63ount\x18\x05 \x01(\x03R\x05\x63ountB\x06\n\x04_lowB\x07\n\x05_high\"X\n\x05Probe\x12(\n\ttoken_ids\x18\x01 \x03(\x05\x42\x0b\xbaH\x08\x92\x01\x05\x08\x02\x10\x80\x04R\x08tokenIds\x12%\n\x08logprobs\x18\x02 \x03(\x02\x42\t\xbaH\x06\x92\x01\x03\x10\xff\x03R\x08logprobsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLICYMANIFEST'].fields_by_name['files']._serialized_options = b'\272H\010\222\001\005\010\001\020\220N'
   _globals['_POLICYMANIFEST'].fields_by_name['create_time']._loaded_options = None
   _globals['_POLICYMANIFEST'].fields_by_name['create_time']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_POLICYMANIFEST'].fields_by_name['evaluations']._loaded_options = None
+  _globals['_POLICYMANIFEST'].fields_by_name['evaluations']._serialized_options = b'\272H\006\222\001\003\020\350\007'
   _globals['_POLICYMANIFEST'].fields_by_name['probes']._loaded_options = None
   _globals['_POLICYMANIFEST'].fields_by_name['probes']._serialized_options = b'\272H\005\222\001\002\020@'
   _globals['_ARTIFACTFILE'].fields_by_name['path']._loaded_options = None
@@ -53,18 +55,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARTIFACTFILE'].fields_by_name['size_bytes']._serialized_options = b'\272H\004\"\002(\000'
   _globals['_ARTIFACTFILE'].fields_by_name['sha256']._loaded_options = None
   _globals['_ARTIFACTFILE'].fields_by_name['sha256']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{64}$'
+  _globals['_TRAININGLINEAGE'].fields_by_name['rankings']._loaded_options = None
+  _globals['_TRAININGLINEAGE'].fields_by_name['rankings']._serialized_options = b'\272H\006\222\001\003\020\220N'
   _globals['_PROBE'].fields_by_name['token_ids']._loaded_options = None
   _globals['_PROBE'].fields_by_name['token_ids']._serialized_options = b'\272H\010\222\001\005\010\002\020\200\004'
+  _globals['_PROBE'].fields_by_name['logprobs']._loaded_options = None
+  _globals['_PROBE'].fields_by_name['logprobs']._serialized_options = b'\272H\006\222\001\003\020\377\003'
   _globals['_POLICYMANIFEST']._serialized_start=109
-  _globals['_POLICYMANIFEST']._serialized_end=651
-  _globals['_ARTIFACTFILE']._serialized_start=654
-  _globals['_ARTIFACTFILE']._serialized_end=844
-  _globals['_TRAININGLINEAGE']._serialized_start=847
-  _globals['_TRAININGLINEAGE']._serialized_end=1174
-  _globals['_LOGRANGE']._serialized_start=1177
-  _globals['_LOGRANGE']._serialized_end=1307
-  _globals['_EVALUATION']._serialized_start=1310
-  _globals['_EVALUATION']._serialized_end=1451
-  _globals['_PROBE']._serialized_start=1453
-  _globals['_PROBE']._serialized_end=1530
+  _globals['_POLICYMANIFEST']._serialized_end=662
+  _globals['_ARTIFACTFILE']._serialized_start=665
+  _globals['_ARTIFACTFILE']._serialized_end=855
+  _globals['_TRAININGLINEAGE']._serialized_start=858
+  _globals['_TRAININGLINEAGE']._serialized_end=1196
+  _globals['_LOGRANGE']._serialized_start=1199
+  _globals['_LOGRANGE']._serialized_end=1329
+  _globals['_EVALUATION']._serialized_start=1332
+  _globals['_EVALUATION']._serialized_end=1473
+  _globals['_PROBE']._serialized_start=1475
+  _globals['_PROBE']._serialized_end=1563
 # @@protoc_insertion_point(module_scope)

@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from alignd.v1 import access_pb2 as alignd_dot_v1_dot_access__pb2
 from alignd.v1 import policy_manifest_pb2 as alignd_dot_v1_dot_policy__manifest__pb2
 from alignd.v1 import types_pb2 as alignd_dot_v1_dot_types__pb2
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lignd/v1/policy_service.proto\x12\talignd.v1\x1a\x1f\x61lignd/v1/policy_manifest.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd6\x01\n\x06Policy\x12\x18\n\x07version\x18\x01 \x01(\x05R\x07version\x12&\n\x05stage\x18\x02 \x01(\x0e\x32\x10.alignd.v1.StageR\x05stage\x12!\n\x0c\x61rtifact_uri\x18\x03 \x01(\tR\x0b\x61rtifactUri\x12\x35\n\x08manifest\x18\x04 \x01(\x0b\x32\x19.alignd.v1.PolicyManifestR\x08manifest\x12\x30\n\x07history\x18\x05 \x03(\x0b\x32\x16.alignd.v1.StageChangeR\x07history\"\xf0\x01\n\x0bStageChange\x12\x18\n\x07version\x18\x01 \x01(\x05R\x07version\x12/\n\nfrom_stage\x18\x02 \x01(\x0e\x32\x10.alignd.v1.StageR\tfromStage\x12+\n\x08to_stage\x18\x03 \x01(\x0e\x32\x10.alignd.v1.StageR\x07toStage\x12\x14\n\x05\x61\x63tor\x18\x04 \x01(\tR\x05\x61\x63tor\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason\x12;\n\x0b\x63hange_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nchangeTime\"\xa5\x02\n\rReplicaStatus\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12,\n\x06policy\x18\x02 \x01(\x0b\x32\x14.alignd.v1.PolicyRefR\x06policy\x12\x37\n\tswap_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08swapTime\x12#\n\rpause_seconds\x18\x04 \x01(\x01R\x0cpauseSeconds\x12#\n\rdrain_seconds\x18\x05 \x01(\x01R\x0c\x64rainSeconds\x12\x1f\n\x0bprobe_error\x18\x06 \x01(\x01R\nprobeError\x12#\n\rerror_message\x18\x07 \x01(\tR\x0c\x65rrorMessage\"\xc9\x01\n\x15RegisterPolicyRequest\x12=\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.alignd.v1.PolicyManifestB\x06\xbaH\x03\xc8\x01\x01R\x08manifest\x12-\n\x0c\x61rtifact_uri\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x10R\x0b\x61rtifactUri\x12 \n\x05\x61\x63tor\x18\x03 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x01R\x05\x61\x63tor\x12 \n\x06reason\x18\x04 \x01(\tB\x08\xbaH\x05r\x03(\x80\x08R\x06reason\"C\n\x16RegisterPolicyResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"z\n\x13ListPoliciesRequest\x12\'\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x08pageSize\x12:\n\npage_token\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^([1-9][0-9]{0,8})?$R\tpageToken\"\xc6\x01\n\x14ListPoliciesResponse\x12-\n\x08policies\x18\x01 \x03(\x0b\x32\x11.alignd.v1.PolicyR\x08policies\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12!\n\x0clive_version\x18\x03 \x01(\x05R\x0bliveVersion\x12\x34\n\x08replicas\x18\x04 \x03(\x0b\x32\x18.alignd.v1.ReplicaStatusR\x08replicas\"L\n\x10GetPolicyRequest\x12\x38\n\x06policy\x18\x01 \x01(\tB \xbaH\x1dr\x1b\x32\x19^(live|v[1-9][0-9]{0,8})$R\x06policy\">\n\x11GetPolicyResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"\xb4\x01\n\x0ePromoteRequest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12 \n\x05\x61\x63tor\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x01R\x05\x61\x63tor\x12 \n\x06reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x08R\x06reason\x12;\n\x15\x65xpected_live_version\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x13\x65xpectedLiveVersion\"<\n\x0fPromoteResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"\xb5\x01\n\x0fRollbackRequest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x07version\x12 \n\x05\x61\x63tor\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x01R\x05\x61\x63tor\x12 \n\x06reason\x18\x03 \x01(\tB\x08\xbaH\x05r\x03(\x80\x08R\x06reason\x12;\n\x15\x65xpected_live_version\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x13\x65xpectedLiveVersion\"=\n\x10RollbackResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\">\n\x0cWatchRequest\x12.\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rafterRevision\"\xb5\x01\n\rWatchResponse\x12\x1a\n\x08revision\x18\x01 \x01(\x03R\x08revision\x12;\n\x0cstage_change\x18\x02 \x01(\x0b\x32\x16.alignd.v1.StageChangeH\x00R\x0bstageChange\x12\x41\n\x0ereplica_status\x18\x03 \x01(\x0b\x32\x18.alignd.v1.ReplicaStatusH\x00R\rreplicaStatusB\x08\n\x06\x63hange*|\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTAGE_CANDIDATE\x10\x01\x12\x10\n\x0cSTAGE_CANARY\x10\x02\x12\x0e\n\nSTAGE_LIVE\x10\x03\x12\x11\n\rSTAGE_RETIRED\x10\x04\x12\x12\n\x0eSTAGE_REJECTED\x10\x05\x32\xc4\x03\n\rPolicyService\x12U\n\x0eRegisterPolicy\x12 .alignd.v1.RegisterPolicyRequest\x1a!.alignd.v1.RegisterPolicyResponse\x12O\n\x0cListPolicies\x12\x1e.alignd.v1.ListPoliciesRequest\x1a\x1f.alignd.v1.ListPoliciesResponse\x12\x46\n\tGetPolicy\x12\x1b.alignd.v1.GetPolicyRequest\x1a\x1c.alignd.v1.GetPolicyResponse\x12@\n\x07Promote\x12\x19.alignd.v1.PromoteRequest\x1a\x1a.alignd.v1.PromoteResponse\x12\x43\n\x08Rollback\x12\x1a.alignd.v1.RollbackRequest\x1a\x1b.alignd.v1.RollbackResponse\x12<\n\x05Watch\x12\x17.alignd.v1.WatchRequest\x1a\x18.alignd.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x61lignd/v1/policy_service.proto\x12\talignd.v1\x1a\x16\x61lignd/v1/access.proto\x1a\x1f\x61lignd/v1/policy_manifest.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd6\x01\n\x06Policy\x12\x18\n\x07version\x18\x01 \x01(\x05R\x07version\x12&\n\x05stage\x18\x02 \x01(\x0e\x32\x10.alignd.v1.StageR\x05stage\x12!\n\x0c\x61rtifact_uri\x18\x03 \x01(\tR\x0b\x61rtifactUri\x12\x35\n\x08manifest\x18\x04 \x01(\x0b\x32\x19.alignd.v1.PolicyManifestR\x08manifest\x12\x30\n\x07history\x18\x05 \x03(\x0b\x32\x16.alignd.v1.StageChangeR\x07history\"\x95\x02\n\x0bStageChange\x12\x18\n\x07version\x18\x01 \x01(\x05R\x07version\x12/\n\nfrom_stage\x18\x02 \x01(\x0e\x32\x10.alignd.v1.StageR\tfromStage\x12+\n\x08to_stage\x18\x03 \x01(\x0e\x32\x10.alignd.v1.StageR\x07toStage\x12\x14\n\x05\x61\x63tor\x18\x04 \x01(\tR\x05\x61\x63tor\x12\x16\n\x06reason\x18\x05 \x01(\tR\x06reason\x12;\n\x0b\x63hange_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nchangeTime\x12#\n\rclaimed_actor\x18\x07 \x01(\tR\x0c\x63laimedActor\"\xb8\x03\n\rReplicaStatus\x12\x1d\n\nreplica_id\x18\x01 \x01(\tR\treplicaId\x12,\n\x06policy\x18\x02 \x01(\x0b\x32\x14.alignd.v1.PolicyRefR\x06policy\x12\x37\n\tswap_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x08swapTime\x12#\n\rpause_seconds\x18\x04 \x01(\x01R\x0cpauseSeconds\x12#\n\rdrain_seconds\x18\x05 \x01(\x01R\x0c\x64rainSeconds\x12\x1f\n\x0bprobe_error\x18\x06 \x01(\x01R\nprobeError\x12#\n\rerror_message\x18\x07 \x01(\tR\x0c\x65rrorMessage\x12-\n\x05state\x18\x08 \x01(\x0e\x32\x17.alignd.v1.ReplicaStateR\x05state\x12%\n\x0e\x66\x61iled_version\x18\t \x01(\x05R\rfailedVersion\x12;\n\x0breport_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampR\nreportTime\"\xc6\x03\n\x15RegisterPolicyRequest\x12=\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.alignd.v1.PolicyManifestB\x06\xbaH\x03\xc8\x01\x01R\x08manifest\x12-\n\x0c\x61rtifact_uri\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x10R\x0b\x61rtifactUri\x12\x9d\x01\n\x05\x61\x63tor\x18\x03 \x01(\tB\x86\x01\xbaH\x82\x01r\x05 \x01(\x80\x01\xba\x01x\n\x10\x61\x63tor.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x05\x61\x63tor\x12\x9e\x01\n\x06reason\x18\x04 \x01(\tB\x85\x01\xbaH\x81\x01r\x03(\x80\x08\xba\x01y\n\x11reason.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x06reason\"C\n\x16RegisterPolicyResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"z\n\x13ListPoliciesRequest\x12\'\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00R\x08pageSize\x12:\n\npage_token\x18\x02 \x01(\tB\x1b\xbaH\x18r\x16\x32\x14^([1-9][0-9]{0,8})?$R\tpageToken\"\xc6\x01\n\x14ListPoliciesResponse\x12-\n\x08policies\x18\x01 \x03(\x0b\x32\x11.alignd.v1.PolicyR\x08policies\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12!\n\x0clive_version\x18\x03 \x01(\x05R\x0bliveVersion\x12\x34\n\x08replicas\x18\x04 \x03(\x0b\x32\x18.alignd.v1.ReplicaStatusR\x08replicas\"L\n\x10GetPolicyRequest\x12\x38\n\x06policy\x18\x01 \x01(\tB \xbaH\x1dr\x1b\x32\x19^(live|v[1-9][0-9]{0,8})$R\x06policy\">\n\x11GetPolicyResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"\xb1\x03\n\x0ePromoteRequest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12\x9d\x01\n\x05\x61\x63tor\x18\x02 \x01(\tB\x86\x01\xbaH\x82\x01r\x05 \x01(\x80\x01\xba\x01x\n\x10\x61\x63tor.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x05\x61\x63tor\x12\x9e\x01\n\x06reason\x18\x03 \x01(\tB\x85\x01\xbaH\x81\x01r\x03(\x80\x08\xba\x01y\n\x11reason.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x06reason\x12;\n\x15\x65xpected_live_version\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x13\x65xpectedLiveVersion\"<\n\x0fPromoteResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"\xb2\x03\n\x0fRollbackRequest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x07version\x12\x9d\x01\n\x05\x61\x63tor\x18\x02 \x01(\tB\x86\x01\xbaH\x82\x01r\x05 \x01(\x80\x01\xba\x01x\n\x10\x61\x63tor.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x05\x61\x63tor\x12\x9e\x01\n\x06reason\x18\x03 \x01(\tB\x85\x01\xbaH\x81\x01r\x03(\x80\x08\xba\x01y\n\x11reason.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x06reason\x12;\n\x15\x65xpected_live_version\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00R\x13\x65xpectedLiveVersion\"=\n\x10RollbackResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"\xf5\x02\n\rRejectRequest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12\x9d\x01\n\x05\x61\x63tor\x18\x02 \x01(\tB\x86\x01\xbaH\x82\x01r\x05 \x01(\x80\x01\xba\x01x\n\x10\x61\x63tor.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x05\x61\x63tor\x12\xa0\x01\n\x06reason\x18\x03 \x01(\tB\x87\x01\xbaH\x83\x01r\x05 \x01(\x80\x08\xba\x01y\n\x11reason.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x06reason\";\n\x0eRejectResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\"\xf8\x02\n\x10ReinstateRequest\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12\x9d\x01\n\x05\x61\x63tor\x18\x02 \x01(\tB\x86\x01\xbaH\x82\x01r\x05 \x01(\x80\x01\xba\x01x\n\x10\x61\x63tor.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x05\x61\x63tor\x12\xa0\x01\n\x06reason\x18\x03 \x01(\tB\x87\x01\xbaH\x83\x01r\x05 \x01(\x80\x08\xba\x01y\n\x11reason.no_control\x12\x1fmust have no control characters\x1a\x43!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')R\x06reason\">\n\x11ReinstateResponse\x12)\n\x06policy\x18\x01 \x01(\x0b\x32\x11.alignd.v1.PolicyR\x06policy\">\n\x0cWatchRequest\x12.\n\x0e\x61\x66ter_revision\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00R\rafterRevision\"\xb5\x01\n\rWatchResponse\x12\x1a\n\x08revision\x18\x01 \x01(\x03R\x08revision\x12;\n\x0cstage_change\x18\x02 \x01(\x0b\x32\x16.alignd.v1.StageChangeH\x00R\x0bstageChange\x12\x41\n\x0ereplica_status\x18\x03 \x01(\x0b\x32\x18.alignd.v1.ReplicaStatusH\x00R\rreplicaStatusB\x08\n\x06\x63hange*|\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTAGE_CANDIDATE\x10\x01\x12\x10\n\x0cSTAGE_CANARY\x10\x02\x12\x0e\n\nSTAGE_LIVE\x10\x03\x12\x11\n\rSTAGE_RETIRED\x10\x04\x12\x12\n\x0eSTAGE_REJECTED\x10\x05*d\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x01\x12\x1a\n\x16REPLICA_STATE_DEGRADED\x10\x02\x32\x86\x05\n\rPolicyService\x12\\\n\x0eRegisterPolicy\x12 .alignd.v1.RegisterPolicyRequest\x1a!.alignd.v1.RegisterPolicyResponse\"\x05\xca\xf3\x18\x01\x04\x12W\n\x0cListPolicies\x12\x1e.alignd.v1.ListPoliciesRequest\x1a\x1f.alignd.v1.ListPoliciesResponse\"\x06\xca\xf3\x18\x02\x03\x04\x12N\n\tGetPolicy\x12\x1b.alignd.v1.GetPolicyRequest\x1a\x1c.alignd.v1.GetPolicyResponse\"\x06\xca\xf3\x18\x02\x03\x04\x12G\n\x07Promote\x12\x19.alignd.v1.PromoteRequest\x1a\x1a.alignd.v1.PromoteResponse\"\x05\xca\xf3\x18\x01\x03\x12J\n\x08Rollback\x12\x1a.alignd.v1.RollbackRequest\x1a\x1b.alignd.v1.RollbackResponse\"\x05\xca\xf3\x18\x01\x03\x12\x44\n\x06Reject\x12\x18.alignd.v1.RejectRequest\x1a\x19.alignd.v1.RejectResponse\"\x05\xca\xf3\x18\x01\x03\x12M\n\tReinstate\x12\x1b.alignd.v1.ReinstateRequest\x1a\x1c.alignd.v1.ReinstateResponse\"\x05\xca\xf3\x18\x01\x03\x12\x44\n\x05Watch\x12\x17.alignd.v1.WatchRequest\x1a\x18.alignd.v1.WatchResponse\"\x06\xca\xf3\x18\x02\x03\x04\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,9 +41,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERPOLICYREQUEST'].fields_by_name['artifact_uri']._loaded_options = None
   _globals['_REGISTERPOLICYREQUEST'].fields_by_name['artifact_uri']._serialized_options = b'\272H\007r\005 \001(\200\020'
   _globals['_REGISTERPOLICYREQUEST'].fields_by_name['actor']._loaded_options = None
-  _globals['_REGISTERPOLICYREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\007r\005 \001(\200\001'
+  _globals['_REGISTERPOLICYREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\202\001r\005 \001(\200\001\272\001x\n\020actor.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_REGISTERPOLICYREQUEST'].fields_by_name['reason']._loaded_options = None
-  _globals['_REGISTERPOLICYREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\005r\003(\200\010'
+  _globals['_REGISTERPOLICYREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\201\001r\003(\200\010\272\001y\n\021reason.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_LISTPOLICIESREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTPOLICIESREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
   _globals['_LISTPOLICIESREQUEST'].fields_by_name['page_token']._loaded_options = None
@@ -52,53 +53,91 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMOTEREQUEST'].fields_by_name['version']._loaded_options = None
   _globals['_PROMOTEREQUEST'].fields_by_name['version']._serialized_options = b'\272H\004\032\002(\001'
   _globals['_PROMOTEREQUEST'].fields_by_name['actor']._loaded_options = None
-  _globals['_PROMOTEREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\007r\005 \001(\200\001'
+  _globals['_PROMOTEREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\202\001r\005 \001(\200\001\272\001x\n\020actor.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_PROMOTEREQUEST'].fields_by_name['reason']._loaded_options = None
-  _globals['_PROMOTEREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\005r\003(\200\010'
+  _globals['_PROMOTEREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\201\001r\003(\200\010\272\001y\n\021reason.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_PROMOTEREQUEST'].fields_by_name['expected_live_version']._loaded_options = None
   _globals['_PROMOTEREQUEST'].fields_by_name['expected_live_version']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_ROLLBACKREQUEST'].fields_by_name['version']._loaded_options = None
   _globals['_ROLLBACKREQUEST'].fields_by_name['version']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_ROLLBACKREQUEST'].fields_by_name['actor']._loaded_options = None
-  _globals['_ROLLBACKREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\007r\005 \001(\200\001'
+  _globals['_ROLLBACKREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\202\001r\005 \001(\200\001\272\001x\n\020actor.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_ROLLBACKREQUEST'].fields_by_name['reason']._loaded_options = None
-  _globals['_ROLLBACKREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\005r\003(\200\010'
+  _globals['_ROLLBACKREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\201\001r\003(\200\010\272\001y\n\021reason.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_ROLLBACKREQUEST'].fields_by_name['expected_live_version']._loaded_options = None
   _globals['_ROLLBACKREQUEST'].fields_by_name['expected_live_version']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_REJECTREQUEST'].fields_by_name['version']._loaded_options = None
+  _globals['_REJECTREQUEST'].fields_by_name['version']._serialized_options = b'\272H\004\032\002(\001'
+  _globals['_REJECTREQUEST'].fields_by_name['actor']._loaded_options = None
+  _globals['_REJECTREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\202\001r\005 \001(\200\001\272\001x\n\020actor.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
+  _globals['_REJECTREQUEST'].fields_by_name['reason']._loaded_options = None
+  _globals['_REJECTREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\203\001r\005 \001(\200\010\272\001y\n\021reason.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
+  _globals['_REINSTATEREQUEST'].fields_by_name['version']._loaded_options = None
+  _globals['_REINSTATEREQUEST'].fields_by_name['version']._serialized_options = b'\272H\004\032\002(\001'
+  _globals['_REINSTATEREQUEST'].fields_by_name['actor']._loaded_options = None
+  _globals['_REINSTATEREQUEST'].fields_by_name['actor']._serialized_options = b'\272H\202\001r\005 \001(\200\001\272\001x\n\020actor.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
+  _globals['_REINSTATEREQUEST'].fields_by_name['reason']._loaded_options = None
+  _globals['_REINSTATEREQUEST'].fields_by_name['reason']._serialized_options = b'\272H\203\001r\005 \001(\200\010\272\001y\n\021reason.no_control\022\037must have no control characters\032C!this.matches(\'[\\\\x00-\\\\x1f\\\\x7f-\\\\x9f\\u2028-\\u202e\\u2066-\\u2069]\')'
   _globals['_WATCHREQUEST'].fields_by_name['after_revision']._loaded_options = None
   _globals['_WATCHREQUEST'].fields_by_name['after_revision']._serialized_options = b'\272H\004\"\002(\000'
-  _globals['_STAGE']._serialized_start=2399
-  _globals['_STAGE']._serialized_end=2523
-  _globals['_POLICY']._serialized_start=164
-  _globals['_POLICY']._serialized_end=378
-  _globals['_STAGECHANGE']._serialized_start=381
-  _globals['_STAGECHANGE']._serialized_end=621
-  _globals['_REPLICASTATUS']._serialized_start=624
-  _globals['_REPLICASTATUS']._serialized_end=917
-  _globals['_REGISTERPOLICYREQUEST']._serialized_start=920
-  _globals['_REGISTERPOLICYREQUEST']._serialized_end=1121
-  _globals['_REGISTERPOLICYRESPONSE']._serialized_start=1123
-  _globals['_REGISTERPOLICYRESPONSE']._serialized_end=1190
-  _globals['_LISTPOLICIESREQUEST']._serialized_start=1192
-  _globals['_LISTPOLICIESREQUEST']._serialized_end=1314
-  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1317
-  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1515
-  _globals['_GETPOLICYREQUEST']._serialized_start=1517
-  _globals['_GETPOLICYREQUEST']._serialized_end=1593
-  _globals['_GETPOLICYRESPONSE']._serialized_start=1595
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1657
-  _globals['_PROMOTEREQUEST']._serialized_start=1660
-  _globals['_PROMOTEREQUEST']._serialized_end=1840
-  _globals['_PROMOTERESPONSE']._serialized_start=1842
-  _globals['_PROMOTERESPONSE']._serialized_end=1902
-  _globals['_ROLLBACKREQUEST']._serialized_start=1905
-  _globals['_ROLLBACKREQUEST']._serialized_end=2086
-  _globals['_ROLLBACKRESPONSE']._serialized_start=2088
-  _globals['_ROLLBACKRESPONSE']._serialized_end=2149
-  _globals['_WATCHREQUEST']._serialized_start=2151
-  _globals['_WATCHREQUEST']._serialized_end=2213
-  _globals['_WATCHRESPONSE']._serialized_start=2216
-  _globals['_WATCHRESPONSE']._serialized_end=2397
-  _globals['_POLICYSERVICE']._serialized_start=2526
-  _globals['_POLICYSERVICE']._serialized_end=2978
+  _globals['_POLICYSERVICE'].methods_by_name['RegisterPolicy']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['RegisterPolicy']._serialized_options = b'\312\363\030\001\004'
+  _globals['_POLICYSERVICE'].methods_by_name['ListPolicies']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['ListPolicies']._serialized_options = b'\312\363\030\002\003\004'
+  _globals['_POLICYSERVICE'].methods_by_name['GetPolicy']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['GetPolicy']._serialized_options = b'\312\363\030\002\003\004'
+  _globals['_POLICYSERVICE'].methods_by_name['Promote']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['Promote']._serialized_options = b'\312\363\030\001\003'
+  _globals['_POLICYSERVICE'].methods_by_name['Rollback']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['Rollback']._serialized_options = b'\312\363\030\001\003'
+  _globals['_POLICYSERVICE'].methods_by_name['Reject']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['Reject']._serialized_options = b'\312\363\030\001\003'
+  _globals['_POLICYSERVICE'].methods_by_name['Reinstate']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['Reinstate']._serialized_options = b'\312\363\030\001\003'
+  _globals['_POLICYSERVICE'].methods_by_name['Watch']._loaded_options = None
+  _globals['_POLICYSERVICE'].methods_by_name['Watch']._serialized_options = b'\312\363\030\002\003\004'
+  _globals['_STAGE']._serialized_start=4246
+  _globals['_STAGE']._serialized_end=4370
+  _globals['_REPLICASTATE']._serialized_start=4372
+  _globals['_REPLICASTATE']._serialized_end=4472
+  _globals['_POLICY']._serialized_start=188
+  _globals['_POLICY']._serialized_end=402
+  _globals['_STAGECHANGE']._serialized_start=405
+  _globals['_STAGECHANGE']._serialized_end=682
+  _globals['_REPLICASTATUS']._serialized_start=685
+  _globals['_REPLICASTATUS']._serialized_end=1125
+  _globals['_REGISTERPOLICYREQUEST']._serialized_start=1128
+  _globals['_REGISTERPOLICYREQUEST']._serialized_end=1582
+  _globals['_REGISTERPOLICYRESPONSE']._serialized_start=1584
+  _globals['_REGISTERPOLICYRESPONSE']._serialized_end=1651
+  _globals['_LISTPOLICIESREQUEST']._serialized_start=1653
+  _globals['_LISTPOLICIESREQUEST']._serialized_end=1775
+  _globals['_LISTPOLICIESRESPONSE']._serialized_start=1778
+  _globals['_LISTPOLICIESRESPONSE']._serialized_end=1976
+  _globals['_GETPOLICYREQUEST']._serialized_start=1978
+  _globals['_GETPOLICYREQUEST']._serialized_end=2054
+  _globals['_GETPOLICYRESPONSE']._serialized_start=2056
+  _globals['_GETPOLICYRESPONSE']._serialized_end=2118
+  _globals['_PROMOTEREQUEST']._serialized_start=2121
+  _globals['_PROMOTEREQUEST']._serialized_end=2554
+  _globals['_PROMOTERESPONSE']._serialized_start=2556
+  _globals['_PROMOTERESPONSE']._serialized_end=2616
+  _globals['_ROLLBACKREQUEST']._serialized_start=2619
+  _globals['_ROLLBACKREQUEST']._serialized_end=3053
+  _globals['_ROLLBACKRESPONSE']._serialized_start=3055
+  _globals['_ROLLBACKRESPONSE']._serialized_end=3116
+  _globals['_REJECTREQUEST']._serialized_start=3119
+  _globals['_REJECTREQUEST']._serialized_end=3492
+  _globals['_REJECTRESPONSE']._serialized_start=3494
+  _globals['_REJECTRESPONSE']._serialized_end=3553
+  _globals['_REINSTATEREQUEST']._serialized_start=3556
+  _globals['_REINSTATEREQUEST']._serialized_end=3932
+  _globals['_REINSTATERESPONSE']._serialized_start=3934
+  _globals['_REINSTATERESPONSE']._serialized_end=3996
+  _globals['_WATCHREQUEST']._serialized_start=3998
+  _globals['_WATCHREQUEST']._serialized_end=4060
+  _globals['_WATCHRESPONSE']._serialized_start=4063
+  _globals['_WATCHRESPONSE']._serialized_end=4244
+  _globals['_POLICYSERVICE']._serialized_start=4475
+  _globals['_POLICYSERVICE']._serialized_end=5121
 # @@protoc_insertion_point(module_scope)

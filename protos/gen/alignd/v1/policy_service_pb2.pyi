@@ -1,5 +1,6 @@
 import datetime
 
+from alignd.v1 import access_pb2 as _access_pb2
 from alignd.v1 import policy_manifest_pb2 as _policy_manifest_pb2
 from alignd.v1 import types_pb2 as _types_pb2
 from buf.validate import validate_pb2 as _validate_pb2
@@ -21,12 +22,21 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_LIVE: _ClassVar[Stage]
     STAGE_RETIRED: _ClassVar[Stage]
     STAGE_REJECTED: _ClassVar[Stage]
+
+class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLICA_STATE_UNSPECIFIED: _ClassVar[ReplicaState]
+    REPLICA_STATE_SERVING: _ClassVar[ReplicaState]
+    REPLICA_STATE_DEGRADED: _ClassVar[ReplicaState]
 STAGE_UNSPECIFIED: Stage
 STAGE_CANDIDATE: Stage
 STAGE_CANARY: Stage
 STAGE_LIVE: Stage
 STAGE_RETIRED: Stage
 STAGE_REJECTED: Stage
+REPLICA_STATE_UNSPECIFIED: ReplicaState
+REPLICA_STATE_SERVING: ReplicaState
+REPLICA_STATE_DEGRADED: ReplicaState
 
 class Policy(_message.Message):
     __slots__ = ("version", "stage", "artifact_uri", "manifest", "history")
@@ -43,23 +53,25 @@ class Policy(_message.Message):
     def __init__(self, version: _Optional[int] = ..., stage: _Optional[_Union[Stage, str]] = ..., artifact_uri: _Optional[str] = ..., manifest: _Optional[_Union[_policy_manifest_pb2.PolicyManifest, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StageChange, _Mapping]]] = ...) -> None: ...
 
 class StageChange(_message.Message):
-    __slots__ = ("version", "from_stage", "to_stage", "actor", "reason", "change_time")
+    __slots__ = ("version", "from_stage", "to_stage", "actor", "reason", "change_time", "claimed_actor")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FROM_STAGE_FIELD_NUMBER: _ClassVar[int]
     TO_STAGE_FIELD_NUMBER: _ClassVar[int]
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     CHANGE_TIME_FIELD_NUMBER: _ClassVar[int]
+    CLAIMED_ACTOR_FIELD_NUMBER: _ClassVar[int]
     version: int
     from_stage: Stage
     to_stage: Stage
     actor: str
     reason: str
     change_time: _timestamp_pb2.Timestamp
-    def __init__(self, version: _Optional[int] = ..., from_stage: _Optional[_Union[Stage, str]] = ..., to_stage: _Optional[_Union[Stage, str]] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., change_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    claimed_actor: str
+    def __init__(self, version: _Optional[int] = ..., from_stage: _Optional[_Union[Stage, str]] = ..., to_stage: _Optional[_Union[Stage, str]] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., change_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., claimed_actor: _Optional[str] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "policy", "swap_time", "pause_seconds", "drain_seconds", "probe_error", "error_message")
+    __slots__ = ("replica_id", "policy", "swap_time", "pause_seconds", "drain_seconds", "probe_error", "error_message", "state", "failed_version", "report_time")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     SWAP_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +79,9 @@ class ReplicaStatus(_message.Message):
     DRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PROBE_ERROR_FIELD_NUMBER: _ClassVar[int]
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REPORT_TIME_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     policy: _types_pb2.PolicyRef
     swap_time: _timestamp_pb2.Timestamp
@@ -74,7 +89,10 @@ class ReplicaStatus(_message.Message):
     drain_seconds: float
     probe_error: float
     error_message: str
-    def __init__(self, replica_id: _Optional[str] = ..., policy: _Optional[_Union[_types_pb2.PolicyRef, _Mapping]] = ..., swap_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pause_seconds: _Optional[float] = ..., drain_seconds: _Optional[float] = ..., probe_error: _Optional[float] = ..., error_message: _Optional[str] = ...) -> None: ...
+    state: ReplicaState
+    failed_version: int
+    report_time: _timestamp_pb2.Timestamp
+    def __init__(self, replica_id: _Optional[str] = ..., policy: _Optional[_Union[_types_pb2.PolicyRef, _Mapping]] = ..., swap_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., pause_seconds: _Optional[float] = ..., drain_seconds: _Optional[float] = ..., probe_error: _Optional[float] = ..., error_message: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., failed_version: _Optional[int] = ..., report_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class RegisterPolicyRequest(_message.Message):
     __slots__ = ("manifest", "artifact_uri", "actor", "reason")
@@ -157,6 +175,38 @@ class RollbackRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ..., expected_live_version: _Optional[int] = ...) -> None: ...
 
 class RollbackResponse(_message.Message):
+    __slots__ = ("policy",)
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    policy: Policy
+    def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
+
+class RejectRequest(_message.Message):
+    __slots__ = ("version", "actor", "reason")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    actor: str
+    reason: str
+    def __init__(self, version: _Optional[int] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RejectResponse(_message.Message):
+    __slots__ = ("policy",)
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    policy: Policy
+    def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
+
+class ReinstateRequest(_message.Message):
+    __slots__ = ("version", "actor", "reason")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    actor: str
+    reason: str
+    def __init__(self, version: _Optional[int] = ..., actor: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ReinstateResponse(_message.Message):
     __slots__ = ("policy",)
     POLICY_FIELD_NUMBER: _ClassVar[int]
     policy: Policy

@@ -66,6 +66,16 @@ class PolicyServiceStub:
                 request_serializer=alignd_dot_v1_dot_policy__service__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=alignd_dot_v1_dot_policy__service__pb2.RollbackResponse.FromString,
                 _registered_method=True)
+        self.Reject = channel.unary_unary(
+                '/alignd.v1.PolicyService/Reject',
+                request_serializer=alignd_dot_v1_dot_policy__service__pb2.RejectRequest.SerializeToString,
+                response_deserializer=alignd_dot_v1_dot_policy__service__pb2.RejectResponse.FromString,
+                _registered_method=True)
+        self.Reinstate = channel.unary_unary(
+                '/alignd.v1.PolicyService/Reinstate',
+                request_serializer=alignd_dot_v1_dot_policy__service__pb2.ReinstateRequest.SerializeToString,
+                response_deserializer=alignd_dot_v1_dot_policy__service__pb2.ReinstateResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/alignd.v1.PolicyService/Watch',
                 request_serializer=alignd_dot_v1_dot_policy__service__pb2.WatchRequest.SerializeToString,
@@ -86,8 +96,10 @@ class PolicyServiceServicer:
     def RegisterPolicy(self, request, context):
         """Registers a version as CANDIDATE, after its files have been verified against its manifest.
 
-        Idempotent. Returns ALREADY_EXISTS if the version is taken by other weights, FAILED_PRECONDITION if a file is
-        missing, truncated, corrupt, not finite or of another shape than the reference version's.
+        The files lie below the server's folder of versions, and none of them is or lies behind a link. A version that has
+        a parent has probes. Idempotent. Returns ALREADY_EXISTS if the version is taken by other weights,
+        FAILED_PRECONDITION if a file is corrupt, not finite or of another shape than the reference version's, and
+        UNAVAILABLE if a file is missing or short, as while it is being copied, or cannot be read now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,8 +135,27 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Reject(self, request, context):
+        """Makes a version REJECTED, so that it serves nobody. If it was LIVE, the version that was live before it is again.
+
+        Returns FAILED_PRECONDITION for a LIVE version if no other was live before it. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reinstate(self, request, context):
+        """Takes back a rejection that was a mistake: the version is RETIRED if it was ever LIVE, else CANDIDATE. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Streams every event of the `policies` topic, from the beginning or from a revision on, and then as they happen.
+
+        Returns UNAVAILABLE when the server stops, and ABORTED if the client leaves events unread for long, 30 s unless the
+        server is set otherwise. Call again then, with the last revision that was read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +188,16 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=alignd_dot_v1_dot_policy__service__pb2.RollbackRequest.FromString,
                     response_serializer=alignd_dot_v1_dot_policy__service__pb2.RollbackResponse.SerializeToString,
+            ),
+            'Reject': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reject,
+                    request_deserializer=alignd_dot_v1_dot_policy__service__pb2.RejectRequest.FromString,
+                    response_serializer=alignd_dot_v1_dot_policy__service__pb2.RejectResponse.SerializeToString,
+            ),
+            'Reinstate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reinstate,
+                    request_deserializer=alignd_dot_v1_dot_policy__service__pb2.ReinstateRequest.FromString,
+                    response_serializer=alignd_dot_v1_dot_policy__service__pb2.ReinstateResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -306,6 +347,60 @@ class PolicyService:
             '/alignd.v1.PolicyService/Rollback',
             alignd_dot_v1_dot_policy__service__pb2.RollbackRequest.SerializeToString,
             alignd_dot_v1_dot_policy__service__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reject(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alignd.v1.PolicyService/Reject',
+            alignd_dot_v1_dot_policy__service__pb2.RejectRequest.SerializeToString,
+            alignd_dot_v1_dot_policy__service__pb2.RejectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reinstate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/alignd.v1.PolicyService/Reinstate',
+            alignd_dot_v1_dot_policy__service__pb2.ReinstateRequest.SerializeToString,
+            alignd_dot_v1_dot_policy__service__pb2.ReinstateResponse.FromString,
             options,
             channel_credentials,
             insecure,

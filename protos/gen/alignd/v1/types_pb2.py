@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61lignd/v1/types.proto\x12\talignd.v1\x1a\x1b\x62uf/validate/validate.proto\"a\n\x07Message\x12/\n\x04role\x18\x01 \x01(\x0e\x32\x0f.alignd.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04role\x12%\n\x07\x63ontent\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x04R\x07\x63ontent\"B\n\x04\x43hat\x12:\n\x08messages\x18\x01 \x03(\x0b\x32\x12.alignd.v1.MessageB\n\xbaH\x07\x92\x01\x04\x08\x01\x10@R\x08messages\"d\n\x06Prompt\x12%\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x0f.alignd.v1.ChatH\x00R\x04\x63hat\x12!\n\x04text\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x04H\x00R\x04textB\x10\n\x07\x63ontent\x12\x05\xbaH\x02\x08\x01\"\x9a\x02\n\x0eSamplingParams\x12\x36\n\x0btemperature\x18\x01 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@-\x00\x00\x00\x00H\x00R\x0btemperature\x88\x01\x01\x12)\n\x05top_p\x18\x02 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?%\x00\x00\x00\x00H\x01R\x04topP\x88\x01\x01\x12+\n\nmax_tokens\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01H\x02R\tmaxTokens\x88\x01\x01\x12$\n\x04stop\x18\x04 \x03(\tB\x10\xbaH\r\x92\x01\n\x10\x04\"\x06r\x04 \x01(@R\x04stop\x12 \n\x04seed\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x03R\x04seed\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\r\n\x0b_max_tokensB\x07\n\x05_seed\"j\n\tPolicyRef\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12:\n\rweight_digest\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$R\x0cweightDigest\"\x85\x02\n\nCompletion\x12#\n\rcompletion_id\x18\x01 \x01(\tR\x0c\x63ompletionId\x12\x14\n\x05index\x18\x02 \x01(\x05R\x05index\x12\x12\n\x04text\x18\x03 \x01(\tR\x04text\x12<\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.alignd.v1.FinishReasonR\x0c\x66inishReason\x12,\n\x06policy\x18\x05 \x01(\x0b\x32\x14.alignd.v1.PolicyRefR\x06policy\x12\x1d\n\nnum_tokens\x18\x06 \x01(\x05R\tnumTokens\x12\x1d\n\nspans_swap\x18\x07 \x01(\x08R\tspansSwap\"I\n\x0cRankingGroup\x12\x39\n\x0e\x63ompletion_ids\x18\x01 \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\x10\"\x06r\x04 \x01(@R\rcompletionIds*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61lignd/v1/types.proto\x12\talignd.v1\x1a\x1b\x62uf/validate/validate.proto\"_\n\x07Message\x12/\n\x04role\x18\x01 \x01(\x0e\x32\x0f.alignd.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00R\x04role\x12#\n\x07\x63ontent\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04R\x07\x63ontent\"B\n\x04\x43hat\x12:\n\x08messages\x18\x01 \x03(\x0b\x32\x12.alignd.v1.MessageB\n\xbaH\x07\x92\x01\x04\x08\x01\x10@R\x08messages\"d\n\x06Prompt\x12%\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x0f.alignd.v1.ChatH\x00R\x04\x63hat\x12!\n\x04text\x18\x02 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x04H\x00R\x04textB\x10\n\x07\x63ontent\x12\x05\xbaH\x02\x08\x01\"\xe3\x05\n\x0eSamplingParams\x12\x36\n\x0btemperature\x18\x01 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@-\x00\x00\x00\x00H\x00R\x0btemperature\x88\x01\x01\x12)\n\x05top_p\x18\x02 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?%\x00\x00\x00\x00H\x01R\x04topP\x88\x01\x01\x12+\n\nmax_tokens\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01H\x02R\tmaxTokens\x88\x01\x01\x12$\n\x04stop\x18\x04 \x03(\tB\x10\xbaH\r\x92\x01\n\x10\x04\"\x06r\x04 \x01(@R\x04stop\x12 \n\x04seed\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x03R\x04seed\x88\x01\x01\x12!\n\x05top_k\x18\x06 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01H\x04R\x04topK\x88\x01\x01\x12)\n\x05min_p\x18\x07 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?-\x00\x00\x00\x00H\x05R\x04minP\x88\x01\x01\x12?\n\x10presence_penalty\x18\x08 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@-\x00\x00\x00\xc0H\x06R\x0fpresencePenalty\x88\x01\x01\x12\x41\n\x11\x66requency_penalty\x18\t \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@-\x00\x00\x00\xc0H\x07R\x10\x66requencyPenalty\x88\x01\x01\x12\x43\n\x12repetition_penalty\x18\n \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@%\x00\x00\x00\x00H\x08R\x11repetitionPenalty\x88\x01\x01\x12\x1d\n\nignore_eos\x18\x0b \x01(\x08R\tignoreEos\x12;\n\nstructured\x18\x0c \x01(\x0b\x32\x1b.alignd.v1.StructuredOutputR\nstructuredB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\r\n\x0b_max_tokensB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penalty\"u\n\x10StructuredOutput\x12.\n\x0bjson_schema\x18\x01 \x01(\tB\x0b\xbaH\x08r\x06 \x01(\x80\x80\x01H\x00R\njsonSchema\x12\"\n\x05regex\x18\x02 \x01(\tB\n\xbaH\x07r\x05 \x01(\x80\x04H\x00R\x05regexB\r\n\x04\x66orm\x12\x05\xbaH\x02\x08\x01\"\x84\x01\n\x0cTokenLogprob\x12\x19\n\x08token_id\x18\x01 \x01(\x05R\x07tokenId\x12\x14\n\x05token\x18\x02 \x01(\tR\x05token\x12\x18\n\x07logprob\x18\x03 \x01(\x02R\x07logprob\x12)\n\x03top\x18\x04 \x03(\x0b\x32\x17.alignd.v1.TokenLogprobR\x03top\"j\n\tPolicyRef\x12!\n\x07version\x18\x01 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07version\x12:\n\rweight_digest\x18\x02 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$R\x0cweightDigest\"\x8f\x03\n\nCompletion\x12#\n\rcompletion_id\x18\x01 \x01(\tR\x0c\x63ompletionId\x12\x14\n\x05index\x18\x02 \x01(\x05R\x05index\x12\x12\n\x04text\x18\x03 \x01(\tR\x04text\x12<\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.alignd.v1.FinishReasonR\x0c\x66inishReason\x12,\n\x06policy\x18\x05 \x01(\x0b\x32\x14.alignd.v1.PolicyRefR\x06policy\x12\x1d\n\nnum_tokens\x18\x06 \x01(\x05R\tnumTokens\x12\x1d\n\nspans_swap\x18\x07 \x01(\x08R\tspansSwap\x12\x1b\n\ttoken_ids\x18\x08 \x03(\x05R\x08tokenIds\x12%\n\x0c\x65nd_token_id\x18\t \x01(\x05H\x00R\nendTokenId\x88\x01\x01\x12\x33\n\x08logprobs\x18\n \x03(\x0b\x32\x17.alignd.v1.TokenLogprobR\x08logprobsB\x0f\n\r_end_token_id\"I\n\x0cRankingGroup\x12\x39\n\x0e\x63ompletion_ids\x18\x01 \x03(\tB\x12\xbaH\x0f\x92\x01\x0c\x08\x01\x10\x10\"\x06r\x04 \x01(@R\rcompletionIds*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,7 +35,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE'].fields_by_name['role']._loaded_options = None
   _globals['_MESSAGE'].fields_by_name['role']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
   _globals['_MESSAGE'].fields_by_name['content']._loaded_options = None
-  _globals['_MESSAGE'].fields_by_name['content']._serialized_options = b'\272H\010r\006 \001(\200\200\004'
+  _globals['_MESSAGE'].fields_by_name['content']._serialized_options = b'\272H\006r\004(\200\200\004'
   _globals['_CHAT'].fields_by_name['messages']._loaded_options = None
   _globals['_CHAT'].fields_by_name['messages']._serialized_options = b'\272H\007\222\001\004\010\001\020@'
   _globals['_PROMPT'].oneofs_by_name['content']._loaded_options = None
@@ -52,28 +52,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS'].fields_by_name['stop']._serialized_options = b'\272H\r\222\001\n\020\004\"\006r\004 \001(@'
   _globals['_SAMPLINGPARAMS'].fields_by_name['seed']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['seed']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_k']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_k']._serialized_options = b'\272H\004\032\002(\001'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['min_p']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['min_p']._serialized_options = b'\272H\014\n\n\035\000\000\200?-\000\000\000\000'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._serialized_options = b'\272H\014\n\n\035\000\000\000@-\000\000\000\300'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._serialized_options = b'\272H\014\n\n\035\000\000\000@-\000\000\000\300'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['repetition_penalty']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['repetition_penalty']._serialized_options = b'\272H\014\n\n\035\000\000\000@%\000\000\000\000'
+  _globals['_STRUCTUREDOUTPUT'].oneofs_by_name['form']._loaded_options = None
+  _globals['_STRUCTUREDOUTPUT'].oneofs_by_name['form']._serialized_options = b'\272H\002\010\001'
+  _globals['_STRUCTUREDOUTPUT'].fields_by_name['json_schema']._loaded_options = None
+  _globals['_STRUCTUREDOUTPUT'].fields_by_name['json_schema']._serialized_options = b'\272H\010r\006 \001(\200\200\001'
+  _globals['_STRUCTUREDOUTPUT'].fields_by_name['regex']._loaded_options = None
+  _globals['_STRUCTUREDOUTPUT'].fields_by_name['regex']._serialized_options = b'\272H\007r\005 \001(\200\004'
   _globals['_POLICYREF'].fields_by_name['version']._loaded_options = None
   _globals['_POLICYREF'].fields_by_name['version']._serialized_options = b'\272H\004\032\002(\001'
   _globals['_POLICYREF'].fields_by_name['weight_digest']._loaded_options = None
   _globals['_POLICYREF'].fields_by_name['weight_digest']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{64}$'
   _globals['_RANKINGGROUP'].fields_by_name['completion_ids']._loaded_options = None
   _globals['_RANKINGGROUP'].fields_by_name['completion_ids']._serialized_options = b'\272H\017\222\001\014\010\001\020\020\"\006r\004 \001(@'
-  _globals['_ROLE']._serialized_start=1066
-  _globals['_ROLE']._serialized_end=1146
-  _globals['_FINISHREASON']._serialized_start=1148
-  _globals['_FINISHREASON']._serialized_end=1243
+  _globals['_ROLE']._serialized_start=1913
+  _globals['_ROLE']._serialized_end=1993
+  _globals['_FINISHREASON']._serialized_start=1995
+  _globals['_FINISHREASON']._serialized_end=2090
   _globals['_MESSAGE']._serialized_start=65
-  _globals['_MESSAGE']._serialized_end=162
-  _globals['_CHAT']._serialized_start=164
-  _globals['_CHAT']._serialized_end=230
-  _globals['_PROMPT']._serialized_start=232
-  _globals['_PROMPT']._serialized_end=332
-  _globals['_SAMPLINGPARAMS']._serialized_start=335
-  _globals['_SAMPLINGPARAMS']._serialized_end=617
-  _globals['_POLICYREF']._serialized_start=619
-  _globals['_POLICYREF']._serialized_end=725
-  _globals['_COMPLETION']._serialized_start=728
-  _globals['_COMPLETION']._serialized_end=989
-  _globals['_RANKINGGROUP']._serialized_start=991
-  _globals['_RANKINGGROUP']._serialized_end=1064
+  _globals['_MESSAGE']._serialized_end=160
+  _globals['_CHAT']._serialized_start=162
+  _globals['_CHAT']._serialized_end=228
+  _globals['_PROMPT']._serialized_start=230
+  _globals['_PROMPT']._serialized_end=330
+  _globals['_SAMPLINGPARAMS']._serialized_start=333
+  _globals['_SAMPLINGPARAMS']._serialized_end=1072
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=1074
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1191
+  _globals['_TOKENLOGPROB']._serialized_start=1194
+  _globals['_TOKENLOGPROB']._serialized_end=1326
+  _globals['_POLICYREF']._serialized_start=1328
+  _globals['_POLICYREF']._serialized_end=1434
+  _globals['_COMPLETION']._serialized_start=1437
+  _globals['_COMPLETION']._serialized_end=1836
+  _globals['_RANKINGGROUP']._serialized_start=1838
+  _globals['_RANKINGGROUP']._serialized_end=1911
 # @@protoc_insertion_point(module_scope)
