@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -101,6 +101,9 @@ class AligndConfig(BaseSettings):
         None,
         description="File of the API keys' digests, the same for all replicas. Not set: a file in data_dir, with a key "
         "for this machine's own use.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Form of log lines: text for people, or one JSON object a line, for whatever collects them."
     )
     client: ClientConfig = Field(ClientConfig(), description="How alignd's own processes reach the server.")
     serving: ServingConfig = Field(ServingConfig(), description="The gRPC server and its engine.")

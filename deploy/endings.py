@@ -1,5 +1,6 @@
 """Says why a process ended, from its exit code and its log, and whether it may do better the next time."""
 
+import json
 import os
 import re
 import signal
@@ -69,7 +70,7 @@ def cause(log: Path, begin: int = 0) -> str:
     last line that has words.
     """
     try:
-        lines = list(_without_ignored(_end_of(log, begin).splitlines()))
+        lines = list(_without_ignored(_from_json(_end_of(log, begin).splitlines())))
     except OSError as error:
         return str(error)
     exceptions = [_without_module(found) for found in map(_EXCEPTION.match, lines) if found]
@@ -96,6 +97,19 @@ def _end_of(log: Path, begin: int) -> str:
     with log.open("rb") as file:
         file.seek(max(begin, log.stat().st_size - _MOST_BYTES_READ))
         return file.read().decode(errors="replace")
+
+
+def _from_json(lines: Iterable[str]) -> Iterator[str]:
+    """Yields a log's lines, of those that are JSON what they say and their traceback."""
+    for line in lines:
+        try:
+            record = json.loads(line) if line.startswith("{") else None
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "message" in record:
+            yield from f"{record['message']}\n{record.get('traceback') or ''}".splitlines()
+        else:
+            yield line
 
 
 def _without_ignored(lines: Iterable[str]) -> Iterator[str]:

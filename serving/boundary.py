@@ -4,7 +4,6 @@ Requests are parsed here and not by grpc, so that bytes that are no message are 
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -14,9 +13,8 @@ from google.protobuf.message import DecodeError, Message
 
 from alignd.client.rules import broken_rules
 from serving import wire
-from serving.errors import Refusal, Violation, bad_field, bad_fields, trailing_metadata
-
-logger = logging.getLogger(__name__)
+from serving.calls import log_fault, refuse
+from serving.errors import Refusal, Violation, bad_field, bad_fields
 
 # Of a request with more fields, the first fault is named and the others are not looked for.
 _MOST_FIELDS_FOR_ALL_FAULTS = 500
@@ -74,13 +72,12 @@ def _unary_boundary(
         try:
             return await method(parse(raw, message_class, check_first), context)
         except Refusal as refusal:
-            await _refuse(context, refusal)
+            await refuse(context, refusal)
         except Exception as error:
             if _is_abort(error):
                 raise
-            logger.exception("%s failed", message_class.__name__)
-            await _refuse(context, _internal())
-        raise AssertionError("refuse raises")
+            log_fault(error)
+            await refuse(context, _internal())
 
     return handle
 
@@ -99,12 +96,12 @@ def _stream_boundary(
             async for response in _until_stalled(responses, stall_seconds):
                 yield response
         except Refusal as refusal:
-            await _refuse(context, refusal)
+            await refuse(context, refusal)
         except Exception as error:
             if _is_abort(error):
                 raise
-            logger.exception("%s failed", message_class.__name__)
-            await _refuse(context, _internal())
+            log_fault(error)
+            await refuse(context, _internal())
 
     return handle
 
@@ -129,11 +126,6 @@ async def _until_stalled(
         if ending:
             why = f"the client read nothing for {stall_seconds:g} s; call again, and read the stream as it comes"
             raise Refusal(grpc.StatusCode.ABORTED, "STREAM_NOT_READ", why)
-
-
-async def _refuse(context: Any, refusal: Refusal) -> None:
-    """Answers a call with a refusal. It always raises, as gRPC's abort does."""
-    await context.abort(refusal.code, refusal.message, trailing_metadata(refusal, context.time_remaining()))
 
 
 def _is_abort(error: Exception) -> bool:

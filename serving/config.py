@@ -102,6 +102,9 @@ class ServingConfig(BaseModel):
         0.4, gt=0, le=1, description="Share of a GPU's memory that the engine takes; the trainer may need the rest."
     )
     num_threads: int | None = Field(None, ge=1, description="Threads of the engine on a CPU. Default: all cores.")
+    log_content: bool = Field(
+        False, description="Let the log have what users and policies write: prompts, completions, feedback."
+    )
     limits: LimitsConfig = Field(LimitsConfig(), description="What a key, and a user within it, may ask for.")
 
     @field_validator("host")

@@ -14,6 +14,7 @@ from feedback.outbox.door import Outbox
 from feedback.token import Keyring, TokenError, verify
 from serving.access.callers import caller
 from serving.access.limits import Limits
+from serving.calls import note, note_content
 from serving.errors import Violation, bad_field, bad_fields, not_permitted
 from serving.recording import record
 
@@ -51,6 +52,8 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
         """Records a ranking."""
         claims = self._claims(request.feedback_token, request.user_id)
         self.limits.request(caller(), request.user_id, "feedback")
+        note(sample_id=claims.sample_id)
+        note_content(comment=request.comment)
         _check_ranking(request, claims)
         event = events_pb2.RankingEvent(
             event_id=_feedback_id(_RANKING_NAMESPACE, claims, request.request_id),
@@ -70,6 +73,8 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
     ) -> feedback_service_pb2.SubmitDemonstrationResponse:
         """Records a demonstration."""
         claims = self._claims(request.feedback_token, request.user_id)
+        note(sample_id=claims.sample_id)
+        note_content(text=request.text)
         self.limits.request(caller(), request.user_id, "feedback")
         event = events_pb2.DemonstrationEvent(
             event_id=_feedback_id(_DEMONSTRATION_NAMESPACE, claims, request.request_id),

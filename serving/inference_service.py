@@ -16,6 +16,7 @@ from feedback.token import Keyring
 from serving import sampler
 from serving.access.callers import caller
 from serving.access.limits import Limits
+from serving.calls import note, note_content
 from serving.config import ServingConfig
 from serving.errors import Refusal, bad_field, shortened, unavailable
 from serving.idempotency import Retries, request_key, to_the_end
@@ -157,6 +158,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             request, caller().application, sample_id, completions, planned, engine.tokenizer_digest
         )
         answer = self._answer(request, event, completions, planned.token_ids)
+        note(sample_id=sample_id, num_completions=len(completions))
+        note_content(prompt=str(request.prompt), completions=[each.text for each in completions])
         if stored:
             # Durable first, so that its ranking can be learned from whichever process dies next.
             recording = record(self.outbox, self.keyring, SAMPLES, sample_id, event, named)

@@ -35,6 +35,7 @@ from serving.access.door import Door
 from serving.access.keys import KeysFile
 from serving.access.limits import Limits
 from serving.boundary import Boundary
+from serving.calls import CallLog
 from serving.config import ServingConfig, host_and_port
 from serving.engine_guard import EngineGuard
 from serving.engine_life import EngineLife
@@ -100,6 +101,7 @@ async def serve(
     streams = EndsStreams()
     server = grpc.aio.server(
         interceptors=[
+            CallLog(logs_content=config.log_content),
             Door(KeysFile(places.api_keys), needs_key=config.needs_key),
             Boundary(config.stream_stall_seconds, {_FEEDBACK_SERVICE: feedback_service.check_token}),
             streams,

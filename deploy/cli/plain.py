@@ -1,6 +1,5 @@
 """Makes text that came from outside safe to print: no control character of it reaches a terminal or a log."""
 
-import logging
 import unicodedata
 
 # Control characters, the separators of lines and paragraphs, and halves of a character. Of the formatting characters
@@ -24,12 +23,3 @@ def _shown(character: str, lines: bool) -> str:
         return character
     unsafe = unicodedata.category(character) in _UNSAFE or character in _TURNS
     return character.encode("unicode_escape").decode() if unsafe else character
-
-
-class PlainFormatter(logging.Formatter):
-    """Formats a log's records, each message on one line. Tracebacks keep theirs."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (the name is logging's)
-        """Returns the record's line."""
-        record.message = plain(record.message)
-        return super().formatMessage(record)

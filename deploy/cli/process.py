@@ -1,6 +1,5 @@
 """How a process of `alignd` begins and ends: its configuration, its log, its folder, and errors in words."""
 
-import logging
 import os
 import signal
 import threading
@@ -10,7 +9,8 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-from deploy.cli.plain import PlainFormatter, plain
+from deploy.cli.log import begin_log
+from deploy.cli.plain import plain
 from deploy.config import AligndConfig, ConfigError, load_config, resolved
 from deploy.data_dir import check_usable
 from deploy.endings import PASSING_CODE
@@ -32,9 +32,7 @@ def start(dry_run: bool, verb: str = "") -> AligndConfig | None:
     if dry_run:
         typer.echo(resolved(config), nl=False)
         return None
-    handler = logging.StreamHandler()
-    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    begin_log(config.log_format)
     check_usable(config.data_dir)
     # A release that did not do so may have made it. What users wrote lies below it, in runs and versions too.
     make_private(config.data_dir)

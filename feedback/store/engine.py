@@ -37,7 +37,7 @@ def open_engine(url: str) -> Engine:
     parsed = make_url(url)
     backend = parsed.get_backend_name()
     if backend == "postgresql":
-        engine = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        engine = create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True)
     elif backend == "sqlite" and parsed.database:
         engine = _sqlite_engine(Path(parsed.database))
     else:
@@ -96,7 +96,7 @@ def _sqlite_engine(path: Path) -> Engine:
         return open_sqlite(path)
 
     # For this URL SQLAlchemy would choose the pool of in-memory databases, which closes what other threads use.
-    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool)
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, hide_parameters=True)
 
     # sqlite3 begins transactions late and ends them early by itself; open_sqlite() turns that off.
     @event.listens_for(engine, "begin")

@@ -8,7 +8,8 @@ import grpc
 
 from serving.access.callers import check, let_in
 from serving.access.keys import KeysFile
-from serving.errors import Refusal, trailing_metadata
+from serving.calls import note, refuse
+from serving.errors import Refusal
 
 # Calls that last until the caller ends them.
 _ENDLESS = "PolicyService/Watch"
@@ -33,7 +34,9 @@ class Door(grpc.aio.ServerInterceptor):
 
         def look() -> None:
             # The handler runs in this task, after this.
-            let_in(check(method, metadata, self._keys.now, needs_key=self._needs_key))
+            found = check(method, metadata, self._keys.now, needs_key=self._needs_key)
+            let_in(found)
+            note(key=found.name, application=found.application)
 
         try:
             look()
@@ -62,7 +65,7 @@ def _looking_again(method: Callable[..., AsyncIterator[Any]], look: Callable[[],
         except StopAsyncIteration:
             return
         except Refusal as refusal:
-            await context.abort(refusal.code, refusal.message, trailing_metadata(refusal, None))
+            await refuse(context, refusal)
         finally:
             coming.cancel()
             await asyncio.wait({coming})
@@ -73,17 +76,17 @@ def _looking_again(method: Callable[..., AsyncIterator[Any]], look: Callable[[],
 def _refusing(handler: Any, refusal: Refusal) -> Any:
     """Returns a handler of the same kind that refuses each call."""
 
-    async def refuse(request: Any, context: Any) -> Any:
-        await context.abort(refusal.code, refusal.message, trailing_metadata(refusal, None))
+    async def answer(request: Any, context: Any) -> Any:
+        await refuse(context, refusal)
 
-    if handler.request_streaming:
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        await refuse(context, refusal)
+        yield  # makes this a stream, which never gets here
+
+    if handler.response_streaming:
         make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-    else:
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-    return make(refuse, None, handler.response_serializer)
+        return make(stream, None, handler.response_serializer)
+    make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+    return make(answer, None, handler.response_serializer)

@@ -31,6 +31,14 @@ import sys
 print("(EngineCore pid=7) ERROR 11-29 21:56:05 [core.py:1510] AttributeError: no init_cpu_memory_env", file=sys.stderr)
 raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
 """
+AS_JSON = """
+import logging
+from deploy.cli.log import begin_log
+begin_log("json")
+try: raise ValueError("in JSON")
+except ValueError: logging.getLogger("x").exception("it ended")
+logging.getLogger("x").info("bye")
+"""
 IGNORED = """
 class Resource:
     def __del__(self): raise TypeError("at the end of the interpreter")
@@ -46,6 +54,7 @@ raise ValueError("the cause")
         (IGNORED.replace('raise ValueError("the cause")', 'print("all is well")'), "all is well"),
         (CHAINED, "EngineError: vLLM did not start"),
         (GROUPED, "ValueError: in a group"),
+        (AS_JSON, "ValueError: in JSON"),
         (FROM_VLLM, "AttributeError: no init_cpu_memory_env"),
         ("print('all is well'); print('   ')", "all is well"),
         ("", "It said nothing"),
