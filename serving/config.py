@@ -5,15 +5,22 @@ import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+_REDIS = re.compile(r"rediss?://\S+")
 _NAME_OR_IPV4 = re.compile(r"[\w.-]+")
 
 
 class LimitsConfig(BaseModel):
-    """What a key, and a user within it, may ask of one replica."""
+    """What a key, and a user within it, may ask for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: SecretStr = Field(
+        SecretStr(""),
+        description="A Redis in which all replicas count requests and tokens together: redis://host:6379/0, or "
+        "rediss:// with TLS. Empty: each replica counts for itself. Completions in flight are counted by each replica.",
+    )
 
     requests_per_minute: int | None = Field(
         None, ge=1, description="Requests of a key in a minute, for samples and for feedback each. Not set: no limit."
@@ -27,6 +34,13 @@ class LimitsConfig(BaseModel):
     user_inflight_completions: int | None = Field(
         None, ge=1, description="The same for each user: completions being written."
     )
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_redis(cls, store: SecretStr) -> SecretStr:
+        if store.get_secret_value() and not _REDIS.fullmatch(store.get_secret_value()):
+            raise ValueError("must be redis://host:port/database, or rediss:// with TLS")
+        return store
 
 
 class ServingConfig(BaseModel):

@@ -51,7 +51,7 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
     ) -> feedback_service_pb2.SubmitRankingResponse:
         """Records a ranking."""
         claims = self._claims(request.feedback_token, request.user_id)
-        self.limits.request(caller(), request.user_id, "feedback")
+        await self.limits.request(caller(), request.user_id, "feedback")
         note(sample_id=claims.sample_id)
         note_content(comment=request.comment)
         _check_ranking(request, claims)
@@ -75,7 +75,7 @@ class FeedbackService(feedback_service_pb2_grpc.FeedbackServiceServicer):
         claims = self._claims(request.feedback_token, request.user_id)
         note(sample_id=claims.sample_id)
         note_content(text=request.text)
-        self.limits.request(caller(), request.user_id, "feedback")
+        await self.limits.request(caller(), request.user_id, "feedback")
         event = events_pb2.DemonstrationEvent(
             event_id=_feedback_id(_DEMONSTRATION_NAMESPACE, claims, request.request_id),
             user_id=request.user_id,

@@ -121,7 +121,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                 "the server is stopping, or its engine is starting; wait for its health to be SERVING",
                 _START_RETRY_SECONDS,
             )
-        self.limits.request(caller(), request.user_id, "sample")
+        await self.limits.request(caller(), request.user_id, "sample")
         stored = request.store if request.HasField("store") else True
         if request.sampling.ignore_eos and stored:
             why = "goes with store = false, since nothing can be learned from what follows an end"
@@ -198,7 +198,9 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         """Writes the completions, within the limits of who asks and of the replica."""
         who, count = caller(), request.num_completions
         drafts = [Draft() for _ in range(count)]
-        reserved = self.limits.reserve(who, request.user_id, len(planned.token_ids) + count * planned.draw.max_tokens)
+        reserved = await self.limits.reserve(
+            who, request.user_id, len(planned.token_ids) + count * planned.draw.max_tokens
+        )
         reserved.used = 0
         try:
             with (

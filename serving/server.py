@@ -131,6 +131,7 @@ async def serve(
         if serving.engine:
             serving.engine.shutdown()
         guard.end()
+        await limits.close()
         await policies.stop()
         await asyncio.to_thread(outbox.close)
         await asyncio.to_thread(bus.close)
