@@ -34,11 +34,15 @@ class Deed:
 
 
 def print_audit(config: AligndConfig, *, as_json: bool) -> None:
-    """Prints all deeds, the oldest first."""
-    try:
-        deeds = sorted([*_of_policies(config), *_of_keys(config)], key=lambda deed: deed.time)
-    except (CallError, KeysError, OSError) as error:
-        raise fail(str(error)) from error
+    """Prints all deeds, the oldest first; where one part cannot be read, those of the other, and fails."""
+    deeds: list[Deed] = []
+    failed: list[str] = []
+    for read in (_of_policies, _of_keys):
+        try:
+            deeds += read(config)
+        except (CallError, KeysError, OSError) as error:
+            failed.append(str(error))
+    deeds.sort(key=lambda deed: deed.time)
     console = Console(highlight=False)
     for deed in deeds:
         if as_json:
@@ -47,6 +51,8 @@ def print_audit(config: AligndConfig, *, as_json: bool) -> None:
         who = f"{deed.who} ({deed.claimed})" if deed.claimed else deed.who
         said = f"{deed.time}  {who}: {deed.what}" + (f": {deed.why}" if deed.why else "")
         console.print(plain(said), markup=False, soft_wrap=True)
+    if failed:
+        raise fail("this is not all: " + "; ".join(failed))
 
 
 def _of_policies(config: AligndConfig) -> list[Deed]:
@@ -74,7 +80,8 @@ def _of_keys(config: AligndConfig) -> list[Deed]:
     deeds = []
     for key in read_keys(config.api_keys_path):
         what = f"key {key.name} ({key.key_id}) of {key.application or 'no application'}"
-        deeds.append(Deed(_iso(key.created_at), key.created_by, "", f"{what} created: {', '.join(key.scopes)}", ""))
+        made = f"made in place of {key.replaces}" if key.replaces else "created"
+        deeds.append(Deed(_iso(key.created_at), key.created_by, "", f"{what} {made}: {', '.join(key.scopes)}", ""))
         if key.revoked_at:
             deeds.append(Deed(_iso(key.revoked_at), key.revoked_by, "", f"{what} revoked", ""))
     return deeds

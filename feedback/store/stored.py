@@ -28,6 +28,13 @@ class DrawnTokens:
     """The end token with which the policy ended it, if it did; the last of `completion`."""
 
 
+# The values by which a policy's own distribution is drawn from.
+_OWN = {
+    "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RankedCompletion:
     """A completion and the rank that its labeler gave it. Rank 0 is the best; equal ranks are a tie."""
@@ -60,6 +67,8 @@ class RankedGroup:
     """Who sent the prompt first; see StoredPrompt."""
     spanning_ranks: tuple[int, ...] = ()
     """The ranks of the completions that span a swap."""
+    off_distribution: bool = False
+    """Whether the sample was drawn otherwise than from the policy's own distribution, by which PPO draws."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +201,14 @@ def ranked_group_of(row: Row[Any]) -> RankedGroup:
     position = Position(row.topic, row.partition, row.offset)
     return RankedGroup(
         row.seq, row.event_id, row.sample_id, row.user_id, sample.prompt, ranked, position, row.first_user_id,
-        _spanning_ranks(sample, ranking),
+        _spanning_ranks(sample, ranking), is_off_distribution(sample.sampling),
     )  # fmt: skip
+
+
+def is_off_distribution(sampling: types_pb2.SamplingParams) -> bool:
+    """Whether completions are drawn from another distribution than the policy's own, at temperature 1 and whole."""
+    changed = any(sampling.HasField(name) and getattr(sampling, name) != value for name, value in _OWN.items())
+    return changed or sampling.HasField("top_k") or sampling.HasField("structured") or sampling.ignore_eos
 
 
 def _spanning_ranks(sample: events_pb2.SampleEvent, ranking: events_pb2.RankingEvent) -> tuple[int, ...]:

@@ -51,6 +51,8 @@ class ApiKey:
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     revoked_by: str = ""
+    replaces: str = ""
+    """The id of the key that it was made in place of, by a rotation."""
 
     def state(self, now: datetime) -> str:
         """Returns "active", "expired" or "revoked"."""
@@ -122,6 +124,7 @@ def revoke_key(path: Path, name: str, actor: str) -> list[ApiKey]:
         OSError: the file cannot be read or written.
     """
     now = datetime.now(UTC)
+    _check_some(path, name)
     with _changing(path) as keys:
         places = _active(keys, name, now)
         for place in places:
@@ -139,6 +142,7 @@ def rotate_key(path: Path, name: str, actor: str, overlap: timedelta) -> tuple[A
         OSError: the file cannot be read or written.
     """
     now = datetime.now(UTC)
+    _check_some(path, name)
     with _changing(path) as keys:
         old = keys[_active(keys, name, now)[-1]]
         lifetime = old.expires_at - old.created_at if old.expires_at else None
@@ -146,6 +150,7 @@ def rotate_key(path: Path, name: str, actor: str, overlap: timedelta) -> tuple[A
             last = min(filter(None, (keys[place].expires_at, now + overlap)))
             keys[place] = dataclasses.replace(keys[place], expires_at=last)
         made, secret = _new(old.name, old.application, old.scopes, actor, now, lifetime)
+        made = dataclasses.replace(made, replaces=old.key_id)
         keys.append(made)
     return made, secret
 
@@ -175,6 +180,12 @@ class KeysFile:
         except (KeysError, OSError) as error:
             logger.warning("the API keys cannot be read again, those of before are used: %s", error)
         return self._keys
+
+
+def _check_some(path: Path, name: str) -> None:
+    """Checks that there is a file of keys, whose folder may not be there either."""
+    if not path.exists():
+        raise KeysError(f"there is no active key {name}")
 
 
 def _active(keys: Sequence[ApiKey], name: str, now: datetime) -> list[int]:

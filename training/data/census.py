@@ -45,6 +45,8 @@ class Census:
     """The first few samples whose prompt or completions could not be turned into tokens, each with the error."""
     num_shortened: int = 0
     """Rankings that were used without their longest completions."""
+    num_off_distribution: int = 0
+    """Rankings that were used though their samples were drawn otherwise than PPO draws."""
 
     def with_unread(self, **reasons: int) -> Census:
         """Returns the census with what the store left out, by reason."""
@@ -65,6 +67,8 @@ class Census:
         }
         if self.num_shortened:
             found[f"{self.kind}/shortened"] = self.num_shortened
+        if self.num_off_distribution:
+            found[f"{self.kind}/off_distribution"] = self.num_off_distribution
         if self.unrendered:
             found[f"{self.kind}/unrendered"] = self.unrendered
         return found
@@ -128,6 +132,9 @@ def _outcome(record: Record, kind: str) -> str:
         f"{record[f'{kind}/{name}']:.0f} {words}"
         for name, words in (("learned", "learned from"), ("measured", "to measure with"))
     ]
+    off = int(record.get(f"{kind}/off_distribution", 0))
+    if off:
+        used[1] += f", {off} of both drawn off the policy's distribution"
     prefix = f"{kind}/left_out/"
     counts = {name: int(record[name]) for name in record if name.startswith(prefix) and record[name]}
     if not counts:

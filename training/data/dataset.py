@@ -8,7 +8,7 @@ remaining rankings are left out. All that is left out is counted, with the reaso
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -95,7 +95,7 @@ def _split_rankings(
 ) -> tuple[dict[Side, list[RankedExample]], Census]:
     by_side: dict[Side, list[RankedExample]] = {Side.LEARNED: [], Side.MEASURED: []}
     left_out: list[tuple[str, LeftOut]] = []
-    num_shortened = 0
+    num_shortened = num_off_distribution = 0
     for group in heartbeat.each(groups):
         side = side_of(group.user_id, group.first_user_id, held_out_share)
         found = LeftOut(census.HELD_OUT_IN_PART) if side is Side.NEITHER else as_example(group)
@@ -104,8 +104,10 @@ def _split_rankings(
             continue
         by_side[side].append(found)
         num_shortened += len(found.ranks) < len(readable(group))
+        num_off_distribution += group.off_distribution
     num_learned, num_measured = len(by_side[Side.LEARNED]), len(by_side[Side.MEASURED])
-    return by_side, take_census(census.RANKINGS, num_learned, num_measured, left_out, num_shortened)
+    taken = take_census(census.RANKINGS, num_learned, num_measured, left_out, num_shortened)
+    return by_side, replace(taken, num_off_distribution=num_off_distribution)
 
 
 def _split_prompts(

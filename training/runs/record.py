@@ -49,6 +49,7 @@ METRICS: Mapping[str, str] = {
     "rankings/learned": "rankings that the reward model learned from",
     "rankings/measured": "held-out rankings that it was measured with",
     "rankings/shortened": "rankings of both kinds that were used without their longest completions",
+    "rankings/off_distribution": "rankings of both kinds whose samples were not drawn as PPO draws",
     "rankings/unrendered": "the first few samples of rankings that cannot be rendered",
     "rankings/left_out/no_sample": "rankings left out: without their sample in the store",
     "rankings/left_out/superseded": "rankings left out: superseded by the user's later one of the sample",

@@ -10,7 +10,9 @@ from alignd.v1 import events_pb2, types_pb2
 from feedback.bus.contract import Delivered, Position
 from feedback.bus.topics import DEMONSTRATIONS, RANKINGS, SAMPLES
 from feedback.signature import signed
+from feedback.store import stored
 from feedback.store.decode import DeadLetter, Row, decode
+from feedback.store.stored import is_off_distribution
 from feedback.token import Keyring
 from tests.feedback.events import KEYRING, delivered, demonstration, ranking, sample
 
@@ -137,3 +139,30 @@ def test_the_signature_does_not_make_two_attempts_differ() -> None:
     assert isinstance(second, Row)
     assert first.content_digest == second.content_digest
     assert events_pb2.RankingEvent.FromString(second.event).key_id == "older"
+
+
+@pytest.mark.parametrize(
+    ("fields", "off"),
+    [
+        ({}, False),
+        ({"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 9}, False),
+        ({"stop": ["a"], "seed": 7}, False),
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.7}, True),
+        ({"top_p": 0.9}, True),
+        ({"top_k": 5}, True),
+        ({"min_p": 0.1}, True),
+        ({"presence_penalty": -1.0}, True),
+        ({"frequency_penalty": 1.0}, True),
+        ({"repetition_penalty": 1.1}, True),
+        ({"structured": types_pb2.StructuredOutput(regex="a+")}, True),
+    ],
+)
+def test_a_sample_tells_whether_it_was_drawn_as_the_policy_draws(fields: dict[str, Any], off: bool) -> None:
+    assert is_off_distribution(types_pb2.SamplingParams(**fields)) is off
+
+
+def test_every_parameter_was_thought_of() -> None:
+    known = {*stored._OWN, "top_k", "structured", "ignore_eos"}
+    harmless = {"max_tokens", "stop", "seed"}
+    assert {field.name for field in types_pb2.SamplingParams.DESCRIPTOR.fields} == known | harmless

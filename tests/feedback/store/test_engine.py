@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from alembic import command
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 
 from feedback.store.engine import open_engine, writing
 from feedback.store.ledger import Ledger
 from feedback.store.reader import Store
 from tests.feedback import processes
+from tests.tls_proxy import postgres_by_tls
 
 
 def test_all_migrations_are_made_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +112,30 @@ def test_an_error_of_the_database_is_one_line_without_what_users_wrote(store_url
     engine.dispose()
     assert "absent" in str(failed.value)
     assert not any(each in str(failed.value) for each in ("\n", "secret", "Background"))
+
+
+def test_a_database_is_spoken_to_by_tls_and_only_if_its_certificate_is_the_right_one(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    roots = [trustme.CA(), trustme.CA()]
+    files = [tmp_path / "right.pem", tmp_path / "wrong.pem"]
+    for root, file in zip(roots, files, strict=True):
+        root.cert_pem.write_to_path(file)
+    url = make_url(postgres_url)
+    assert url.port
+    with postgres_by_tls(roots[0], url.port) as port:
+        reached = url.set(host="localhost", port=port)
+
+        def by(**query: str) -> str:
+            return reached.update_query_dict(query).render_as_string(hide_password=False)
+
+        engine = open_engine(by(sslmode="verify-full", sslrootcert=str(files[0])))
+        with writing(engine) as connection:
+            driver: Any = connection.connection.driver_connection
+            assert driver.pgconn.ssl_in_use
+        engine.dispose()
+        with pytest.raises(SQLAlchemyError, match="certificate verify failed"):
+            open_engine(by(sslmode="verify-full", sslrootcert=str(files[1])))
+        # Who does not ask for TLS is not heard here.
+        with pytest.raises(SQLAlchemyError):
+            open_engine(by(sslmode="disable"))

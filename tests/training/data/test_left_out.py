@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -112,13 +113,13 @@ def test_an_error_of_the_machine_is_not_taken_for_one_of_the_sample() -> None:
 
 def test_each_reason_is_told_from_the_others(tokenizer: PreTrainedTokenizerBase) -> None:
     groups = [
-        group(1, "short"),
+        replace(group(1, "short"), off_distribution=True),
         group(2, "short", user=HELD_OUT),
         group(3, "short", first=HELD_OUT),
         group(4, "short", ranks=(0, 0)),
         group(5, "short", ranks=(0,), spanning=(1,)),
         group(6, "short", ranks=(0, 0), spanning=(0,)),
-        group(7, "long"),
+        replace(group(7, "long"), off_distribution=True),
         group(8, "short", texts=["yes", "no " * 100]),
         group(9, "short", ranks=(0, 1, 2), texts=["yes", "no", "perhaps " * 100]),
         group(10, "short", texts=["yes", ""]),
@@ -135,8 +136,9 @@ def test_each_reason_is_told_from_the_others(tokenizer: PreTrainedTokenizerBase)
     assert (whole.num_read, whole.left_out["no_sample"], "superseded" in whole.left_out) == (15, 4, False)
     (said,) = sentences(figures([whole]))
     assert said.startswith(
-        "15 rankings: 2 learned from, 1 to measure with, 12 left out: 4 without their sample in the store, "
-        "3 without a comparison, 1 held out by user or by prompt, but not by both"
+        "15 rankings: 2 learned from, 1 to measure with, 1 of both drawn off the policy's distribution, "
+        "12 left out: 4 without their sample in the store, 3 without a comparison, 1 held out by user or by prompt, "
+        "but not by both"
     )
 
 
