@@ -8,7 +8,7 @@ import torch
 
 from deploy import capacity
 from deploy.capacity import Need, check, fitted_settings
-from deploy.cli import main
+from deploy.cli import processes
 from deploy.config import AligndConfig, ConfigError
 from policies import precision
 from policies.host_memory import HostMemory
@@ -64,7 +64,7 @@ def test_fine_tuning_asks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ALIGND_SERVING__PORT", "1")
     within(monkeypatch, 6)
     with pytest.raises(ConfigError, match=r"memory: fine-tuning will need .* training\.sft\.micro_batch_size"):
-        main.sft()
+        processes.sft()
 
 
 def test_what_a_gpu_gets_passes_through_the_hosts_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

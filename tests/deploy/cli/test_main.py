@@ -11,7 +11,7 @@ import pytest
 import typer
 from sqlalchemy.exc import DatabaseError, OperationalError
 
-from deploy.cli import main, process
+from deploy.cli import main, process, processes
 from deploy.config import AligndConfig
 from deploy.data_dir import only_up
 from deploy.endings import GAVE_UP_CODE, PASSING_CODE
@@ -227,8 +227,8 @@ def test_a_server_that_finds_no_policy_starts_again_where_the_configured_model_c
     (tmp_path / "policies" / "v1").mkdir(parents=True)
     config = AligndConfig(data_dir=tmp_path)
     monkeypatch.setattr("serving.server.serve", serve)
-    monkeypatch.setattr(main, "start", lambda *options: config)
-    monkeypatch.setattr(main, "_import_first", lambda config: is_imported)
+    monkeypatch.setattr(processes, "start", lambda *options: config)
+    monkeypatch.setattr(processes, "import_first", lambda config: is_imported)
     with pytest.raises(typer.Exit) as ended:
-        main.serve()
+        processes.serve()
     assert (starts, ended.value.exit_code) == ([True] * num_starts, GAVE_UP_CODE)
