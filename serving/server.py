@@ -95,24 +95,8 @@ async def serve(
     outbox = await asyncio.to_thread(Outbox, places.outbox, feedback.outbox_max_mib << 20)
     policies = PolicyLog(bus)
     serving = Serving(Slot(), policies, Quota(config.max_inflight_completions))
-    keyring = load_keyring(places.keyring)
-    limits = Limits(config.limits)
-    feedback_service = FeedbackService(outbox, keyring, limits)
-    streams = EndsStreams()
-    server = grpc.aio.server(
-        interceptors=[
-            CallLog(logs_content=config.log_content),
-            Door(KeysFile(places.api_keys), needs_key=config.needs_key),
-            Boundary(config.stream_stall_seconds, {_FEEDBACK_SERVICE: feedback_service.check_token}),
-            streams,
-        ],
-        options=options(config.max_message_mib),
-    )
-    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
-        InferenceService(serving, outbox, keyring, limits, config, feedback.token_ttl_seconds), server
-    )
-    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback_service, server)
-    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies, places.policies), server)
+    limits, streams = Limits(config.limits), EndsStreams()
+    server = _make_server(config, feedback, places, serving, outbox, limits, streams)
     health = await _add_standard_services(server)
     port = listen(server, config)
     await server.start()
@@ -135,6 +119,37 @@ async def serve(
         await policies.stop()
         await asyncio.to_thread(outbox.close)
         await asyncio.to_thread(bus.close)
+
+
+def _make_server(
+    config: ServingConfig,
+    feedback: FeedbackConfig,
+    places: Places,
+    serving: Serving,
+    outbox: Outbox,
+    limits: Limits,
+    streams: EndsStreams,
+) -> grpc.aio.Server:
+    """Returns the server with our services; each call passes the interceptors in this order."""
+    keyring = load_keyring(places.keyring)
+    feedback_service = FeedbackService(outbox, keyring, limits)
+    server = grpc.aio.server(
+        interceptors=[
+            CallLog(logs_content=config.log_content),
+            Door(KeysFile(places.api_keys), needs_key=config.needs_key),
+            Boundary(config.stream_stall_seconds, {_FEEDBACK_SERVICE: feedback_service.check_token}),
+            streams,
+        ],
+        options=options(config.max_message_mib),
+    )
+    inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(
+        InferenceService(serving, outbox, keyring, limits, config, feedback.token_ttl_seconds), server
+    )
+    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback_service, server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(
+        PolicyService(serving.policies, places.policies), server
+    )
+    return server
 
 
 async def _add_standard_services(server: grpc.aio.Server) -> grpc_health.aio.HealthServicer:
