@@ -1,7 +1,7 @@
 """Generates the Python code of the contracts into protos/gen, and lints them.
 
-buf.validate is generated too. Its source is a copy of protovalidate's, so that a compiler of any language finds all that
-the contracts import; it is held against the installed protovalidate, so that both have one version.
+buf.validate is generated too. Its source is a copy of protovalidate's, so that a compiler of any language finds all
+that the contracts import; it is held against the installed protovalidate, so that both have one version.
 
     python protos/generate.py            writes protos/gen
     python protos/generate.py --check    writes nothing; fails if protos/gen differs, or if buf complains
