@@ -250,7 +250,8 @@ def _line(error: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     section, _, field = name.partition(".")
     new_name = RENAMED.get(section, {}).get(field) if error["type"] == "extra_forbidden" else None
-    return f"{name}: is called {section}.{new_name} now" if new_name else f"{name}: {error['msg']}"
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return f"{name}: is called {section}.{new_name} now" if new_name else f"{name}: {said}"
 
 
 def _refuse_unknown_variables() -> None:

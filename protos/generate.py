@@ -1,6 +1,7 @@
 """Generates the Python code of the contracts into protos/gen, and lints them.
 
-buf.validate is generated too. Its descriptor comes from the installed protovalidate, so that both have one version.
+buf.validate is generated too. Its source is a copy of protovalidate's, so that a compiler of any language finds all
+that the contracts import; it is held against the installed protovalidate, so that both have one version.
 
     python protos/generate.py            writes protos/gen
     python protos/generate.py --check    writes nothing; fails if protos/gen differs, or if buf complains
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
-from google.protobuf import descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2
+import grpc_tools
+from google.protobuf import descriptor_pb2
 from grpc_tools import protoc
 from protovalidate._gen.buf.validate import validate_pb
 
@@ -24,13 +27,18 @@ _GENERATED = _PROTOS / "gen"
 _VALIDATE = "buf/validate/validate.proto"
 
 
-def _write_dependencies(path: Path) -> None:
-    """Writes the descriptors of buf.validate, and of the files that it imports, as a FileDescriptorSet."""
-    dependencies = descriptor_pb2.FileDescriptorSet()
-    for module in (descriptor_pb2, duration_pb2, field_mask_pb2, timestamp_pb2):
-        module.DESCRIPTOR.CopyToProto(dependencies.file.add())
-    dependencies.file.append(descriptor_pb2.FileDescriptorProto.FromString(validate_pb.desc().proto.to_binary()))
-    path.write_bytes(dependencies.SerializeToString())
+def _check_validate(image: Path) -> None:
+    """Checks that our copy of buf.validate is that of the installed protovalidate."""
+    files = descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file
+    (ours,) = (each for each in files if each.name == _VALIDATE)
+    # Where things stand in the source is in ours alone, and theirs has options that buf has added for compilers.
+    theirs = descriptor_pb2.FileDescriptorProto.FromString(validate_pb.desc().proto.to_binary())
+    for each in (ours, theirs):
+        each.ClearField("source_code_info")
+        each.ClearField("options")
+    if ours != theirs:
+        version = metadata.version("protovalidate")
+        sys.exit(f"protos/{_VALIDATE} is not that of protovalidate {version}: copy it from its source package on PyPI")
 
 
 def _run_protoc(*arguments: str) -> None:
@@ -42,11 +50,10 @@ def _generate(target: Path) -> None:
     """Writes messages, type stubs and gRPC stubs of every contract to `target`."""
     names = sorted(str(path.relative_to(_PROTOS)) for path in (_PROTOS / "alignd").rglob("*.proto"))
     with tempfile.TemporaryDirectory() as folder:
-        dependencies, image = Path(folder, "dependencies.binpb"), Path(folder, "image.binpb")
-        _write_dependencies(dependencies)
-        # protoc takes sources or descriptors, not both in one run: the sources become descriptors first.
-        _run_protoc(f"-I{_PROTOS}", f"--descriptor_set_in={dependencies}", "--include_imports", "--include_source_info",
-                   f"--descriptor_set_out={image}", *names)  # fmt: skip
+        image = Path(folder, "image.binpb")
+        _run_protoc(f"-I{_PROTOS}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}", "--include_imports",
+                   "--include_source_info", f"--descriptor_set_out={image}", *names)  # fmt: skip
+        _check_validate(image)
         _run_protoc(f"--descriptor_set_in={image}", f"--python_out={target}", f"--pyi_out={target}", _VALIDATE, *names)
         _run_protoc(f"--descriptor_set_in={image}", f"--grpc_python_out={target}",
                    *(name for name in names if name.endswith("_service.proto")))  # fmt: skip

@@ -82,12 +82,12 @@ def address_of(settings: Mapping[str, str]) -> str:
     return f"127.0.0.1:{settings['ALIGND_SERVING__PORT']}"
 
 
-def start(verb: str, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts `alignd VERB`; it logs to VERB.log beside the folder of its data."""
+def start(verb: str, settings: Mapping[str, str], *options: str) -> subprocess.Popen[bytes]:
+    """Starts `alignd VERB`, with these options; it logs to VERB.log beside the folder of its data."""
     log = log_of(verb, settings)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        command = [sys.executable, "-m", "deploy.cli", verb]
+        command = [sys.executable, "-m", "deploy.cli", verb, *options]
         return subprocess.Popen(command, cwd=REPOSITORY, env=dict(settings), stdout=output, stderr=output)
 
 
