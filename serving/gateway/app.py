@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from functools import cache, partial
 from typing import Annotated, Any, TypeVar
 
 import grpc
@@ -28,7 +29,7 @@ from alignd.v1 import (
     inference_service_pb2_grpc,
 )
 from policies.server_connection import ServerConnection, stays_here
-from serving.gateway import answers, errors
+from serving.gateway import answers, document, errors, shapes
 from serving.gateway.body import BodyLimit
 from serving.gateway.channel import Channel
 from serving.gateway.config import GatewayConfig
@@ -40,6 +41,7 @@ from serving.gateway.requests import (
     RankingRequest,
     chat_sample,
     demonstration,
+    names,
     ranking,
     text_sample,
 )
@@ -57,20 +59,6 @@ _PING_SECONDS = 15
 
 _bearer = HTTPBearer(auto_error=False, description="An API key of `alignd keys create`.")
 _WithKey = Annotated[Any, Depends(_bearer)]
-_ERRORS: Mapping[int | str, dict[str, Any]] = {
-    status: {"description": text}
-    for status, text in (
-        (400, "A parameter is not supported, or has a bad value; `param` names it."),
-        (401, "The API key is missing, unknown, revoked or expired."),
-        (403, "The API key has not the scope, or the feedback token is another's."),
-        (404, "There is no such model."),
-        (409, "The request id was used with other contents."),
-        (413, "The body is too long."),
-        (429, "A limit is reached, or there is no room; Retry-After says when to ask again."),
-        (503, "The server is starting or stopping."),
-        (504, "It took too long."),
-    )
-}
 
 
 def make_app(config: GatewayConfig, server: ServerConnection) -> FastAPI:
@@ -86,8 +74,10 @@ def make_app(config: GatewayConfig, server: ServerConnection) -> FastAPI:
     # Without pages of documentation, whose scripts would come from elsewhere.
     app = FastAPI(
         title="alignd", description="OpenAI's API for completions, and feedback on them.", lifespan=lifespan,
-        responses=dict(_ERRORS), docs_url=None, redoc_url=None,
+        docs_url=None, redoc_url=None,
     )  # fmt: skip
+    needs_key = config.needs_key(forwarded=False)
+    app.openapi = cache(partial(document.document, app, needs_key=needs_key))  # type: ignore[method-assign]
     _add_middleware(app, config)
 
     def inference() -> Any:
@@ -105,48 +95,63 @@ def make_app(config: GatewayConfig, server: ServerConnection) -> FastAPI:
     async def complete(
         request: Request, body: ChatRequest | CompletionRequest, sample: inference_service_pb2.StreamSampleRequest
     ) -> Response:
+        request.state.names = names(body)
         if body.stream:
             return await _stream(request, body, inference().StreamSample(sample, **per_call(request)))
         whole = inference_service_pb2.SampleRequest.FromString(sample.SerializeToString())
         answer = await _unless_gone(request, inference().Sample(whole, **per_call(request)))
         return JSONResponse(answers.completion(body, answer))
 
-    @app.post("/v1/chat/completions", tags=["completions"])
+    @app.post(
+        "/v1/chat/completions", tags=["completions"], response_model=shapes.ChatCompletion,
+        responses={**document.errors(400, 404, 409, 413, 429), **document.streams(shapes.ChatChunk)},
+    )  # fmt: skip
     async def chat_completions(request: Request, body: ChatRequest, key: _WithKey) -> Response:
         """Completes a chat. OpenAI's parameters, as far as they are listed; others are refused by name."""
         return await complete(request, body, chat_sample(body))
 
-    @app.post("/v1/completions", tags=["completions"])
+    @app.post(
+        "/v1/completions", tags=["completions"], response_model=shapes.TextCompletion,
+        responses={**document.errors(400, 404, 409, 413, 429), **document.streams(shapes.TextChunk)},
+    )  # fmt: skip
     async def completions(request: Request, body: CompletionRequest, key: _WithKey) -> Response:
         """Completes a text, without the policy's chat template."""
         return await complete(request, body, text_sample(body))
 
-    @app.get("/v1/models", tags=["completions"])
+    @app.get("/v1/models", tags=["completions"], response_model=shapes.ModelList, responses=document.errors())
     async def list_models(request: Request, key: _WithKey) -> Response:
         """Lists what `model` may be."""
         found = await inference().ListModels(inference_service_pb2.ListModelsRequest(), **per_call(request))
         return JSONResponse(answers.models(found.models))
 
-    @app.get("/v1/models/{model}", tags=["completions"])
+    @app.get(
+        "/v1/models/{model}", tags=["completions"], response_model=shapes.ModelAnswer, responses=document.errors(404)
+    )
     async def get_model(request: Request, model: str, key: _WithKey) -> Response:
         """Returns one model."""
         found = await inference().ListModels(inference_service_pb2.ListModelsRequest(), **per_call(request))
         data = [each for each in answers.models(found.models)["data"] if each["id"] == model]
         return JSONResponse(data[0]) if data else errors.error(404, f"there is no {model}", "no_such_policy", "model")
 
-    @app.post("/v1/feedback/rankings", tags=["feedback"])
+    @app.post(
+        "/v1/feedback/rankings", tags=["feedback"], response_model=shapes.RankingAnswer,
+        responses=document.errors(400, 409, 413, 429),
+    )  # fmt: skip
     async def submit_ranking(request: Request, body: RankingRequest, key: _WithKey) -> Response:
         """Submits how a user ranks completions. It is durable when this answers."""
         done = await feedback().SubmitRanking(ranking(body), **per_call(request))
         return JSONResponse(MessageToDict(done, preserving_proto_field_name=True))
 
-    @app.post("/v1/feedback/demonstrations", tags=["feedback"])
+    @app.post(
+        "/v1/feedback/demonstrations", tags=["feedback"], response_model=shapes.DemonstrationAnswer,
+        responses=document.errors(400, 409, 413, 429),
+    )  # fmt: skip
     async def submit_demonstration(request: Request, body: DemonstrationRequest, key: _WithKey) -> Response:
         """Submits the completion that a user would have wanted. It is durable when this answers."""
         done = await feedback().SubmitDemonstration(demonstration(body), **per_call(request))
         return JSONResponse(MessageToDict(done, preserving_proto_field_name=True))
 
-    @app.get("/health", tags=["operations"])
+    @app.get("/health", tags=["operations"], response_model=shapes.Health, responses=document.health_answers())
     async def health(request: Request) -> Response:
         """Says whether the server behind the gateway serves: 200, or 503."""
         stub: Any = health_pb2_grpc.HealthStub(calls.open())
@@ -163,7 +168,7 @@ def make_app(config: GatewayConfig, server: ServerConnection) -> FastAPI:
 def _add_middleware(app: FastAPI, config: GatewayConfig) -> None:
     @app.exception_handler(grpc.aio.AioRpcError)
     async def on_refusal(request: Request, failed: grpc.aio.AioRpcError) -> Response:
-        return errors.refused(failed)
+        return errors.refused(failed, request.state.names)
 
     @app.exception_handler(BadParamError)
     async def on_bad_param(request: Request, failed: BadParamError) -> Response:
@@ -191,6 +196,7 @@ def _add_middleware(app: FastAPI, config: GatewayConfig) -> None:
     @app.middleware("http")
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("x-request-id", "")
+        request.state.names = {}
         request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         response = _kept_out(request, config) or await call_next(request)
         response.headers["x-request-id"] = request.state.request_id
@@ -280,7 +286,7 @@ async def _stream(request: Request, body: ChatRequest | CompletionRequest, call:
             yield {"data": _DONE}
         except grpc.aio.AioRpcError as failed:
             # The status of the whole is sent already.
-            yield _event(errors.explained(failed)[1])
+            yield _event(errors.explained(failed, request.state.names)[1])
         finally:
             call.cancel()
 
