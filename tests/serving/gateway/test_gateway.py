@@ -246,7 +246,12 @@ def test_forms_are_kept(client: openai.OpenAI) -> None:
         model="live", messages=CHAT, max_tokens=32, extra_body={"regex": "(yes|no), because [a-z ]{3,9}"}
     )
     assert (answer.choices[0].message.content or "").startswith(("yes, because ", "no, because "))
-    for bad in ({"type": "no type"}, {"type": 7}):
+    for bad in (
+        {"type": "no type"},
+        {"type": 7},
+        {"$ref": "https://example.com/schema.json"},
+        {"not": {"type": "string"}},
+    ):
         with pytest.raises(openai.BadRequestError) as raised:
             wrong: Any = {"type": "json_schema", "json_schema": {"name": "sky", "schema": bad}}
             client.chat.completions.create(model="live", messages=CHAT, response_format=wrong)
