@@ -19,6 +19,7 @@ from serving.access.limits import Limits
 from serving.calls import note, note_content
 from serving.config import ServingConfig
 from serving.errors import Refusal, bad_field, shortened, unavailable
+from serving.forms import check_form
 from serving.idempotency import Retries, request_key, to_the_end
 from serving.policy_log import PolicyLog
 from serving.recording import check_room, record
@@ -143,6 +144,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         self, engine: Engine, request: Request, named: RequestKey | None, unread: Unread | None, *, stored: bool
     ) -> inference_service_pb2.SampleResponse:
         sample_id = uuid.uuid4().hex
+        check_form(request.sampling.structured)
         check_bytes(request.prompt, engine.tokenizer, engine.max_model_len - 1)
         planned = await self._tokenising.run(
             request.prompt.ByteSize(), sampler.plan, request, engine, self.config.default_max_tokens

@@ -31,6 +31,7 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         on_cpu = current_platform.is_cpu()
         _prepare(config, on_cpu)
         from vllm import AsyncEngineArgs
+        from vllm.config import StructuredOutputsConfig
         from vllm.v1.engine.async_llm import AsyncLLM
     except ImportError as error:
         raise MissingError(f"vLLM cannot be loaded ({error}); `make setup` installs it") from error
@@ -50,6 +51,8 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
         kv_cache_memory_bytes=config.kv_cache_mib << 20 if on_cpu else None,
         # Temperature and the like are never the model's own. Its end tokens are read all the same.
         generation_config="vllm",
+        # The others ignore what they do not keep of a JSON schema. By default, the first form decides for all.
+        structured_outputs_config=StructuredOutputsConfig(backend="guidance"),
         disable_log_stats=True,
         **(cpu_options(length) if on_cpu else {}),
     )

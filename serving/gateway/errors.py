@@ -26,7 +26,7 @@ _STATUS = {
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # How fields of the gRPC contract are called here.
 _PARAMS = (
-    (re.compile(r"^prompt\.chat\.messages"), "messages"),
+    (re.compile(r"^prompt\.chat(\.messages)?"), "messages"),
     (re.compile(r"^prompt\.text$"), "prompt"),
     (re.compile(r"^sampling\.structured\.json_schema$|^sampling\.structured$"), "response_format"),
     (re.compile(r"^sampling\.structured\.regex$"), "regex"),
@@ -34,6 +34,7 @@ _PARAMS = (
     (re.compile(r"^num_completions$"), "n"),
     (re.compile(r"^user_id$"), "user"),
     (re.compile(r"^policy$"), "model"),
+    (re.compile(r"^groups(\[\d+\])\.completion_ids"), r"ranking\1"),
     (re.compile(r"^groups"), "ranking"),
     (re.compile(r"^shown_completion_ids"), "shown"),
 )
@@ -52,13 +53,16 @@ def error(
     return JSONResponse(content, status, headers)
 
 
-def refused(failed: grpc.aio.AioRpcError) -> JSONResponse:
-    """Returns the answer to a call that the server refused, or did not answer."""
-    status, content, headers = explained(failed)
+def refused(failed: grpc.aio.AioRpcError, names: Mapping[str, str]) -> JSONResponse:
+    """Returns the answer to a call that the server refused, or did not answer.
+
+    `names` are those of the contract's fields that this request calls otherwise than most.
+    """
+    status, content, headers = explained(failed, names)
     return JSONResponse(content, status, headers)
 
 
-def explained(failed: grpc.aio.AioRpcError) -> tuple[int, dict[str, Any], dict[str, str]]:
+def explained(failed: grpc.aio.AioRpcError, names: Mapping[str, str]) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Returns the status, body and headers of such an answer."""
     found = read_error(failed)
     status = _STATUS.get(found.code, 500)
@@ -67,7 +71,7 @@ def explained(failed: grpc.aio.AioRpcError) -> tuple[int, dict[str, Any], dict[s
         return 503, {"error": {"message": "the server does not answer", "type": "server_error", "param": None,
                                "code": "unreachable"}}, {"Retry-After": "5"}  # fmt: skip
     field = found.violations[0].field if found.violations else None
-    said = "; ".join(f"{_param(each.field)}: {each.description}" for each in found.violations) or found.message
+    said = "; ".join(f"{_param(each.field, names)}: {each.description}" for each in found.violations) or found.message
     headers: dict[str, str] = {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -75,7 +79,7 @@ def explained(failed: grpc.aio.AioRpcError) -> tuple[int, dict[str, Any], dict[s
         headers["Retry-After"] = str(max(1, round(found.retry_after_seconds)))
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     code = found.reason.lower() or None
-    return status, {"error": {"message": said, "type": kind, "param": _param(field), "code": code}}, headers
+    return status, {"error": {"message": said, "type": kind, "param": _param(field, names), "code": code}}, headers
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> JSONResponse:
@@ -90,7 +94,9 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> JSONResponse:
     return error(400, message, "invalid_parameter", param or None)
 
 
-def _param(field: str | None) -> str | None:
+def _param(field: str | None, names: Mapping[str, str]) -> str | None:
+    if field is not None and field in names:
+        return names[field]
     for pattern, name in _PARAMS:
         if field and pattern.search(field):
             return pattern.sub(name, field)

@@ -178,6 +178,16 @@ def text_sample(body: CompletionRequest) -> inference_service_pb2.StreamSampleRe
     return request
 
 
+def names(body: ChatRequest | CompletionRequest) -> dict[str, str]:
+    """Returns those of the gRPC contract's fields that this body calls otherwise than most, by their names there."""
+    found = {"sampling.structured": "regex"} if body.regex is not None else {}
+    if isinstance(body, CompletionRequest):
+        return {"top_logprobs": "logprobs", **found}
+    if body.max_completion_tokens is not None:
+        found["sampling.max_tokens"] = "max_completion_tokens"
+    return {"prompt": "messages", **found}
+
+
 def ranking(body: RankingRequest) -> feedback_service_pb2.SubmitRankingRequest:
     """Returns the ranking that a body submits."""
     groups = [[each] if isinstance(each, str) else each for each in body.ranking]

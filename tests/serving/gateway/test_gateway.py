@@ -125,6 +125,11 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"user": ""}, "user", ""),
         ({"request_id": "1"}, "request_id", "UUID"),
         ({"n": 2**40}, "n", ""),
+        # By the names that the caller gave them.
+        ({"max_completion_tokens": 100_000}, "max_completion_tokens", "does not fit"),
+        ({"messages": [{"role": "user", "content": "why " * 1000}]}, "messages", "tokens"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "messages", "last message"),
+        ({"regex": "("}, "regex", ""),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(gateway: str, given: dict[str, Any], param: str, said: str) -> None:
@@ -134,6 +139,16 @@ def test_what_cannot_be_kept_is_refused_by_name(gateway: str, given: dict[str, A
     assert error["type"] == "invalid_request_error"
     assert param is None or error["param"] == param
     assert said.lower() in error["message"].lower()
+
+
+def test_a_fault_has_the_name_that_its_route_gives_it(gateway: str) -> None:
+    for route, body, param in (
+        ("completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
+        ("completions", {"prompt": "a " * 1000}, "prompt"),
+        ("feedback/rankings", {"feedback_token": "", "ranking": ["a"]}, "feedback_token"),
+    ):
+        answer = httpx.post(f"{gateway}/v1/{route}", json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
 @pytest.mark.parametrize(
@@ -231,7 +246,12 @@ def test_forms_are_kept(client: openai.OpenAI) -> None:
         model="live", messages=CHAT, max_tokens=32, extra_body={"regex": "(yes|no), because [a-z ]{3,9}"}
     )
     assert (answer.choices[0].message.content or "").startswith(("yes, because ", "no, because "))
-    for bad in ({"type": "no type"}, {"type": 7}):
+    for bad in (
+        {"type": "no type"},
+        {"type": 7},
+        {"$ref": "https://example.com/schema.json"},
+        {"not": {"type": "string"}},
+    ):
         with pytest.raises(openai.BadRequestError) as raised:
             wrong: Any = {"type": "json_schema", "json_schema": {"name": "sky", "schema": bad}}
             client.chat.completions.create(model="live", messages=CHAT, response_format=wrong)
