@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any, NoReturn
 import grpc
 
 from serving.errors import Refusal, trailing_metadata
+from serving.faults import told
 from serving.request_id import REQUEST_ID, begin_request, request_id
 
 logger = logging.getLogger(__name__)
@@ -72,17 +72,6 @@ def log_fault(error: Exception) -> None:
         logger.error("%s failed", method, exc_info=error)
     else:
         logger.error("%s failed:\n%s", method, told(error))
-
-
-def told(error: BaseException) -> str:
-    """Returns an error's kind, its causes' kinds, and where each was raised, without their texts."""
-    causes: list[str] = []
-    each: BaseException | None = error
-    while each is not None and len(causes) < 10:
-        frames = "".join(traceback.format_list(traceback.extract_tb(each.__traceback__)))
-        causes.append(f"{frames}{type(each).__module__}.{type(each).__qualname__}")
-        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
-    return "\nbecause of\n".join(causes)
 
 
 class CallLog(grpc.aio.ServerInterceptor):

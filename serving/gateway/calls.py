@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from alignd.v1 import feedback_service_pb2_grpc, inference_service_pb2_grpc
 from serving.gateway.channel import Channel
+from serving.request_id import REQUEST_ID
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Calls:
 
     def options(self, request: Request) -> dict[str, Any]:
         """Returns what each call of a stub for `request` is given beside its message."""
-        metadata = [("x-request-id", request.state.request_id)]
+        metadata = [(REQUEST_ID, request.state.request_id)]
         if request.state.key:
             metadata.append(("authorization", request.state.key))
         return {"timeout": self.timeout_seconds, "metadata": metadata}

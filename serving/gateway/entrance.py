@@ -1,10 +1,13 @@
-"""What each request meets before its route: who may come in, how long a body may be; and what faults are answered."""
+"""What each request meets before its route: its id, who may come in, how long a body may be; and what becomes of it.
+
+The log has a line for each request but health's: its route, status and seconds, and nothing of what was sent.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-import uuid
+import time
 from collections.abc import Awaitable, Callable
 
 import grpc
@@ -15,14 +18,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from policies.server_connection import stays_here
-from serving.gateway import errors
+from serving.faults import told
+from serving.gateway import errors, routes
 from serving.gateway.body import BodyLimit
 from serving.gateway.config import GatewayConfig
 from serving.gateway.requests import BadParamError
+from serving.request_id import REQUEST_ID, begin_request
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _OURS = "bearer alignd_"
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 
@@ -42,12 +46,6 @@ def answer_faults(app: FastAPI) -> None:
     async def on_surrogate(request: Request, failed: UnicodeEncodeError) -> Response:
         return errors.error(400, "a text has half of a surrogate pair, which is no character", "invalid_parameter")
 
-    @app.exception_handler(Exception)
-    async def on_fault(request: Request, failed: Exception) -> Response:
-        # Without its text, which may quote the caller.
-        logger.error("request %s failed: %s", request.state.request_id, type(failed).__name__)
-        return errors.error(500, "the gateway failed; its log says why", "internal")
-
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, failed: RequestValidationError) -> Response:
         return errors.invalid(failed.errors())
@@ -63,11 +61,16 @@ def add_middleware(app: FastAPI, config: GatewayConfig) -> None:
 
     @app.middleware("http")
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        given = request.headers.get("x-request-id", "")
+        began = time.monotonic()
         request.state.names = {}
-        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        response = _kept_out(request, config) or await call_next(request)
-        response.headers["x-request-id"] = request.state.request_id
+        request.state.request_id = begin_request(request.headers.get(REQUEST_ID))
+        try:
+            response = _kept_out(request, config) or await call_next(request)
+        except Exception as failed:
+            logger.error("the gateway failed:\n%s", told(failed))
+            response = errors.error(500, "the gateway failed; its log says why", "internal")
+        response.headers[REQUEST_ID] = request.state.request_id
+        _log_answer(request, response.status_code, time.monotonic() - began)
         return response
 
     app.add_middleware(BodyLimit, max_bytes=config.max_body_mib << 20)
@@ -77,6 +80,16 @@ def add_middleware(app: FastAPI, config: GatewayConfig) -> None:
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )  # fmt: skip
+
+
+def _log_answer(request: Request, status: int, seconds: float) -> None:
+    """Logs that a request was answered. Of a stream, these are the seconds until it began."""
+    # As the route is written: a path may have anything in it.
+    route = getattr(request.scope.get("route"), "path", "no route")
+    if route != routes.HEALTH:
+        values = {"method": request.method, "route": route, "status": status, "seconds": round(seconds, 4)}
+        said = "%s %s %d in %.3f s request_id=%s"
+        logger.info(said, request.method, route, status, seconds, request.state.request_id, extra=values)
 
 
 def _kept_out(request: Request, config: GatewayConfig) -> Response | None:

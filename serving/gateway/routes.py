@@ -17,6 +17,7 @@ from serving.gateway.calls import Calls
 from serving.gateway.requests import ChatRequest, CompletionRequest, DemonstrationRequest, RankingRequest
 from serving.gateway.streaming import stream, unless_gone
 
+HEALTH = "/health"
 _HEALTH_SECONDS = 5.0
 
 _bearer = HTTPBearer(auto_error=False, description="An API key of `alignd keys create`.")
@@ -108,7 +109,7 @@ def health(calls: Calls) -> APIRouter:
     """Returns the route for what watches the gateway."""
     router = APIRouter(tags=["operations"])
 
-    @router.get("/health", response_model=shapes.Health, responses=document.health_answers())
+    @router.get(HEALTH, response_model=shapes.Health, responses=document.health_answers())
     async def get_health(request: Request) -> Response:
         """Says whether the server behind the gateway serves: 200, or 503."""
         try:

@@ -17,7 +17,7 @@ from serving.access.keys import create_key
 from tests.kafka_broker import free_port
 from tests.serving.calls import Stubs
 from tests.serving.gateway.conftest import answers
-from tests.serving.processes import Server, end, start, wait_until
+from tests.serving.processes import Server, end, log_of, start, wait_until
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -351,6 +351,35 @@ def test_half_a_character_is_refused(gateway: str) -> None:
     headers = {"content-type": "application/json"}
     answer = httpx.post(f"{gateway}/v1/chat/completions", content=body, headers=headers, timeout=30)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_parameter")
+
+
+def test_a_request_is_in_both_logs_by_its_id_and_nothing_of_what_it_says(
+    client: openai.OpenAI, gateway: str, server: Server
+) -> None:
+    name, secret = f"shop-{uuid.uuid4().hex}", f"what {uuid.uuid4().hex} said"
+    answer = client.chat.completions.create(
+        model="live", messages=[{"role": "user", "content": secret}], n=2, max_tokens=4, user="ada",
+        extra_headers={"x-request-id": name},
+    )  # fmt: skip
+    refused = httpx.post(f"{gateway}/v1/completions?{name}", json={"prompt": secret, "n": 99}, timeout=30)
+    assert refused.status_code == 400
+    httpx.get(f"{gateway}/{secret}", timeout=30)
+
+    def lines(verb: str, part: str) -> list[str]:
+        return [line for line in log_of(verb, server.environment).read_text().splitlines() if part in line]
+
+    (at_the_gateway,) = lines("gateway", name)
+    assert "POST /v1/chat/completions 200 in" in at_the_gateway
+    wait_until(lambda: bool(lines("serve", name)), 10, "the server's line")
+    (at_the_server,) = lines("serve", name)
+    assert "InferenceService/Sample OK in" in at_the_server
+    assert alignd(answer)["sample_id"] in at_the_server
+    assert lines("gateway", refused.headers["x-request-id"])
+    assert lines("gateway", "GET no route 404 in")
+    assert not lines("gateway", "/health")
+    for verb in ("gateway", "serve", "relay", "ingest"):
+        assert not lines(verb, secret)
+        assert not lines(verb, alignd(answer)["feedback_token"])
 
 
 def test_no_key_and_no_token_lies_in_clear_where_the_server_writes(
