@@ -96,7 +96,7 @@ def with_alignd(settings: Mapping[str, str]) -> dict[str, str]:
 def front_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontDoor]:
     """The server: what docs/api.md says to do, step by step, and `alignd up`."""
     folder = tmp_path_factory.mktemp("front-door")
-    settings = {**environment(folder), "ALIGND_CONFIG": str(folder / "alignd.toml")}
+    settings = {**environment(folder, log_format="json"), "ALIGND_CONFIG": str(folder / "alignd.toml")}
     shell = ["bash", "-euc"]
     find_tool("openssl")
     make_certificate, make_key, trust = blocks(PAGE, STEPS, "sh")
@@ -238,6 +238,20 @@ def test_nobody_is_answered_in_clear(front_door: FrontDoor) -> None:
     with Client(front_door.address, max_attempts=1) as client, pytest.raises(AligndError) as refused:
         client.sample("Hi", user_id="ada")
     assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_what_is_logged_as_json_has_no_line_of_text(front_door: FrontDoor, ranking: Mapping[str, Any]) -> None:
+    """vLLM's lines neither, though vLLM logs by itself. What C libraries print of their own is no log."""
+    loggers = set()
+    for verb in ("serve", "gateway", "relay", "ingest"):
+        lines = (front_door.folder / "var" / "logs" / f"{verb}.log").read_text().splitlines()
+        records = [json.loads(line) for line in lines if line.startswith("{")]
+        assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
+        assert verb == "serve" or len(records) == len(lines)
+        assert not [line for line in lines if re.match(r"^(\(EngineCore.*\) )?(\d{4}-|INFO|WARNING|ERROR)", line)]
+        loggers |= {record["logger"].partition(".")[0] for record in records}
+        assert not any(ranking["feedback_token"] in line or front_door.keys["web"] in line for line in lines)
+    assert {"vllm", "serving", "feedback"} <= loggers
 
 
 @pytest.mark.parametrize("section", ["serving", "gateway"])
