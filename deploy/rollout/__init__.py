@@ -1,0 +1,1 @@
+"""Rollout: users' rankings decide whether a candidate becomes the live policy."""
