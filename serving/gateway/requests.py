@@ -112,6 +112,11 @@ class CompletionRequest(_Sampling):
 
     prompt: str
     logprobs: Int32 | None = None
+    echo: bool = Field(
+        False,
+        description="Whether the text begins with the prompt. With `logprobs`, there are those of the prompt's tokens "
+        "too, the sample is not stored, and max_tokens may be 0.",
+    )
 
 
 class RankingRequest(_Body):
@@ -171,18 +176,43 @@ def chat_sample(body: ChatRequest) -> inference_service_pb2.StreamSampleRequest:
 
 
 def text_sample(body: CompletionRequest) -> inference_service_pb2.StreamSampleRequest:
-    """Returns the sample that a text completion asks for."""
+    """Returns the sample that a text completion asks for.
+
+    Raises:
+        BadParamError: two parameters do not go together.
+    """
+    if body.echo and body.stream:
+        raise BadParamError("echo", "does not go with stream = true")
     request = _sample(body, types_pb2.Prompt(text=body.prompt))
     if body.logprobs is not None:
         request.top_logprobs = body.logprobs
+    if measures(body):
+        _measure(body, request)
     return request
+
+
+def measures(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether a request asks how likely its prompt is, as evaluations do, and not for something to rank."""
+    return isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None
+
+
+def _measure(body: CompletionRequest, request: inference_service_pb2.StreamSampleRequest) -> None:
+    if body.store:
+        raise BadParamError("store", "does not go with echo and logprobs: nothing is there to be ranked")
+    if body.n > 1:
+        raise BadParamError("n", "must be 1 with echo and logprobs")
+    request.prompt_logprobs = request.top_logprobs
+    request.store = False
+    if body.max_tokens == 0:
+        # The engine draws one in any case, which the answer leaves out.
+        request.sampling.max_tokens = 1
 
 
 def names(body: ChatRequest | CompletionRequest) -> dict[str, str]:
     """Returns those of the gRPC contract's fields that this body calls otherwise than most, by their names there."""
     found = {"sampling.structured": "regex"} if body.regex is not None else {}
     if isinstance(body, CompletionRequest):
-        return {"top_logprobs": "logprobs", **found}
+        return {"top_logprobs": "logprobs", "prompt_logprobs": "logprobs", **found}
     if body.max_completion_tokens is not None:
         found["sampling.max_tokens"] = "max_completion_tokens"
     return {"prompt": "messages", **found}
