@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 TEXT = "The sky is blue because the air scatters short waves."
 DTYPE = compute_dtype(torch.device("cpu"))
 # Nats.
-CLOSE = 0.002 if DTYPE == torch.float32 else 0.05
+CLOSE = {torch.float32: 0.002}.get(DTYPE, 0.05)
 
 
 def measuring(**fields: object) -> SampleRequest:
