@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from alignd.v1 import feedback_service_pb2, inference_service_pb2, types_pb2
 
@@ -23,14 +23,23 @@ _ROLES = {
 }
 _PRIORITIES = {"flex": inference_service_pb2.PRIORITY_BATCH}
 _INT32, _INT64 = 2**31, 2**63
-Int32 = Annotated[int, Field(ge=-_INT32, lt=_INT32)]
-Count = Annotated[int, Field(ge=0, lt=_INT32)]
+
+
+def _whole(value: object) -> object:
+    """Returns 2 for 2.0, which JSON does not tell apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = BeforeValidator(_whole)
+Int32 = Annotated[int, _Whole, Field(ge=-_INT32, lt=_INT32)]
+Count = Annotated[int, _Whole, Field(ge=0, lt=_INT32)]
+Seed = Annotated[int, _Whole, Field(ge=0, lt=_INT64)]
 
 
 class _Body(BaseModel):
-    """A body whose fields are all known."""
+    """A body whose fields are all known, and of the types that they have: true is no temperature, and "2" no n."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TextPart(_Body):
@@ -78,7 +87,7 @@ class _Sampling(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
-    seed: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
+    seed: Seed | None = None
     max_tokens: Int32 | None = None
     temperature: float | None = None
     top_p: float | None = None

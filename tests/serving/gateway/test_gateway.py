@@ -125,6 +125,11 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"user": ""}, "user", ""),
         ({"request_id": "1"}, "request_id", "UUID"),
         ({"n": 2**40}, "n", ""),
+        ({"n": "2"}, "n", "integer"),
+        ({"n": 1.5}, "n", ""),
+        ({"temperature": True}, "temperature", "number"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"user": 7}, "user", "string"),
         # By the names that the caller gave them.
         ({"max_completion_tokens": 100_000}, "max_completion_tokens", "does not fit"),
         ({"messages": [{"role": "user", "content": "why " * 1000}]}, "messages", "tokens"),
