@@ -33,7 +33,8 @@ from deploy.simulation.prompts import load_prompts
 from deploy.up import free_port
 from policies.rendering import prompt_token_ids
 from serving.config import ServingConfig
-from serving.vllm_engine import Draw, Engine
+from serving.drawing import Draw
+from serving.vllm_engine import Engine
 from serving.vllm_start import start_engine
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -21,6 +21,7 @@ from serving.config import ServingConfig
 from serving.errors import Refusal, bad_field, shortened, unavailable
 from serving.forms import check_form
 from serving.idempotency import Retries, request_key, to_the_end
+from serving.logprobs import as_logprobs, check_logprobs, check_prompt_logprobs
 from serving.policy_log import PolicyLog
 from serving.recording import check_room, record
 from serving.sampler import Draft, Plan, Quota, Request
@@ -35,8 +36,6 @@ logger = logging.getLogger(__name__)
 _START_RETRY_SECONDS = 5.0
 # A token has 3 to 4 characters as a rule, and a number. If it has more, the sample is refused when it is recorded.
 _BYTES_A_TOKEN = 12
-# About 1 MiB of an answer, and a tenth of a second of work.
-_MOST_LOGPROBS = 32_768
 
 
 @dataclass
@@ -129,6 +128,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             raise bad_field("sampling.ignore_eos", why)
         if request.request_id and not stored:
             raise bad_field("request_id", "goes with a sample that is stored: leave it or store = false out")
+        check_prompt_logprobs(request, stored=stored)
         named = request_key(request, caller().application)
         try:
             async with self._retries.first(named) as earlier:
@@ -149,13 +149,13 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         planned = await self._tokenising.run(
             request.prompt.ByteSize(), sampler.plan, request, engine, self.config.default_max_tokens
         )
-        _check_logprobs(planned)
+        check_logprobs(planned.draw, len(planned.token_ids))
         if stored:
             await check_room(self.outbox, _longest_event_bytes(request, planned))
         if engine is not self.serving.engine:
             # It failed while this request waited. It would only take the place of others, for as long as a start takes.
             raise _engine_failed()
-        completions = await self._write(engine, request, planned, sample_id, unread)
+        completions, read = await self._write(engine, request, planned, sample_id, unread)
         event = sampler.as_event(
             request, caller().application, sample_id, completions, planned, engine.tokenizer_digest
         )
@@ -169,6 +169,7 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         else:
             answer.ClearField("feedback_token")
             answer.ClearField("feedback_expire_time")
+        answer.prompt_logprobs.extend(read)
         return answer
 
     def _answer(
@@ -196,8 +197,11 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
 
     async def _write(
         self, engine: Engine, request: Request, planned: Plan, sample_id: str, unread: Unread | None
-    ) -> list[types_pb2.Completion]:
-        """Writes the completions, within the limits of who asks and of the replica."""
+    ) -> tuple[list[types_pb2.Completion], list[types_pb2.TokenLogprob]]:
+        """Writes the completions, within the limits of who asks and of the replica.
+
+        With them it returns the log-probabilities of the prompt's tokens, if they were asked for.
+        """
         who, count = caller(), request.num_completions
         drafts = [Draft() for _ in range(count)]
         reserved = await self.limits.reserve(
@@ -217,7 +221,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                     await sampler.write(engine, planned, sample_id, hold, drafts, unread.add if unread else None)
                     # The prompt was read for all of them at once.
                     reserved.used = len(planned.token_ids) + sum(len(draft.token_ids) for draft in drafts)
-                    return sampler.as_completions(sample_id, hold, drafts, engine.token_text)
+                    completions = sampler.as_completions(sample_id, hold, drafts, engine.token_text)
+                    return completions, as_logprobs(drafts[0].prompt_logprobs, engine.token_text)
         except BadFormError as error:
             raise bad_field("sampling.structured", shortened(str(error))) from error
         except EngineError as error:
@@ -244,24 +249,6 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
             f"{selector} is not loaded; this server serves v{served_version}",
             metadata=metadata,
         )
-
-
-def _check_logprobs(planned: Plan) -> None:
-    """Checks that an answer with log-probabilities is one that can be made and sent.
-
-    Raises:
-        Refusal: INVALID_ARGUMENT if it is not.
-    """
-    draw = planned.draw
-    if draw.top_logprobs is None:
-        return
-    entries = draw.num_completions * draw.max_tokens * (1 + draw.top_logprobs)
-    if entries > _MOST_LOGPROBS:
-        why = (
-            f"with {draw.num_completions} completions of {draw.max_tokens} tokens these are {entries} "
-            f"log-probabilities, and {_MOST_LOGPROBS} can be returned; set max_tokens"
-        )
-        raise bad_field("top_logprobs", why)
 
 
 def _engine_failed() -> Refusal:

@@ -15,9 +15,11 @@ from alignd.v1.types_pb2 import FINISH_REASON_UNSPECIFIED, FinishReason
 from feedback import token
 from feedback.bus.contract import MAX_RECORD_BYTES
 from policies.rendering import prompt_token_ids
+from serving.drawing import Delta, Draw, Logprob
 from serving.errors import bad_field, exhausted
+from serving.logprobs import as_logprobs
 from serving.slot import Hold
-from serving.vllm_engine import Delta, Draw, Engine, Logprob
+from serving.vllm_engine import Engine
 
 # What is added to the event later (its time, its key, a signature) has room in the rest.
 _MAX_EVENT_BYTES = MAX_RECORD_BYTES - 64 * 1024
@@ -47,6 +49,7 @@ class Draft:
     end_token_id: int | None = None
     spans_swap: bool = False
     logprobs: list[Sequence[Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[Sequence[Logprob]] = field(default_factory=list)
 
 
 class Quota:
@@ -110,6 +113,7 @@ def plan(request: Request, engine: Engine, default_max_tokens: int) -> Plan:
         json_schema=sampling.structured.json_schema,
         regex=sampling.structured.regex,
         top_logprobs=request.top_logprobs if request.HasField("top_logprobs") else None,
+        prompt_logprobs=request.prompt_logprobs if request.HasField("prompt_logprobs") else None,
     )
     return Plan(token_ids, draw)
 
@@ -184,6 +188,7 @@ def append(draft: Draft, delta: Delta, spans_swap: bool = False) -> None:
     draft.text.append(delta.text)
     draft.token_ids += delta.token_ids
     draft.logprobs += delta.logprobs
+    draft.prompt_logprobs += delta.prompt_logprobs
     draft.finish_reason = delta.finish_reason
     draft.end_token_id = delta.end_token_id
     draft.spans_swap |= spans_swap
@@ -213,20 +218,10 @@ def as_completions(
             spans_swap=draft.spans_swap,
             token_ids=draft.token_ids,
             end_token_id=draft.end_token_id,
-            logprobs=[_as_logprob(row, token_text) for row in draft.logprobs],
+            logprobs=as_logprobs(draft.logprobs, token_text),
         )
         for index, draft in enumerate(drafts)
     ]
-
-
-def _as_logprob(row: Sequence[Logprob], token_text: Callable[[int], str]) -> types_pb2.TokenLogprob:
-    """Returns a token's log-probability, with those of the likeliest ones at its place."""
-    own, *top = (
-        types_pb2.TokenLogprob(token_id=token_id, token=token_text(token_id), logprob=logprob)
-        for token_id, logprob in row
-    )
-    own.top.extend(top)
-    return own
 
 
 def as_event(

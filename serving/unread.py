@@ -4,8 +4,8 @@ import asyncio
 
 from alignd.v1 import inference_service_pb2
 from alignd.v1.types_pb2 import FinishReason
+from serving.drawing import Delta
 from serving.sampler import as_deltas
-from serving.vllm_engine import Delta
 
 
 class Unread:

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from alignd.v1.types_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP, FINISH
 from policies.encoding import tokenizer_digest
 from policies.end_tokens import end_tokens
 from policies.process_watch import Watch
+from serving.drawing import Delta, Draw, Logprob
 
 _FINISH_REASONS: dict[str | None, FinishReason] = {
     None: FINISH_REASON_UNSPECIFIED,
@@ -29,47 +30,6 @@ class EngineError(Exception):
 
 class BadFormError(Exception):
     """vLLM cannot draw in the form that was asked for. The text says why."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How completions are drawn; every value is decided."""
-
-    num_completions: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    top_k: int = 0
-    """0 for all."""
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    ignore_eos: bool = False
-    json_schema: str = ""
-    regex: str = ""
-    top_logprobs: int | None = None
-    """How many of the likeliest tokens are given beside each one, with log-probabilities; None for none at all."""
-
-
-Logprob = tuple[int, float]
-"""A token, and its log-probability in nats."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """New text of one completion, and the tokens that were drawn for it."""
-
-    index: int
-    text: str
-    token_ids: Sequence[int]
-    finish_reason: FinishReason
-    end_token_id: int | None = None
-    """Set with the finish reason, if it was an end token of the model."""
-    logprobs: Sequence[Sequence[Logprob]] = ()
-    """For each of the tokens: its own, and after it the likeliest ones at its place, if they were asked for."""
 
 
 class Engine:
@@ -113,7 +73,11 @@ class Engine:
         top, has_form = draw.top_logprobs or 0, bool(draw.json_schema or draw.regex)
         try:
             async for output in self._outputs(prompt, params, request_id, has_form=has_form):
-                yield [_delta(each, copy, top) for each in output.outputs for copy in range(copies)]
+                deltas = [_delta(each, copy, top) for each in output.outputs for copy in range(copies)]
+                if deltas and output.prompt_logprobs:
+                    read = _prompt_logprobs(prompt_token_ids, output.prompt_logprobs, draw.prompt_logprobs or 0)
+                    deltas[0] = replace(deltas[0], prompt_logprobs=read)
+                yield deltas
         except KeyError as error:
             raise EngineError(f"vLLM ended a completion with {error}") from error
         except _vllm_errors() as error:
@@ -168,6 +132,7 @@ class Engine:
             ignore_eos=draw.ignore_eos,
             seed=None if draw.seed is None else _spread(draw.seed),
             logprobs=draw.top_logprobs,
+            prompt_logprobs=draw.prompt_logprobs,
             structured_outputs=form,
             # FINAL_ONLY would yield no completion before all have ended: nobody could tell what a swap overtook.
             output_kind=RequestOutputKind.DELTA,
@@ -267,6 +232,14 @@ def _delta(output: Any, copy: int, most: int) -> Delta:
     ended = reason == FINISH_REASON_STOP and not isinstance(output.stop_reason, str)
     logprobs = tuple(_logprobs(*each, most) for each in zip(token_ids, output.logprobs or (), strict=False))
     return Delta(output.index + copy, output.text, token_ids, reason, token_ids[-1] if ended else None, logprobs)
+
+
+def _prompt_logprobs(
+    token_ids: Sequence[int], rows: Sequence[Mapping[int, Any] | None], most: int
+) -> list[Sequence[Logprob]]:
+    """Returns the same of each token of a prompt. vLLM's row of the first, before which there is nothing, is None."""
+    pairs = zip(token_ids, rows, strict=True)
+    return [_logprobs(token_id, row, most) if row else [(token_id, 0.0)] for token_id, row in pairs]
 
 
 def _logprobs(token_id: int, row: Mapping[int, Any], most: int) -> list[Logprob]:

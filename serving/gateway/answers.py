@@ -8,7 +8,7 @@ from datetime import UTC
 from typing import Any
 
 from alignd.v1 import inference_service_pb2, types_pb2
-from serving.gateway.requests import ChatRequest, CompletionRequest
+from serving.gateway.requests import ChatRequest, CompletionRequest, measures
 
 Json = dict[str, Any]
 Body = ChatRequest | CompletionRequest
@@ -19,10 +19,15 @@ _REASONS = {types_pb2.FINISH_REASON_STOP: "stop", types_pb2.FINISH_REASON_LENGTH
 def completion(body: Body, sample: inference_service_pb2.SampleResponse) -> Json:
     """Returns the whole answer to a request."""
     is_chat = isinstance(body, ChatRequest)
+    if measures(body) and body.max_tokens == 0:
+        _leave_out_completion(sample)
+    echo = body.prompt if isinstance(body, CompletionRequest) and body.echo else ""
     choices = []
     for each in sample.completions:
-        text: Json = {"message": {"role": "assistant", "content": each.text}} if is_chat else {"text": each.text}
+        text: Json = {"message": {"role": "assistant", "content": each.text}} if is_chat else {"text": echo + each.text}
         choices.append({"index": each.index, **text, **_ending(each, is_chat)})
+        if sample.prompt_logprobs:
+            choices[-1]["logprobs"] = _echoed_logprobs(echo, sample.prompt_logprobs, each.logprobs)
     return {
         **_head(body, sample.sample_id, sample.completions, "chat.completion" if is_chat else "text_completion"),
         "choices": choices,
@@ -106,6 +111,26 @@ def _text_logprobs(rows: Sequence[types_pb2.TokenLogprob]) -> Json:
         "top_logprobs": [{each.token: each.logprob for each in row.top} for row in rows],
         "text_offset": offsets[:-1],
     }
+
+
+def _echoed_logprobs(
+    prompt: str, read: Sequence[types_pb2.TokenLogprob], written: Sequence[types_pb2.TokenLogprob]
+) -> Json:
+    """Returns those of the prompt's tokens and of the completion's. The first has none: nothing stands before it."""
+    found = _text_logprobs([*read, *written])
+    found["token_logprobs"][0] = found["top_logprobs"][0] = None
+    # A token that begins each text stands before the prompt, and is no part of what is echoed.
+    first = found["tokens"][0]
+    if not prompt.startswith(first):
+        found["text_offset"][1:] = [offset - len(first) for offset in found["text_offset"][1:]]
+    return found
+
+
+def _leave_out_completion(sample: inference_service_pb2.SampleResponse) -> None:
+    """Leaves out the token that was drawn although none was asked for."""
+    for each in sample.completions:
+        each.text, each.num_tokens, each.finish_reason = "", 0, types_pb2.FINISH_REASON_LENGTH
+        each.ClearField("logprobs")
 
 
 def _usage(sample: inference_service_pb2.SampleResponse) -> Json:

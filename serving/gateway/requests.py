@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from alignd.v1 import feedback_service_pb2, inference_service_pb2, types_pb2
 
@@ -23,14 +23,23 @@ _ROLES = {
 }
 _PRIORITIES = {"flex": inference_service_pb2.PRIORITY_BATCH}
 _INT32, _INT64 = 2**31, 2**63
-Int32 = Annotated[int, Field(ge=-_INT32, lt=_INT32)]
-Count = Annotated[int, Field(ge=0, lt=_INT32)]
+
+
+def _whole(value: object) -> object:
+    """Returns 2 for 2.0, which JSON does not tell apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = BeforeValidator(_whole)
+Int32 = Annotated[int, _Whole, Field(ge=-_INT32, lt=_INT32)]
+Count = Annotated[int, _Whole, Field(ge=0, lt=_INT32)]
+Seed = Annotated[int, _Whole, Field(ge=0, lt=_INT64)]
 
 
 class _Body(BaseModel):
-    """A body whose fields are all known."""
+    """A body whose fields are all known, and of the types that they have: true is no temperature, and "2" no n."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TextPart(_Body):
@@ -78,7 +87,7 @@ class _Sampling(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
-    seed: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
+    seed: Seed | None = None
     max_tokens: Int32 | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -112,6 +121,11 @@ class CompletionRequest(_Sampling):
 
     prompt: str
     logprobs: Int32 | None = None
+    echo: bool = Field(
+        False,
+        description="Whether the text begins with the prompt. With `logprobs`, there are those of the prompt's tokens "
+        "too, the sample is not stored, and max_tokens may be 0.",
+    )
 
 
 class RankingRequest(_Body):
@@ -171,18 +185,43 @@ def chat_sample(body: ChatRequest) -> inference_service_pb2.StreamSampleRequest:
 
 
 def text_sample(body: CompletionRequest) -> inference_service_pb2.StreamSampleRequest:
-    """Returns the sample that a text completion asks for."""
+    """Returns the sample that a text completion asks for.
+
+    Raises:
+        BadParamError: two parameters do not go together.
+    """
+    if body.echo and body.stream:
+        raise BadParamError("echo", "does not go with stream = true")
     request = _sample(body, types_pb2.Prompt(text=body.prompt))
     if body.logprobs is not None:
         request.top_logprobs = body.logprobs
+    if measures(body):
+        _measure(body, request)
     return request
+
+
+def measures(body: ChatRequest | CompletionRequest) -> bool:
+    """Whether a request asks how likely its prompt is, as evaluations do, and not for something to rank."""
+    return isinstance(body, CompletionRequest) and body.echo and body.logprobs is not None
+
+
+def _measure(body: CompletionRequest, request: inference_service_pb2.StreamSampleRequest) -> None:
+    if body.store:
+        raise BadParamError("store", "does not go with echo and logprobs: nothing is there to be ranked")
+    if body.n > 1:
+        raise BadParamError("n", "must be 1 with echo and logprobs")
+    request.prompt_logprobs = request.top_logprobs
+    request.store = False
+    if body.max_tokens == 0:
+        # The engine draws one in any case, which the answer leaves out.
+        request.sampling.max_tokens = 1
 
 
 def names(body: ChatRequest | CompletionRequest) -> dict[str, str]:
     """Returns those of the gRPC contract's fields that this body calls otherwise than most, by their names there."""
     found = {"sampling.structured": "regex"} if body.regex is not None else {}
     if isinstance(body, CompletionRequest):
-        return {"top_logprobs": "logprobs", **found}
+        return {"top_logprobs": "logprobs", "prompt_logprobs": "logprobs", **found}
     if body.max_completion_tokens is not None:
         found["sampling.max_tokens"] = "max_completion_tokens"
     return {"prompt": "messages", **found}

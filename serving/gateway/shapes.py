@@ -77,8 +77,8 @@ class TextLogprobs(BaseModel):
     """The log-probabilities of a text's completion."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None] = Field(description="Null for the first token of an echoed prompt.")
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int] = Field(description="Where each token begins, in characters.")
 
 

@@ -26,10 +26,10 @@ from alignd.v1.types_pb2 import (
 from deploy.models import make_tiny_llama
 from feedback.bus.contract import MAX_RECORD_BYTES
 from feedback.token import Keyring, TokenError, verify
+from serving.drawing import Delta, Draw
 from serving.errors import Refusal
 from serving.sampler import Draft, Plan, Quota, append, as_completions, as_deltas, as_event, plan, render, sign
 from serving.slot import Hold
-from serving.vllm_engine import Delta, Draw
 
 PERSON, BATCH = inference_service_pb2.PRIORITY_INTERACTIVE, inference_service_pb2.PRIORITY_BATCH
 KEYS = Keyring("k1", {"k1": b"s" * 32})

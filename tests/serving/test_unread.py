@@ -15,9 +15,9 @@ from alignd.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_I
 from alignd.v1.types_pb2 import FINISH_REASON_STOP, FINISH_REASON_UNSPECIFIED
 from serving.boundary import Boundary
 from serving.config import ServingConfig
+from serving.drawing import Delta
 from serving.listening import options
 from serving.unread import Unread
-from serving.vllm_engine import Delta
 from tests.serving import raw_http2
 from tests.serving.calls import Stubs, draw, long_request, ranking_request
 from tests.serving.processes import Server, wait_until

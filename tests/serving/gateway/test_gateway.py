@@ -125,6 +125,11 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
         ({"user": ""}, "user", ""),
         ({"request_id": "1"}, "request_id", "UUID"),
         ({"n": 2**40}, "n", ""),
+        ({"n": "2"}, "n", "integer"),
+        ({"n": 1.5}, "n", ""),
+        ({"temperature": True}, "temperature", "number"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"user": 7}, "user", "string"),
         # By the names that the caller gave them.
         ({"max_completion_tokens": 100_000}, "max_completion_tokens", "does not fit"),
         ({"messages": [{"role": "user", "content": "why " * 1000}]}, "messages", "tokens"),
@@ -394,3 +399,55 @@ def test_no_key_and_no_token_lies_in_clear_where_the_server_writes(
         assert token.encode() not in content, path
         assert all(key.encode() not in content for key in keys.values()), path
     assert Path(server.data_dir / "api_keys.json") in written
+
+
+def test_an_evaluation_reads_how_likely_a_text_is(gateway: str, server: Server) -> None:
+    """What lm-eval's local-completions sends, and how it reads the answer: up to the last token but one."""
+    context, continuation = "The sky is blue because", " the air scatters"
+    asked = {"model": "v1", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    answers = [
+        httpx.post(f"{gateway}/v1/completions", json={**asked, "prompt": context + continuation, **more}, timeout=60)
+        for more in ({}, {"max_tokens": 0})
+    ]
+    (choice,), (alone,) = (answer.json()["choices"] for answer in answers)
+    found, read = choice["logprobs"], alone["logprobs"]
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    scored = found["token_logprobs"][1:-1]
+    assert all(logprob < 0 for logprob in scored)
+    assert all(max(top.values()) >= each for top, each in zip(found["top_logprobs"][1:-1], scored, strict=True))
+    assert choice["text"].startswith(context + continuation)
+    assert alone["text"] == context + continuation
+    # Without the token that was written, and with the same of the prompt.
+    assert len(read["tokens"]) == len(found["tokens"]) - 1
+    assert read["token_logprobs"][1:] == pytest.approx(scored, abs=1e-3)
+    assert answers[1].json()["usage"]["completion_tokens"] == 0
+    for offset, token in zip(read["text_offset"][1:], read["tokens"][1:], strict=True):
+        assert alone["text"][offset:].startswith(token)
+    outbox = OutboxFile(server.data_dir / "outbox.db", 2**30)
+    for answer in answers:
+        noted = answer.json()["alignd"]
+        assert noted["feedback_token"] is None
+        assert outbox.find(noted["sample_id"]) is None
+    outbox.close()
+
+
+def test_a_text_can_be_echoed_and_ranked(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="live", prompt="The sky is", max_tokens=4, n=2, echo=True)
+    assert all(choice.text.startswith("The sky is") and choice.logprobs is None for choice in answer.choices)
+    assert alignd(answer)["feedback_token"]
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"echo": True, "stream": True}, "echo"),
+        ({"echo": True, "logprobs": 1, "store": True}, "store"),
+        ({"echo": True, "logprobs": 1, "n": 2}, "n"),
+        ({"echo": True, "logprobs": 21}, "logprobs"),
+        ({"echo": True, "max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 0, "logprobs": 1}, "max_tokens"),
+    ],
+)
+def test_what_cannot_be_echoed_is_refused(gateway: str, given: dict[str, Any], param: str) -> None:
+    answer = httpx.post(f"{gateway}/v1/completions", json={"prompt": "a", **given}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text

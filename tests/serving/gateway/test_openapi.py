@@ -51,6 +51,7 @@ FEW: dict[str, Any] = {
     "seed": {"enum": [0, 2**63 - 1]},
 }
 AS_THEY_ARE = ("stream", "store", "service_tier")
+ECHO = {"echo": {"enum": [True]}, "logprobs": {"enum": [0, 2]}, "max_tokens": {"enum": [0, 1]}}
 
 
 def document() -> Any:
@@ -82,9 +83,19 @@ def of_few() -> Any:
     return found
 
 
+def of_echoes() -> Any:
+    """Returns the document with requests for completions narrowed to those that ask how likely a prompt is."""
+    found = of_few()
+    shape = found["components"]["schemas"]["CompletionRequest"]
+    shape["properties"] = {"prompt": FEW["prompt"], **ECHO}
+    shape["required"] = ["prompt", *ECHO]
+    return found
+
+
 anything = held(document(), GenerationMode.POSITIVE)
 faulty = held(document(), GenerationMode.NEGATIVE).include(method="POST")
 kept = held(of_few(), GenerationMode.POSITIVE).include(path_regex="completions")
+echoed = held(of_echoes(), GenerationMode.POSITIVE).include(path="/v1/completions")
 
 
 @anything.parametrize()
@@ -105,6 +116,13 @@ def test_completions_are_as_described(case: Any, gateway: str) -> None:
     answer = case.call_and_validate(base_url=gateway, checks=HELD)
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"][0].startswith("text/event-stream") == bool(case.body.get("stream"))
+
+
+@echoed.parametrize()
+@FEW_TRIES
+def test_echoes_are_as_described(case: Any, gateway: str) -> None:
+    answer = case.call_and_validate(base_url=gateway, checks=HELD)
+    assert answer.json()["choices"][0]["text"].startswith(case.body["prompt"])
 
 
 def test_feedback_that_is_taken_is_answered_as_described(gateway: str) -> None:

@@ -28,7 +28,7 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!alignd/v1/inference_service.proto\x12\talignd.v1\x1a\x16\x61lignd/v1/access.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x93\x04\n\rSampleRequest\x12/\n\x07user_id\x18\x01 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\x12(\n\x10return_token_ids\x18\x06 \x01(\x08R\x0ereturnTokenIds\x12\x31\n\x0ctop_logprobs\x18\x07 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00H\x00R\x0btopLogprobs\x88\x01\x01\x12\x19\n\x05store\x18\x08 \x01(\x08H\x01R\x05store\x88\x01\x01\x12*\n\nrequest_id\x18\t \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\trequestId\x12\x39\n\x08priority\x18\n \x01(\x0e\x32\x13.alignd.v1.PriorityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08priorityB\x0f\n\r_top_logprobsB\x08\n\x06_store\"\xb1\x02\n\x0eSampleResponse\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\x12\x37\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x15.alignd.v1.CompletionR\x0b\x63ompletions\x12%\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x03 \x01(\tR\rfeedbackToken\x12L\n\x14\x66\x65\x65\x64\x62\x61\x63k_expire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x12\x66\x65\x65\x64\x62\x61\x63kExpireTime\x12*\n\x11num_prompt_tokens\x18\x05 \x01(\x05R\x0fnumPromptTokens\x12(\n\x10prompt_token_ids\x18\x06 \x03(\x05R\x0epromptTokenIds\"\x99\x04\n\x13StreamSampleRequest\x12/\n\x07user_id\x18\x01 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\x12(\n\x10return_token_ids\x18\x06 \x01(\x08R\x0ereturnTokenIds\x12\x31\n\x0ctop_logprobs\x18\x07 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00H\x00R\x0btopLogprobs\x88\x01\x01\x12\x19\n\x05store\x18\x08 \x01(\x08H\x01R\x05store\x88\x01\x01\x12*\n\nrequest_id\x18\t \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\trequestId\x12\x39\n\x08priority\x18\n \x01(\x0e\x32\x13.alignd.v1.PriorityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08priorityB\x0f\n\r_top_logprobsB\x08\n\x06_store\"\xc5\x01\n\x14StreamSampleResponse\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32\x18.alignd.v1.SampleStartedH\x00R\x07started\x12\x35\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32\x1b.alignd.v1.CompletionDeltasH\x00R\x06\x64\x65ltas\x12\x37\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.alignd.v1.SampleResponseH\x00R\x08\x66inishedB\x07\n\x05\x65vent\",\n\rSampleStarted\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\"F\n\x10\x43ompletionDeltas\x12\x32\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.alignd.v1.CompletionDeltaR\x06\x64\x65ltas\"y\n\x0f\x43ompletionDelta\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x12\n\x04text\x18\x02 \x01(\tR\x04text\x12<\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.alignd.v1.FinishReasonR\x0c\x66inishReason\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x10.alignd.v1.ModelR\x06models\"\x86\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12,\n\x06policy\x18\x02 \x01(\x0b\x32\x14.alignd.v1.PolicyRefR\x06policy\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02\x32\x84\x02\n\x10InferenceService\x12\x44\n\x06Sample\x12\x18.alignd.v1.SampleRequest\x1a\x19.alignd.v1.SampleResponse\"\x05\xca\xf3\x18\x01\x01\x12X\n\x0cStreamSample\x12\x1e.alignd.v1.StreamSampleRequest\x1a\x1f.alignd.v1.StreamSampleResponse\"\x05\xca\xf3\x18\x01\x01\x30\x01\x12P\n\nListModels\x12\x1c.alignd.v1.ListModelsRequest\x1a\x1d.alignd.v1.ListModelsResponse\"\x05\xca\xf3\x18\x01\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!alignd/v1/inference_service.proto\x12\talignd.v1\x1a\x16\x61lignd/v1/access.proto\x1a\x15\x61lignd/v1/types.proto\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x04\n\rSampleRequest\x12/\n\x07user_id\x18\x01 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\x12(\n\x10return_token_ids\x18\x06 \x01(\x08R\x0ereturnTokenIds\x12\x31\n\x0ctop_logprobs\x18\x07 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00H\x00R\x0btopLogprobs\x88\x01\x01\x12\x19\n\x05store\x18\x08 \x01(\x08H\x01R\x05store\x88\x01\x01\x12*\n\nrequest_id\x18\t \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\trequestId\x12\x39\n\x08priority\x18\n \x01(\x0e\x32\x13.alignd.v1.PriorityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08priority\x12\x37\n\x0fprompt_logprobs\x18\x0b \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00H\x02R\x0epromptLogprobs\x88\x01\x01\x42\x0f\n\r_top_logprobsB\x08\n\x06_storeB\x12\n\x10_prompt_logprobs\"\xf3\x02\n\x0eSampleResponse\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\x12\x37\n\x0b\x63ompletions\x18\x02 \x03(\x0b\x32\x15.alignd.v1.CompletionR\x0b\x63ompletions\x12%\n\x0e\x66\x65\x65\x64\x62\x61\x63k_token\x18\x03 \x01(\tR\rfeedbackToken\x12L\n\x14\x66\x65\x65\x64\x62\x61\x63k_expire_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x12\x66\x65\x65\x64\x62\x61\x63kExpireTime\x12*\n\x11num_prompt_tokens\x18\x05 \x01(\x05R\x0fnumPromptTokens\x12(\n\x10prompt_token_ids\x18\x06 \x03(\x05R\x0epromptTokenIds\x12@\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x17.alignd.v1.TokenLogprobR\x0epromptLogprobs\"\xe6\x04\n\x13StreamSampleRequest\x12/\n\x07user_id\x18\x01 \x01(\tB\x16\xbaH\x13r\x11 \x01(\x80\x01\x32\n^[^\\x00]*$R\x06userId\x12\x31\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.alignd.v1.PromptB\x06\xbaH\x03\xc8\x01\x01R\x06prompt\x12\x32\n\x0fnum_completions\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x10(\x01R\x0enumCompletions\x12\x35\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.alignd.v1.SamplingParamsR\x08sampling\x12\x39\n\x06policy\x18\x05 \x01(\tB!\xbaH\x1er\x1c\x32\x1a^(live|v[1-9][0-9]{0,8})?$R\x06policy\x12(\n\x10return_token_ids\x18\x06 \x01(\x08R\x0ereturnTokenIds\x12\x31\n\x0ctop_logprobs\x18\x07 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00H\x00R\x0btopLogprobs\x88\x01\x01\x12\x19\n\x05store\x18\x08 \x01(\x08H\x01R\x05store\x88\x01\x01\x12*\n\nrequest_id\x18\t \x01(\tB\x0b\xbaH\x08r\x03\xb0\x01\x01\xd8\x01\x01R\trequestId\x12\x39\n\x08priority\x18\n \x01(\x0e\x32\x13.alignd.v1.PriorityB\x08\xbaH\x05\x82\x01\x02\x10\x01R\x08priority\x12\x37\n\x0fprompt_logprobs\x18\x0b \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x14(\x00H\x02R\x0epromptLogprobs\x88\x01\x01\x42\x0f\n\r_top_logprobsB\x08\n\x06_storeB\x12\n\x10_prompt_logprobs\"\xc5\x01\n\x14StreamSampleResponse\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32\x18.alignd.v1.SampleStartedH\x00R\x07started\x12\x35\n\x06\x64\x65ltas\x18\x02 \x01(\x0b\x32\x1b.alignd.v1.CompletionDeltasH\x00R\x06\x64\x65ltas\x12\x37\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x19.alignd.v1.SampleResponseH\x00R\x08\x66inishedB\x07\n\x05\x65vent\",\n\rSampleStarted\x12\x1b\n\tsample_id\x18\x01 \x01(\tR\x08sampleId\"F\n\x10\x43ompletionDeltas\x12\x32\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.alignd.v1.CompletionDeltaR\x06\x64\x65ltas\"y\n\x0f\x43ompletionDelta\x12\x14\n\x05index\x18\x01 \x01(\x05R\x05index\x12\x12\n\x04text\x18\x02 \x01(\tR\x04text\x12<\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.alignd.v1.FinishReasonR\x0c\x66inishReason\"\x13\n\x11ListModelsRequest\">\n\x12ListModelsResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x10.alignd.v1.ModelR\x06models\"\x86\x01\n\x05Model\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12,\n\x06policy\x18\x02 \x01(\x0b\x32\x14.alignd.v1.PolicyRefR\x06policy\x12;\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ncreateTime*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02\x32\x84\x02\n\x10InferenceService\x12\x44\n\x06Sample\x12\x18.alignd.v1.SampleRequest\x1a\x19.alignd.v1.SampleResponse\"\x05\xca\xf3\x18\x01\x01\x12X\n\x0cStreamSample\x12\x1e.alignd.v1.StreamSampleRequest\x1a\x1f.alignd.v1.StreamSampleResponse\"\x05\xca\xf3\x18\x01\x01\x30\x01\x12P\n\nListModels\x12\x1c.alignd.v1.ListModelsRequest\x1a\x1d.alignd.v1.ListModelsResponse\"\x05\xca\xf3\x18\x01\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,6 +49,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLEREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_SAMPLEREQUEST'].fields_by_name['priority']._loaded_options = None
   _globals['_SAMPLEREQUEST'].fields_by_name['priority']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_SAMPLEREQUEST'].fields_by_name['prompt_logprobs']._loaded_options = None
+  _globals['_SAMPLEREQUEST'].fields_by_name['prompt_logprobs']._serialized_options = b'\272H\006\032\004\030\024(\000'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['user_id']._loaded_options = None
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['user_id']._serialized_options = b'\272H\023r\021 \001(\200\0012\n^[^\\x00]*$'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['prompt']._loaded_options = None
@@ -63,34 +65,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\010r\003\260\001\001\330\001\001'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['priority']._loaded_options = None
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['priority']._serialized_options = b'\272H\005\202\001\002\020\001'
+  _globals['_STREAMSAMPLEREQUEST'].fields_by_name['prompt_logprobs']._loaded_options = None
+  _globals['_STREAMSAMPLEREQUEST'].fields_by_name['prompt_logprobs']._serialized_options = b'\272H\006\032\004\030\024(\000'
   _globals['_INFERENCESERVICE'].methods_by_name['Sample']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['Sample']._serialized_options = b'\312\363\030\001\001'
   _globals['_INFERENCESERVICE'].methods_by_name['StreamSample']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['StreamSample']._serialized_options = b'\312\363\030\001\001'
   _globals['_INFERENCESERVICE'].methods_by_name['ListModels']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['ListModels']._serialized_options = b'\312\363\030\001\001'
-  _globals['_PRIORITY']._serialized_start=2202
-  _globals['_PRIORITY']._serialized_end=2284
+  _globals['_PRIORITY']._serialized_start=2422
+  _globals['_PRIORITY']._serialized_end=2504
   _globals['_SAMPLEREQUEST']._serialized_start=158
-  _globals['_SAMPLEREQUEST']._serialized_end=689
-  _globals['_SAMPLERESPONSE']._serialized_start=692
-  _globals['_SAMPLERESPONSE']._serialized_end=997
-  _globals['_STREAMSAMPLEREQUEST']._serialized_start=1000
-  _globals['_STREAMSAMPLEREQUEST']._serialized_end=1537
-  _globals['_STREAMSAMPLERESPONSE']._serialized_start=1540
-  _globals['_STREAMSAMPLERESPONSE']._serialized_end=1737
-  _globals['_SAMPLESTARTED']._serialized_start=1739
-  _globals['_SAMPLESTARTED']._serialized_end=1783
-  _globals['_COMPLETIONDELTAS']._serialized_start=1785
-  _globals['_COMPLETIONDELTAS']._serialized_end=1855
-  _globals['_COMPLETIONDELTA']._serialized_start=1857
-  _globals['_COMPLETIONDELTA']._serialized_end=1978
-  _globals['_LISTMODELSREQUEST']._serialized_start=1980
-  _globals['_LISTMODELSREQUEST']._serialized_end=1999
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2001
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2063
-  _globals['_MODEL']._serialized_start=2066
-  _globals['_MODEL']._serialized_end=2200
-  _globals['_INFERENCESERVICE']._serialized_start=2287
-  _globals['_INFERENCESERVICE']._serialized_end=2547
+  _globals['_SAMPLEREQUEST']._serialized_end=766
+  _globals['_SAMPLERESPONSE']._serialized_start=769
+  _globals['_SAMPLERESPONSE']._serialized_end=1140
+  _globals['_STREAMSAMPLEREQUEST']._serialized_start=1143
+  _globals['_STREAMSAMPLEREQUEST']._serialized_end=1757
+  _globals['_STREAMSAMPLERESPONSE']._serialized_start=1760
+  _globals['_STREAMSAMPLERESPONSE']._serialized_end=1957
+  _globals['_SAMPLESTARTED']._serialized_start=1959
+  _globals['_SAMPLESTARTED']._serialized_end=2003
+  _globals['_COMPLETIONDELTAS']._serialized_start=2005
+  _globals['_COMPLETIONDELTAS']._serialized_end=2075
+  _globals['_COMPLETIONDELTA']._serialized_start=2077
+  _globals['_COMPLETIONDELTA']._serialized_end=2198
+  _globals['_LISTMODELSREQUEST']._serialized_start=2200
+  _globals['_LISTMODELSREQUEST']._serialized_end=2219
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2221
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2283
+  _globals['_MODEL']._serialized_start=2286
+  _globals['_MODEL']._serialized_end=2420
+  _globals['_INFERENCESERVICE']._serialized_start=2507
+  _globals['_INFERENCESERVICE']._serialized_end=2767
 # @@protoc_insertion_point(module_scope)

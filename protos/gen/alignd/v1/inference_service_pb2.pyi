@@ -23,7 +23,7 @@ PRIORITY_INTERACTIVE: Priority
 PRIORITY_BATCH: Priority
 
 class SampleRequest(_message.Message):
-    __slots__ = ("user_id", "prompt", "num_completions", "sampling", "policy", "return_token_ids", "top_logprobs", "store", "request_id", "priority")
+    __slots__ = ("user_id", "prompt", "num_completions", "sampling", "policy", "return_token_ids", "top_logprobs", "store", "request_id", "priority", "prompt_logprobs")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class SampleRequest(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     prompt: _types_pb2.Prompt
     num_completions: int
@@ -44,26 +45,29 @@ class SampleRequest(_message.Message):
     store: bool
     request_id: str
     priority: Priority
-    def __init__(self, user_id: _Optional[str] = ..., prompt: _Optional[_Union[_types_pb2.Prompt, _Mapping]] = ..., num_completions: _Optional[int] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., policy: _Optional[str] = ..., return_token_ids: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., store: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, user_id: _Optional[str] = ..., prompt: _Optional[_Union[_types_pb2.Prompt, _Mapping]] = ..., num_completions: _Optional[int] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., policy: _Optional[str] = ..., return_token_ids: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., store: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class SampleResponse(_message.Message):
-    __slots__ = ("sample_id", "completions", "feedback_token", "feedback_expire_time", "num_prompt_tokens", "prompt_token_ids")
+    __slots__ = ("sample_id", "completions", "feedback_token", "feedback_expire_time", "num_prompt_tokens", "prompt_token_ids", "prompt_logprobs")
     SAMPLE_ID_FIELD_NUMBER: _ClassVar[int]
     COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     FEEDBACK_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FEEDBACK_EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     sample_id: str
     completions: _containers.RepeatedCompositeFieldContainer[_types_pb2.Completion]
     feedback_token: str
     feedback_expire_time: _timestamp_pb2.Timestamp
     num_prompt_tokens: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sample_id: _Optional[str] = ..., completions: _Optional[_Iterable[_Union[_types_pb2.Completion, _Mapping]]] = ..., feedback_token: _Optional[str] = ..., feedback_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprob]
+    def __init__(self, sample_id: _Optional[str] = ..., completions: _Optional[_Iterable[_Union[_types_pb2.Completion, _Mapping]]] = ..., feedback_token: _Optional[str] = ..., feedback_expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., num_prompt_tokens: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class StreamSampleRequest(_message.Message):
-    __slots__ = ("user_id", "prompt", "num_completions", "sampling", "policy", "return_token_ids", "top_logprobs", "store", "request_id", "priority")
+    __slots__ = ("user_id", "prompt", "num_completions", "sampling", "policy", "return_token_ids", "top_logprobs", "store", "request_id", "priority", "prompt_logprobs")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +78,7 @@ class StreamSampleRequest(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     prompt: _types_pb2.Prompt
     num_completions: int
@@ -84,7 +89,8 @@ class StreamSampleRequest(_message.Message):
     store: bool
     request_id: str
     priority: Priority
-    def __init__(self, user_id: _Optional[str] = ..., prompt: _Optional[_Union[_types_pb2.Prompt, _Mapping]] = ..., num_completions: _Optional[int] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., policy: _Optional[str] = ..., return_token_ids: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., store: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, user_id: _Optional[str] = ..., prompt: _Optional[_Union[_types_pb2.Prompt, _Mapping]] = ..., num_completions: _Optional[int] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., policy: _Optional[str] = ..., return_token_ids: _Optional[bool] = ..., top_logprobs: _Optional[int] = ..., store: _Optional[bool] = ..., request_id: _Optional[str] = ..., priority: _Optional[_Union[Priority, str]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class StreamSampleResponse(_message.Message):
     __slots__ = ("started", "deltas", "finished")
