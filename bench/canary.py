@@ -156,14 +156,14 @@ def figures(replications: int) -> list[Figure]:
     for truth in (0.55, 0.6, 0.65, 0.7):
         found += _of_better(Crowd(truth), "", replications)
         for share in (0.1, 0.3):
-            found += _of_better(Crowd(truth, random=share), f"{share:.0%} random, ", replications)
-            found += _of_better(Crowd(truth, hostile=share), f"{share:.0%} hostile, ", replications)
+            found += _of_better(Crowd(truth, random=share), f"{100 * share:.0f} % random, ", replications)
+            found += _of_better(Crowd(truth, hostile=share), f"{100 * share:.0f} % hostile, ", replications)
     return found
 
 
 def _of_better(crowd: Crowd, name: str, replications: int) -> list[Figure]:
     decided = simulate(crowd, replications)
-    name = f"{name}{crowd.truth:.0%}"
+    name = f"{name}{100 * crowd.truth:.0f} %"
     median, most = statistics.median(decided.lengths), decided.length(90)
     return [
         Figure(f"{name}: promoted", decided.share(Verdict.BETTER), "%"),
