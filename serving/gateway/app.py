@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from functools import cache, partial
 
 from fastapi import FastAPI
+from fastapi_swagger import patch_fastapi
 
 from policies.server_connection import ServerConnection
 from serving.gateway import document, entrance, routes
@@ -25,11 +26,13 @@ def make_app(config: GatewayConfig, server: ServerConnection) -> FastAPI:
         yield
         await channel.close()
 
-    # Without pages of documentation, whose scripts would come from elsewhere.
+    # Without FastAPI's own pages of documentation, whose scripts come from elsewhere.
     app = FastAPI(
         title="alignd", description="OpenAI's API for completions, and feedback on them.", lifespan=lifespan,
-        docs_url=None, redoc_url=None,
+        docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None,
     )  # fmt: skip
+    # A key that is typed there is forgotten with the page.
+    patch_fastapi(app, "/docs", redirect_from_root_to_docs=False, swagger_ui_parameters={"tryItOutEnabled": True})
     needs_key = config.needs_key(forwarded=False)
     app.openapi = cache(partial(document.document, app, needs_key=needs_key))  # type: ignore[method-assign]
     entrance.answer_faults(app)

@@ -1,6 +1,7 @@
 """Schemathesis against a real gateway and server: whatever is sent, the answer is one that /openapi.json describes."""
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -139,3 +140,15 @@ def test_feedback_that_is_taken_is_answered_as_described(gateway: str) -> None:
 
 def test_the_gateway_gives_this_document(gateway: str) -> None:
     assert httpx.get(f"{gateway}/openapi.json", timeout=30).json() == document()
+
+
+def test_the_contract_is_a_page_too_which_loads_nothing_from_elsewhere(gateway: str) -> None:
+    page = httpx.get(f"{gateway}/docs", timeout=30)
+    assert page.status_code == 200
+    assert "/openapi.json" in page.text
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(loaded) >= 3
+    for url in loaded:
+        assert url.startswith(f"{gateway}/"), url
+        assert httpx.get(url, timeout=30).status_code == 200
+    assert set(re.findall(r"https?://[^/\"']+", page.text)) == {gateway}
