@@ -4,6 +4,7 @@ Nothing here imports vLLM or torch: vLLM reads the environment when it is import
 """
 
 import ctypes
+import logging
 import os
 import shutil
 import sys
@@ -55,6 +56,14 @@ def prepare_cpu() -> None:
             f"vLLM needs the library {NUMA_LIBRARY}, which cannot be loaded ({error}); install it (Debian, Ubuntu: "
             "apt-get install libnuma1; Fedora: dnf install numactl-libs)"
         ) from error
+
+
+def keep_content_out_of_log() -> None:
+    """Drops what vLLM logs of requests where it fails: stop strings, forms and tokens, which people wrote."""
+    for name in ("vllm.logging_utils.dump_input", "vllm.v1.structured_output.backend_guidance"):
+        logging.getLogger(name).addFilter(lambda record: False)
+    for name in ("vllm.v1.core.sched.scheduler", "vllm.v1.structured_output"):
+        logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith("Unexpected: grammar"))
 
 
 def count_caches_as_free(cpu_resource_utils: Any) -> None:

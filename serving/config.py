@@ -4,10 +4,11 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-_REDIS = re.compile(r"rediss?://\S+")
+_REDIS_TLS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 _NAME_OR_IPV4 = re.compile(r"[\w.-]+")
 
 
@@ -38,8 +39,11 @@ class LimitsConfig(BaseModel):
     @field_validator("store")
     @classmethod
     def _store_is_redis(cls, store: SecretStr) -> SecretStr:
-        if store.get_secret_value() and not _REDIS.fullmatch(store.get_secret_value()):
-            raise ValueError("must be redis://host:port/database, or rediss:// with TLS")
+        if store.get_secret_value() and not _is_redis(store.get_secret_value()):
+            raise ValueError(
+                "must be redis://host:port/database, or rediss:// with TLS; special characters of a password are "
+                "written as %23 and the like"
+            )
         return store
 
 
@@ -179,6 +183,25 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def _is_redis(url: str) -> bool:
+    """Whether this is the URL of a Redis."""
+    try:
+        parts = urlsplit(url)
+        named = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))}
+        return (
+            parts.scheme in ("redis", "rediss")
+            and bool(parts.hostname)
+            and bool(parts.port)
+            and re.fullmatch(r"(/\d{0,3})?", parts.path) is not None
+            and not parts.fragment
+            and named <= (_REDIS_TLS if parts.scheme == "rediss" else set())
+            and not re.search(r"\s", url)
+        )
+    except ValueError:
+        # Its port is none, which may be a part of a password.
+        return False
 
 
 def _is_ipv6(host: str) -> bool:

@@ -63,7 +63,7 @@ def bad_fields(violations: Sequence[Violation]) -> Refusal:
     room = _MOST_CHARACTERS
     for violation in violations:
         said.append(Violation(violation.field, shortened(violation.description)))
-        room -= len(violation.field) + len(said[-1].description)
+        room -= len(violation.field) + _weight(said[-1].description)
         if room < _LONGEST:
             break
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in said)
@@ -74,7 +74,18 @@ def bad_fields(violations: Sequence[Violation]) -> Refusal:
 
 def shortened(text: str) -> str:
     """Returns the text, cut off if it is too long to send."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+    weight = 0
+    for place, character in enumerate(text):
+        weight += _weight(character)
+        if weight > _LONGEST:
+            return f"{text[:place]} ..."
+    return text
+
+
+def _weight(text: str) -> int:
+    """Returns how long a text is as it is sent: what is not plain ASCII is sent as several characters for each byte."""
+    others = [each for each in text if not " " <= each <= "~" or each == "%"]
+    return len(text) + sum(2 * len(each.encode(errors="replace")) - 1 for each in others)
 
 
 def not_permitted(reason: str, field: str, description: str) -> Refusal:

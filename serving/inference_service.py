@@ -161,8 +161,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
         )
         answer = self._answer(request, event, completions, planned.token_ids)
         note(sample_id=sample_id, num_completions=len(completions))
-        note_content(prompt=str(request.prompt), completions=[each.text for each in completions])
         if stored:
+            note_content(prompt=str(request.prompt), completions=[each.text for each in completions])
             # Durable first, so that its ranking can be learned from whichever process dies next.
             recording = record(self.outbox, self.keyring, SAMPLES, sample_id, event, named)
             await to_the_end(asyncio.ensure_future(recording))
@@ -224,6 +224,8 @@ class InferenceService(inference_service_pb2_grpc.InferenceServiceServicer):
                     completions = sampler.as_completions(sample_id, hold, drafts, engine.token_text)
                     return completions, as_logprobs(drafts[0].prompt_logprobs, engine.token_text)
         except BadFormError as error:
+            # Nothing was drawn.
+            reserved.used = 0
             raise bad_field("sampling.structured", shortened(str(error))) from error
         except EngineError as error:
             logger.warning("sample %s failed: %s", sample_id, error)

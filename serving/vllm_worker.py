@@ -11,7 +11,7 @@ import threading
 
 from vllm.utils import cpu_resource_utils
 
-from policies.vllm_settings import count_caches_as_free
+from policies.vllm_settings import count_caches_as_free, keep_content_out_of_log
 
 
 class EndsWithServer:
@@ -28,3 +28,4 @@ def _end_with_parent() -> None:
 
 threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 count_caches_as_free(cpu_resource_utils)
+keep_content_out_of_log()

@@ -50,6 +50,7 @@ class Watched:
         """As gRPC takes them: those of the last time that all files could be used."""
         # Of before the files were read, or a change in between would be missed; nothing matches the first time.
         self._version: tuple[tuple[int, int, int], ...] = ()
+        self._said = ""
 
     def has_changed(self) -> bool:
         """Reads the files again if they have changed, and returns whether there are other certificates since."""
@@ -57,12 +58,14 @@ class Watched:
             version = _version(self.files)
             if version == self._version:
                 return False
-            # Once, whatever comes out.
-            self._version = version
             self.now = _read(self.files)
         except (CertificateError, OSError) as error:
-            logger.warning("the certificates cannot be read again, those of before are used: %s", error)
+            # They are read again at the next look, in which a passing error is over. It is said once.
+            if str(error) != self._said:
+                self._said = str(error)
+                logger.warning("the certificates cannot be read again, those of before are used: %s", error)
             return False
+        self._version, self._said = version, ""
         return True
 
     def changed(self) -> grpc.ServerCertificateConfiguration | None:

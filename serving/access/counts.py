@@ -7,12 +7,13 @@ alone, and nobody is refused because of the store. A minute is one of the clock,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ _MINUTE_SECONDS = 60
 _KEPT_SECONDS = 2 * _MINUTE_SECONDS
 _STORE_TIMEOUT_SECONDS = 0.5
 _STORE_AWAY_SECONDS = 5.0
+# Calls that ask the store at a time. The others wait, since a store with much to do is not away.
+_MOST_AT_A_TIME = 32
 
 Whose = tuple[str, ...]
 
@@ -63,6 +66,7 @@ class Counts:
         self._connections = _connections(store_url) if store_url else None
         self._store = _store(store_url, self._connections) if self._connections else None
         self._store_away_until = 0.0
+        self._turns = asyncio.Semaphore(_MOST_AT_A_TIME)
         self._giving: set[asyncio.Task[None]] = set()
 
     async def take(self, bounds: tuple[Bound, ...], amount: int) -> Taken:
@@ -74,11 +78,15 @@ class Counts:
         for bound in bounds:
             if amount > bound.most:
                 raise refusal(bound, f"{amount} at once are more than the limit of {bound.most} a minute", None)
-        if bounds and self._store and time.monotonic() >= self._store_away_until:
+        if bounds and self._store and not self._store_is_away():
+            taking = asyncio.ensure_future(self._take_shared(self._store, bounds, amount))
             try:
-                return await self._take_shared(self._store, bounds, amount)
-            except StorageError as error:
-                self._store_is_away(error)
+                taken = await asyncio.shield(taking)
+            except asyncio.CancelledError:
+                self._in_background(self._give_all_back(taking))
+                raise
+            if taken:
+                return taken
         return self._take_here(bounds, amount)
 
     def give_back(self, taken: Taken, amount: int) -> None:
@@ -91,14 +99,13 @@ class Counts:
                 self._here[bound.whose] -= amount
         elif self._store:
             keys = [_key(bound.whose, taken.minute) for bound in taken.bounds]
-            giving = asyncio.ensure_future(self._give_back_shared(self._store, keys, amount))
-            self._giving.add(giving)
-            giving.add_done_callback(self._giving.discard)
+            self._in_background(self._give_back_shared(self._store, keys, amount))
 
     async def close(self) -> None:
         """Ends the connections to the store."""
         if self._connections:
-            await asyncio.gather(*self._giving)
+            while self._giving:
+                await asyncio.gather(*self._giving)
             await self._connections.aclose()
 
     def _take_here(self, bounds: tuple[Bound, ...], amount: int) -> Taken:
@@ -111,27 +118,52 @@ class Counts:
             self._here[bound.whose] += amount
         return Taken(bounds, amount, self._minute, shared=False)
 
-    async def _take_shared(self, store: RedisStorage, bounds: tuple[Bound, ...], amount: int) -> Taken:
-        """Counts first and looks then, so that no two replicas pass a limit together."""
+    async def _take_shared(self, store: RedisStorage, bounds: tuple[Bound, ...], amount: int) -> Taken | None:
+        """Counts first and looks then, so that no two replicas pass a limit together. None if the store is away."""
         minute, counted = _minute(), list[str]()
-        for bound in bounds:
-            key = _key(bound.whose, minute)
-            after = await store.incr(key, _KEPT_SECONDS, amount)
-            counted.append(key)
-            if after > bound.most:
-                await self._give_back_shared(store, counted, amount)
-                raise _reached(bound, after - amount, amount)
+        async with self._turns:
+            if self._store_is_away():
+                # It was found to be while this call waited.
+                return None
+            try:
+                for bound in bounds:
+                    key = _key(bound.whose, minute)
+                    after = await store.incr(key, _KEPT_SECONDS, amount)
+                    counted.append(key)
+                    if after > bound.most:
+                        await _subtract(store, counted, amount)
+                        raise _reached(bound, after - amount, amount)
+            except StorageError as error:
+                self._note_away(error)
+                self._in_background(self._give_back_shared(store, counted, amount))
+                return None
         return Taken(bounds, amount, minute, shared=True)
 
-    async def _give_back_shared(self, store: RedisStorage, keys: Sequence[str], amount: int) -> None:
-        try:
-            for key in keys:
-                await store.incr(key, _KEPT_SECONDS, -amount)
-        except StorageError as error:
-            self._store_is_away(error)
+    async def _give_all_back(self, taking: asyncio.Task[Taken | None]) -> None:
+        """Gives back what a caller has taken who is gone by then."""
+        with contextlib.suppress(Refusal):
+            taken = await taking
+            if taken:
+                self.give_back(taken, taken.amount)
 
-    def _store_is_away(self, error: StorageError) -> None:
-        if time.monotonic() >= self._store_away_until:
+    def _in_background(self, giving: Coroutine[None, None, None]) -> None:
+        """Gives back in a task of its own, which outlives the call."""
+        task = asyncio.ensure_future(giving)
+        self._giving.add(task)
+        task.add_done_callback(self._giving.discard)
+
+    async def _give_back_shared(self, store: RedisStorage, keys: Sequence[str], amount: int) -> None:
+        async with self._turns:
+            try:
+                await _subtract(store, keys, amount)
+            except StorageError as error:
+                self._note_away(error)
+
+    def _store_is_away(self) -> bool:
+        return time.monotonic() < self._store_away_until
+
+    def _note_away(self, error: StorageError) -> None:
+        if not self._store_is_away():
             logger.warning("limits are held by each replica alone, because their store does not answer: %s", error)
         self._store_away_until = time.monotonic() + _STORE_AWAY_SECONDS
 
@@ -139,6 +171,11 @@ class Counts:
         if self._minute != _minute():
             self._minute = _minute()
             self._here.clear()
+
+
+async def _subtract(store: RedisStorage, keys: Sequence[str], amount: int) -> None:
+    for key in keys:
+        await store.incr(key, _KEPT_SECONDS, -amount)
 
 
 def refusal(bound: Bound, why: str, retry_after_seconds: float | None) -> Refusal:

@@ -168,17 +168,20 @@ class KeysFile:
         self.path = path
         self._version = _version(path)
         self._keys = read_keys(path)
+        self._said = ""
 
     def now(self) -> list[ApiKey]:
         """Returns the keys of now; those of before where the file cannot be read, or is away, for the moment."""
         try:
             version = _version(self.path)
             if version != self._version and version is not None:
-                # Once, whatever comes out.
-                self._version = version
                 self._keys = read_keys(self.path)
+                self._version, self._said = version, ""
         except (KeysError, OSError) as error:
-            logger.warning("the API keys cannot be read again, those of before are used: %s", error)
+            # It is read again at the next look: a passing error must not keep a revoked key alive. It is said once.
+            if str(error) != self._said:
+                self._said = str(error)
+                logger.warning("the API keys cannot be read again, those of before are used: %s", error)
         return self._keys
 
 

@@ -13,6 +13,7 @@ from serving.gateway.requests import ChatRequest, CompletionRequest, measures
 Json = dict[str, Any]
 Body = ChatRequest | CompletionRequest
 
+_PIECE = "\ufffd"
 _REASONS = {types_pb2.FINISH_REASON_STOP: "stop", types_pb2.FINISH_REASON_LENGTH: "length"}
 
 
@@ -96,7 +97,9 @@ def _ending(each: types_pb2.Completion, is_chat: bool) -> Json:
 
 def _chat_logprobs(rows: Sequence[types_pb2.TokenLogprob]) -> Json:
     def entry(each: types_pb2.TokenLogprob) -> Json:
-        return {"token": each.token, "logprob": each.logprob, "bytes": list(each.token.encode())}
+        # Of a piece of a character, whose text stands for its bytes, these are not known.
+        known = _PIECE not in each.token
+        return {"token": each.token, "logprob": each.logprob, "bytes": list(each.token.encode()) if known else None}
 
     return {"content": [{**entry(row), "top_logprobs": list(map(entry, row.top))} for row in rows]}
 
@@ -108,7 +111,8 @@ def _text_logprobs(rows: Sequence[types_pb2.TokenLogprob]) -> Json:
     return {
         "tokens": [row.token for row in rows],
         "token_logprobs": [row.logprob for row in rows],
-        "top_logprobs": [{each.token: each.logprob for each in row.top} for row in rows],
+        # Several tokens may have one text; the likeliest of them comes first, and is the one to tell.
+        "top_logprobs": [{each.token: each.logprob for each in reversed(row.top)} for row in rows],
         "text_offset": offsets[:-1],
     }
 

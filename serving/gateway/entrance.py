@@ -57,7 +57,8 @@ def answer_faults(app: FastAPI) -> None:
 
 
 def add_middleware(app: FastAPI, config: GatewayConfig) -> None:
-    """Adds what each request passes through."""
+    """Adds what each request passes through, the innermost first."""
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_mib << 20)
 
     @app.middleware("http")
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -73,7 +74,6 @@ def add_middleware(app: FastAPI, config: GatewayConfig) -> None:
         _log_answer(request, response.status_code, time.monotonic() - began)
         return response
 
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_mib << 20)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "POST"],
@@ -100,12 +100,12 @@ def _kept_out(request: Request, config: GatewayConfig) -> Response | None:
     """
     key = request.headers.get("authorization", "").strip()
     forwarded = any(name in request.headers for name in _FORWARDED)
-    needs_key = config.needs_key(forwarded=forwarded) and request.url.path.startswith("/v1/")
+    needs_key = config.needs_key(forwarded=forwarded)
     request.state.key = key
-    if needs_key and not key:
+    if needs_key and not key and request.url.path.startswith("/v1/"):
         why = "send an API key as the header `Authorization: Bearer KEY`"
         return errors.error(401, why, "no_api_key", headers={"WWW-Authenticate": "Bearer"})
-    if not key.isascii():
+    if not (key.isascii() and key.isprintable()):
         return errors.error(401, "the API key is unknown", "bad_api_key", headers={"WWW-Authenticate": "Bearer"})
     if not needs_key:
         if not _is_ours(request.headers.get("host", "")):

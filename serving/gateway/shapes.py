@@ -55,7 +55,7 @@ class TokenLogprob(BaseModel):
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class RankedTokenLogprob(BaseModel):
@@ -63,7 +63,7 @@ class RankedTokenLogprob(BaseModel):
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
     top_logprobs: list[TokenLogprob]
 
 
@@ -79,7 +79,9 @@ class TextLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None] = Field(description="Null for the first token of an echoed prompt.")
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="Where each token begins, in characters.")
+    text_offset: list[int] = Field(
+        description="Where each token begins, in characters, where tokens are whole characters."
+    )
 
 
 class ChatAnswerMessage(BaseModel):

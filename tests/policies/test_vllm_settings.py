@@ -1,5 +1,7 @@
 """What an engine finds on a CPU: no compiler is called, and what is missing on the machine is named."""
 
+import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from policies import vllm_settings
-from policies.vllm_settings import MissingError, check_compiler, cpu_options, prepare_cpu
+from policies.vllm_settings import MissingError, check_compiler, cpu_options, keep_content_out_of_log, prepare_cpu
 
 COMPILED = """
 import sys, torch, torch._dynamo
@@ -69,3 +71,18 @@ def test_what_compiling_takes_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MissingError, match=r"a C compiler \(gcc or clang\)"):
         check_compiler()
+
+
+def test_what_vllm_logs_of_a_failed_request_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    keep_content_out_of_log()
+    with caplog.at_level(logging.INFO, logger="vllm"):
+        logging.getLogger("vllm.logging_utils.dump_input").error("Dumping input data: stop=%s", ["what a user wrote"])
+        logging.getLogger("vllm.v1.core.sched.scheduler").error("Unexpected: grammar rejected tokens %s for %s", [7], 1)
+        logging.getLogger("vllm.v1.core.sched.scheduler").error("no room")
+    assert [each.getMessage() for each in caplog.records] == ["no room"]
+
+
+def test_the_loggers_that_are_kept_quiet_are_those_of_this_vllm() -> None:
+    for name in ("logging_utils.dump_input", "v1.structured_output.backend_guidance", "v1.core.sched.scheduler"):
+        source = Path(str(importlib.util.find_spec("vllm").origin)).parent / f"{name.replace('.', '/')}.py"  # type: ignore[union-attr]
+        assert "logger = init_logger(__name__)" in source.read_text()

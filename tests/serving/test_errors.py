@@ -1,7 +1,9 @@
 """What a refusal looks like on the wire."""
 
 import base64
+import string
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -76,13 +78,15 @@ def test_values_that_the_message_mentions_are_in_its_metadata() -> None:
     assert unpacked(refusal, error_details_pb2.BadRequest) is None
 
 
+@pytest.mark.parametrize("character", ["x", "é", "\N{GRINNING FACE}", "%", "\0"])
 @pytest.mark.parametrize("length", [10, 5_000])
-def test_a_refusal_has_room_in_what_grpc_sends(length: int) -> None:
+def test_a_refusal_has_room_in_what_grpc_sends(length: int, character: str) -> None:
     """Peers accept 8 KiB of metadata. If there is more, the caller learns only that it was too large."""
-    violations = [Violation(f"groups[{index}].completion_ids[{index}]", "x" * length) for index in range(256)]
+    violations = [Violation(f"groups[{index}].completion_ids[{index}]", character * length) for index in range(256)]
     refusal = bad_fields(violations)
     ((key, value),) = trailing_metadata(refusal, None)
-    assert len(key) + len(base64.b64encode(value)) + len(refusal.message) < 8 * 1024 - 512
+    message = quote(refusal.message, safe=string.printable.replace("%", ""))
+    assert len(key) + len(base64.b64encode(value)) + len(message) < 8 * 1024 - 512
     named = unpacked(refusal, error_details_pb2.BadRequest).field_violations
     assert [each.field for each in named] == [each.field for each in violations[: len(named)]]
     assert len(named) >= 3

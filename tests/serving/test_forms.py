@@ -21,6 +21,12 @@ def form(schema: object) -> StructuredOutput:
     return StructuredOutput(json_schema=json.dumps(schema))
 
 
+def chain_of_patterns(count: int) -> Any:
+    """Returns a schema whose text must match all patterns, each reached from the one before."""
+    links = {f"{i}": {"pattern": f".*a{i}.{{50}}b", "$ref": f"#/$defs/{i + 1}"} for i in range(count)}
+    return {"type": "string", "$ref": "#/$defs/0", "$defs": {**links, f"{count}": STRING}}
+
+
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
@@ -32,6 +38,12 @@ def form(schema: object) -> StructuredOutput:
         ({"type": "array", "maxItems": 10**9}, "maxItems"),
         ({"$ref": "#/examples/0", "examples": [{"type": "array", "maxItems": 1e9}]}, "maxItems"),
         ({"prefixItems": [{"items": STRING, "maxItems": 40_000}] * 2}, "80000"),
+        ({"type": "array", "maxItems": 10**9, "examples": [{"maxItems": -(10**9)}]}, "maxItems"),
+        # 14 of these would take it minutes.
+        ({"allOf": [{"type": "string", "pattern": f".*a{i}.{{50}}b"} for i in range(14)]}, "14 patterns"),
+        (chain_of_patterns(14), "14 patterns"),
+        ({"patternProperties": {f"a{i}": STRING for i in range(9)}}, "9 patterns"),
+        ({"$schema": "http://json-schema.org/draft-03/schema#"}, "draft 4"),
         ({"type": "string", "not": {"const": "a"}, "x-guidance": {"lenient": True}}, "x-guidance"),
         (True, "object"),
         ([], "object"),
@@ -58,6 +70,10 @@ def test_a_schema_that_is_no_json_is_refused(text: str) -> None:
         {"properties": {"$ref": STRING, "enum": {"enum": [{"$ref": "http://example.com"}]}}},
         {"type": "array", "maxItems": 1000},
         {"$ref": "#"},
+        {"properties": {f"p{i}": {"type": "string", "pattern": "a+"} for i in range(100)}},
+        {"allOf": [{"type": "string", "pattern": f"a{i}"} for i in range(8)]},
+        {"$schema": "https://json-schema.org/draft/2020-12/schema"},
+        {"$schema": "http://json-schema.org/draft-07/schema#"},
     ],
 )
 def test_what_lies_in_the_schema_is_let_through(schema: object) -> None:

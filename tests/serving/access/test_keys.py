@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.access.keys import KeysError, KeysFile, create_key, find, read_keys, revoke_key, rotate_key
+from serving.access.keys import ApiKey, KeysError, KeysFile, create_key, find, read_keys, revoke_key, rotate_key
 
 
 @pytest.fixture
@@ -99,3 +99,22 @@ def test_a_running_server_sees_each_change_and_keeps_what_it_knew_through_a_faul
     path.write_text(whole)
     revoke_key(path, "web", "ada")
     assert [key.revoked_by for key in file.now()] == ["ada"]
+
+
+def test_a_revoked_key_is_refused_although_the_file_could_not_be_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.json"
+    create_key(path, "web", "shop", ["sample"], "ada")
+    keys = KeysFile(path)
+    revoke_key(path, "web", "ada")
+
+    def no_descriptors(path: Path) -> list[ApiKey]:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("serving.access.keys.read_keys", no_descriptors)
+        for _ in range(3):
+            assert keys.now()[0].state(datetime.now(UTC)) == "active"
+    assert keys.now()[0].state(datetime.now(UTC)) == "revoked"
+    assert caplog.text.count("cannot be read again") == 1

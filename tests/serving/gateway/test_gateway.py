@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import pytest
 
 from alignd.v1 import events_pb2
 from feedback.outbox.file import OutboxFile
+from policies.server_connection import ServerConnection
 from serving.access.keys import create_key
+from serving.gateway.app import make_app
+from serving.gateway.config import GatewayConfig
 from tests.kafka_broker import free_port
 from tests.serving.calls import Stubs
 from tests.serving.gateway.conftest import answers
@@ -21,6 +24,7 @@ from tests.serving.processes import Server, end, log_of, start, wait_until
 
 pytestmark = pytest.mark.timeout(400)
 
+PUBLIC = GatewayConfig(host="0.0.0.0", allow_cleartext=True)
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}]
 
 
@@ -349,6 +353,36 @@ def test_without_keys_no_page_comes_in_by_another_name_and_nobody_through_a_prox
         ({"x-forwarded-for": "203.0.113.9"}, 401),
     ):  # fmt: skip
         assert httpx.post(f"{gateway}/v1/chat/completions", headers=headers, **ask).status_code == status, headers  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["/health", "/openapi.json", "/docs"])
+async def test_a_public_gateway_is_looked_at_by_any_name_without_a_key(path: str) -> None:
+    transport = httpx.ASGITransport(make_app(PUBLIC, ServerConnection("localhost:1")))
+    async with httpx.AsyncClient(transport=transport, base_url="http://alignd.example.com") as client:
+        answer = await client.get(path, headers={"x-forwarded-for": "10.0.0.1"})
+        assert answer.status_code == (503 if path == "/health" else 200)
+        assert (await client.get("/v1/models")).status_code == 401
+
+
+@pytest.mark.parametrize("key", ["alignd_a\tb", "alignd_\x7f", "alignd_\xe9"])
+async def test_a_key_that_no_header_may_have_is_unknown(key: str) -> None:
+    transport = httpx.ASGITransport(make_app(PUBLIC, ServerConnection("localhost:1")))
+    async with httpx.AsyncClient(transport=transport, base_url="http://alignd.example.com") as client:
+        answer = await client.get("/v1/models", headers=[(b"authorization", f"Bearer {key}".encode("latin-1"))])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "bad_api_key")
+
+
+async def test_what_is_too_long_has_its_request_id_too() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 65_536
+
+    transport = httpx.ASGITransport(make_app(PUBLIC, ServerConnection("localhost:1")))
+    headers = {"x-request-id": "mine", "authorization": "Bearer alignd_x", "content-type": "application/json"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://alignd.example.com") as client:
+        for body in (b"x" * (2 << 20), endless()):
+            answer = await client.post("/v1/completions", content=body, headers=headers)
+            assert (answer.status_code, answer.headers["x-request-id"]) == (413, "mine")
 
 
 def test_half_a_character_is_refused(gateway: str) -> None:
