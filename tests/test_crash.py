@@ -129,12 +129,12 @@ def wait_for_more(store_url: str) -> None:
     wait_until(lambda: len(stored_rankings(store_url)) > before, RESTART_SECONDS, "more rankings in the store")
 
 
-@pytest.mark.timeout(420)
 def beat_at(data_dir: Path, verb: str) -> float:
     seen = heartbeat.look(data_dir, verb)
     return seen.at if seen else 0.0
 
 
+@pytest.mark.timeout(420)
 def test_every_acknowledged_ranking_is_stored_once(bus_url: str, tmp_path: Path) -> None:
     chance = random.Random(bus_url)
     settings = environment(tmp_path, bus=bus_url, training__min_new_rankings=10**9, feedback__bus_check_seconds=0.5)

@@ -56,6 +56,7 @@ def noisy_logprobs_V(folder: Path) -> Tensor:
     return other.logprobs_V()
 
 
+@pytest.mark.timeout(400)
 def test_ppo_reaches_the_best_policy_of_a_bandit(
     shared: SharedLayers, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
