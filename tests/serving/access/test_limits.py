@@ -221,4 +221,8 @@ def test_a_store_that_is_none_is_refused_without_its_password(store: str) -> Non
 ])  # fmt: skip
 async def test_a_store_is_taken(store: str) -> None:
     limits = Limits(LimitsConfig(store=SecretStr(store)))
+    connections = limits._counts._connections
+    assert (connections is None) is (store == "")
+    if connections and "@" in store:
+        assert connections.connection_kwargs["password"] in ("pass#word", "password")
     await limits.close()
